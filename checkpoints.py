@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: written atomically, read without running code in them, and never half loaded.
+
+A training checkpoint holds the official entries, `student`, `teacher`, `optimizer`, `epoch` (of
+the next epoch), `args`, `dino_loss` and, with float16, `fp16_scaler`, under the official key
+names; `args` is a plain dict. Ours beside them: `rng`, the random state of each rank, and `knn`,
+accuracies measured so far. `backbone.pth` holds the teacher's backbone alone, under `teacher`, and
+beside it all that is needed to use it.
+"""
+
+import argparse
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from backbones import has_batchnorms
+from distributed import gather_objects, get_rank, is_main_process, print0
+from errors import UserError
+
+PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/"
+PUBLISHED_BACKBONES = {  # (arch, patch size): file; a ResNet has no patches
+    ("vit_small", 16): "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    ("vit_small", 8): "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+    ("vit_base", 16): "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    ("vit_base", 8): "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
+    (
+        "xcit_small_12_p16",
+        None,
+    ): "dino_xcit_small_12_p16_pretrain/dino_xcit_small_12_p16_pretrain.pth",
+    ("xcit_small_12_p8", None): "dino_xcit_small_12_p8_pretrain/dino_xcit_small_12_p8_pretrain.pth",
+    (
+        "xcit_medium_24_p16",
+        None,
+    ): "dino_xcit_medium_24_p16_pretrain/dino_xcit_medium_24_p16_pretrain.pth",
+    (
+        "xcit_medium_24_p8",
+        None,
+    ): "dino_xcit_medium_24_p8_pretrain/dino_xcit_medium_24_p8_pretrain.pth",
+    ("resnet50", None): "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+}
+
+# What official checkpoints hold besides tensors: their parsed flags, and numbers of numpy. None
+# can run code.
+SAFE_TYPES = [
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float64DType,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def write_atomically(payload, path):
+    """torch.save to `path`, which holds either the old content or all of the new one, whenever the
+    process dies.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path, flag="--pretrained_weights"):
+    """The content of a checkpoint, on the CPU. Only tensors and plain values are unpickled, never
+    code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file.")
+    try:
+        with torch.serialization.safe_globals(SAFE_TYPES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{flag} {path}: not a checkpoint of tensors and plain values, so it is not opened ({reason})."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"{flag} {path}: damaged or not a checkpoint ({reason}).") from None
+
+
+def unwrap(model):
+    """The module inside a DistributedDataParallel."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def with_prefix(state_dict, prefix):
+    return {prefix + name: value for name, value in state_dict.items()}
+
+
+def without_prefix(state_dict, prefix):
+    return {name.removeprefix(prefix): value for name, value in state_dict.items()}
+
+
+def save_training(paths, *, student, teacher, dino_loss, optimizer, scaler, epoch, args, knn):
+    """Write a training checkpoint to each of `paths` from rank 0. Every rank must call it: each
+    adds its random state.
+
+    The official student is always wrapped in DistributedDataParallel, the teacher only if it has
+    batch norms; the keys say so here whether or not there was a wrapper, so that either code reads
+    the other's file.
+    """
+    rng = gather_objects(random_state())
+    if not is_main_process():
+        return
+    payload = {
+        "student": with_prefix(unwrap(student).state_dict(), "module."),
+        "teacher": with_prefix(
+            unwrap(teacher).state_dict(), "module." if has_batchnorms(teacher) else ""
+        ),
+        "optimizer": optimizer.state_dict(),
+        "epoch": epoch,
+        "args": args,
+        "dino_loss": dino_loss.state_dict(),
+        "rng": rng,
+        "knn": knn,
+    }
+    if scaler.is_enabled():
+        payload["fp16_scaler"] = scaler.state_dict()
+    for path in paths:
+        write_atomically(payload, path)
+
+
+def load_training(path, *, scaler, **objects):
+    """Restore the objects that `save_training` or the official code wrote; return the epoch to go
+    on with, and the k-NN accuracies so far.
+
+    A float16 scaler may be new to the run: where the checkpoint has none, it starts afresh.
+    """
+    checkpoint = read(path, "resume from")
+    if scaler.is_enabled() and "fp16_scaler" in checkpoint:
+        objects["fp16_scaler"] = scaler
+    restore(checkpoint, path, **objects)
+    rng = checkpoint.get("rng", [])
+    if get_rank() < len(rng):
+        set_random_state(rng[get_rank()])
+    return checkpoint["epoch"], checkpoint.get("knn", {})
+
+
+def restore(checkpoint, path, **objects):
+    """Load each object from the entry of its name, in any wrapper. UserError for what is absent or
+    does not fit.
+    """
+    missing = [name for name in [*objects, "epoch"] if name not in checkpoint]
+    if missing:
+        raise UserError(
+            f"resume from {path}: no entry {missing[0]!r}, so this is not a training checkpoint of such a run; it has"
+            f" {', '.join(map(str, checkpoint))}. Move it away, or give another --output_dir."
+        )
+    for name, value in objects.items():
+        what = f"resume from {path}: {name}"
+        if isinstance(value, torch.nn.Module):
+            load_exactly(unwrap(value), without_prefix(checkpoint[name], "module."), what)
+            continue
+        try:
+            value.load_state_dict(checkpoint[name])
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"{what} is not of this run's kind ({error}).") from None
+
+
+def random_state():
+    """States of this process's generators, from which stochastic depth and dropout draw."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def load_exactly(module, state_dict, what):
+    """load_state_dict that names the first keys and shapes that differ, in a UserError."""
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state_dict]
+    problems += [f"{name} is not expected" for name in state_dict if name not in own]
+    problems += [
+        f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in own
+        if name in state_dict and state_dict[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{what} does not fit this network: {'; '.join(problems[:3])}{more}.")
+    module.load_state_dict(state_dict)
+
+
+def save_backbone(path, teacher, *, arch, patch_size, image_size, mean, std):
+    """Write `backbone.pth` from rank 0: clean keys under `teacher`, and how to build and feed the
+    network.
+    """
+    if is_main_process():
+        payload = {
+            "teacher": unwrap(teacher).backbone.state_dict(),
+            "arch": arch,
+            "patch_size": patch_size,
+            "image_size": image_size,
+            "mean": mean,
+            "std": std,
+        }
+        write_atomically(payload, path)
+
+
+def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
+    """The backbone's state dict in any layout: ours, the official full one, or a bare backbone.
+
+    Prefixes of wrappers and the entries of DINO's head are taken off.
+    """
+    if key in checkpoint:
+        state_dict = checkpoint[key]
+    elif checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        state_dict = checkpoint
+    else:
+        raise UserError(
+            f"{flag} {path} has no entry {key!r}; it has {', '.join(map(str, checkpoint))}."
+            " Choose one with --checkpoint_key."
+        )
+    state_dict = without_prefix(state_dict, "module.")
+    if any(name.startswith("backbone.") for name in state_dict):
+        state_dict = {
+            name: value for name, value in state_dict.items() if name.startswith("backbone.")
+        }
+    return without_prefix(state_dict, "backbone.")
+
+
+def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):
+    """Load a backbone's weights from a file or, if `pretrained_weights` is empty, those that the
+    authors published.
+
+    Every tensor of `model` must be there with its shape; a `head` or `fc` that `model` lacks is
+    ignored.
+    """
+    if pretrained_weights:
+        state_dict = backbone_weights(read(pretrained_weights), checkpoint_key, pretrained_weights)
+        what = f"--pretrained_weights {pretrained_weights}"
+    else:
+        state_dict, what = (
+            published_weights(model_name, patch_size),
+            f"the published weights of {model_name}",
+        )
+    if model_name.startswith("xcit_"):
+        from timm.models.xcit import checkpoint_filter_fn  # the official keys, in timm's names
+
+        state_dict = checkpoint_filter_fn(state_dict, model)
+    own = model.state_dict()
+    classifier = [
+        name for name in state_dict if name.startswith(("head.", "fc.")) and name not in own
+    ]
+    state_dict = {name: value for name, value in state_dict.items() if name not in classifier}
+    load_exactly(model, state_dict, what)
+    print0(f"Loaded {len(own)} of {len(own)} tensors from {what}.")
+
+
+def published_weights(arch, patch_size):
+    """State dict of the backbone that the authors released, downloaded once into torch.hub's
+    folder.
+    """
+    file = PUBLISHED_BACKBONES.get((arch, patch_size)) or PUBLISHED_BACKBONES.get((arch, None))
+    if file is None:
+        raise UserError(
+            f"there are no published weights for --arch {arch} --patch_size {patch_size}. Give --pretrained_weights."
+        )
+    try:
+        return torch.hub.load_state_dict_from_url(
+            PUBLISHED_URL + file, map_location="cpu", weights_only=True
+        )
+    except OSError as error:
+        raise UserError(
+            f"no --pretrained_weights, and downloading the published ones from {PUBLISHED_URL + file} failed ({error})."
+        ) from None
+
+
+def restart_from_checkpoint(ckp_path, run_variables=None, **kwargs):
+    """Official interface: if the file exists, load each named object from its entry, and the run
+    variables.
+
+    Unlike the official function it raises UserError where something is absent or does not fit.
+    """
+    if not os.path.isfile(ckp_path):
+        return
+    checkpoint = read(ckp_path, "resume from")
+    restore(
+        checkpoint, ckp_path, **{name: value for name, value in kwargs.items() if value is not None}
+    )
+    for name in run_variables or {}:
+        run_variables[name] = checkpoint.get(name, run_variables[name])

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes: how they find each other (torchrun, Slurm or alone), who is who, and what they add up.
+
+A process alone needs no process group: every function here then answers for a world of one.
+"""
+
+import datetime
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from errors import UserError
+
+# A rank that waits longer than this for the others raises, instead of hanging for torch's 30
+# minutes.
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which process this is and who started it: "torchrun", "slurm" or "python"."""
+
+    launcher: str
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+
+def read_launch(environ=os.environ):
+    """The launch that the environment describes: torchrun's variables, else Slurm's, else one
+    process.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        local_rank = int(environ.get("LOCAL_RANK", 0))
+        return Launch("torchrun", int(environ["RANK"]), int(environ["WORLD_SIZE"]), local_rank)
+    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
+        local_rank = int(environ.get("SLURM_LOCALID", 0))
+        return Launch(
+            "slurm", int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), local_rank
+        )
+    return Launch("python")
+
+
+def slurm_rendezvous(environ=os.environ):
+    """(address, port) on which a Slurm job's processes meet: its first host, and a port that
+    follows from its id.
+
+    Slurm writes its hosts like `gpu[003-005,9],cpu1`.
+    """
+    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "127.0.0.1")
+    prefix, first_number = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts).groups()
+    return prefix + (first_number or ""), 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
+
+
+def init_distributed(device="auto", dist_url="env://"):
+    """Meet the other processes, NCCL on CUDA and gloo on CPUs; return this one's Launch and
+    torch.device.
+    """
+    launch = read_launch()
+    device = choose_device(device, launch)
+    if launch.launcher == "python":
+        return launch, device
+    if launch.launcher == "slurm" and dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"], port = slurm_rendezvous()
+        os.environ.setdefault("MASTER_PORT", str(port))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=dist_url,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=TIMEOUT,
+    )
+    return launch, device
+
+
+def choose_device(name, launch):
+    """torch.device for `--device`: auto takes CUDA where there is any, and each local rank its own
+    GPU.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise UserError(
+            f"--device {name}: PyTorch {torch.__version__} sees no CUDA device. Try --device cpu."
+        )
+    index = launch.local_rank
+    if launch.launcher == "slurm":
+        index %= count  # with --gpus-per-task=1 every task sees one GPU, its own, as number 0
+    if index >= count:
+        raise UserError(
+            f"process {launch.local_rank} of this node has no GPU: there are {count}. Start at most"
+            f" {count} processes per node (--nproc_per_node), or add --device cpu."
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def shut_down():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def get_world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main_process():
+    return get_rank() == 0
+
+
+def print0(*values, **options):
+    """print on rank 0, at once: a log that is read while the job runs must not wait in a buffer."""
+    if is_main_process():
+        print(*values, flush=True, **options)
+
+
+def barrier():
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor):
+    """Add `tensor` up over all processes, in place."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value):
+    """The list of every rank's picklable `value`, on every rank."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_interleaved(rows, total):
+    """All rows of a set of `total` of which rank r holds numbers r, r + world_size, ...: (n_r, *)
+    -> (total, *).
+    """
+    world_size = get_world_size()
+    if world_size == 1:
+        return rows
+    longest = -(-total // world_size)
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(world_size)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+
+def sync_batchnorms(model):
+    """Make every batch norm of `model` use the statistics of all processes; what it returns
+    replaces `model`.
+    """
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.SyncBatchNorm:
+            module.__class__ = AnyDeviceSyncBatchNorm  # the conversion makes only torch's own class
+    return model
+
+
+class AllReduceSum(torch.autograd.Function):
+    """all_reduce_sum with a gradient: that of a sum over processes is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return all_reduce_sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce_sum(grad.clone())
+
+
+class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
+    """torch's SyncBatchNorm, which refuses to train on a CPU, with the same arithmetic over gloo
+    there.
+    """
+
+    def forward(self, x):
+        if x.is_cuda or not self.training:
+            return super().forward(x)
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        count = all_reduce_sum(x.new_tensor(float(x.numel() // x.shape[1])))
+        mean = AllReduceSum.apply(x.sum(dims)) / count
+        centered = x - mean.view(shape)
+        variance = AllReduceSum.apply(centered.square().sum(dims)) / count
+        if self.track_running_stats:
+            self.update_running_stats(mean.detach(), variance.detach() * count / (count - 1))
+        x = centered * (variance + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+    def update_running_stats(self, mean, unbiased_variance):
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(unbiased_variance, momentum)

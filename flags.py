@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines: flags that several scripts share, the ranges of numbers, and which flags were
+really given.
+"""
+
+import argparse
+import math
+import os
+
+from distributed import print0
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose error is one paragraph, without forty lines of usage before it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
+        )
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def given_flags(parser, argv=None):
+    """{name: value} of the flags that the command line really has, defaults left out."""
+    absent = object()
+    names = vars(parser.parse_args([]))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name: value for name, value in vars(args).items() if value is not absent}
+
+
+def number(kind, low=-math.inf, high=math.inf, *, above=None):
+    """An argparse type: `kind` (int or float) in [low, high], and greater than `above` if that is
+    given.
+    """
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole' if kind is int else 'a'} number"
+            ) from None
+        if not low <= value <= high or (above is not None and value <= above):
+            lowest = f"above {above}" if above is not None else f"at least {low}"
+            highest = f" and at most {high}" if high != math.inf else ""
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range: it must be {lowest}{highest}"
+            )
+        return value
+
+    return parse
+
+
+def add_launch_arguments(group):
+    """Where and how to run: the same in every script."""
+    add = group.add_argument
+    add(
+        "--device",
+        default="auto",
+        choices=["auto", "cuda", "cpu"],
+        help="auto takes CUDA if there is any",
+    )
+    add(
+        "--num_workers",
+        default=10,
+        type=number(int, 0),
+        help="loader processes per GPU, at most one for each core",
+    )
+    add(
+        "--dist_url",
+        default="env://",
+        help="where the processes meet; env:// is right for torchrun and for Slurm",
+    )
+    add(
+        "--local_rank",
+        "--local-rank",
+        default=0,
+        type=int,
+        help="set by torch.distributed.launch; not used, as the environment says the same",
+    )
+
+
+def add_weights_arguments(group, patch_size=16):
+    """Which backbone to look at. Our checkpoints, and whole official ones, say what they hold."""
+    add = group.add_argument
+    add(
+        "--pretrained_weights",
+        default="",
+        help="a checkpoint, ours or official, whole or backbone only; without it, the weights that the authors"
+        " published for --arch and --patch_size",
+    )
+    add("--checkpoint_key", default="teacher", help="the network of the checkpoint to take")
+    add(
+        "--arch",
+        default="vit_small",
+        help="architecture; a checkpoint that names its own has it its way",
+    )
+    add(
+        "--patch_size",
+        default=patch_size,
+        type=number(int, 1),
+        help="side of a patch in pixels; likewise",
+    )
+
+
+def loader_workers(requested, world_size=1):
+    """`requested` loader processes or, with a notice, as many as this process's share of the
+    cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    available = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if requested > available:
+        print0(
+            f"--num_workers {requested}: {available} used, as many as there are cores for each process."
+        )
+    return min(requested, available)

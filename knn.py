@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighted k-NN on frozen features (Sec. 4.1, Wu et al. 2018): features over all ranks, then votes.
+
+n training and m test images, D width of the features, C classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from augmentations import eval_transform
+from data import evaluation_loader, list_labelled_images
+from distributed import all_reduce_sum, gather_interleaved, get_rank, get_world_size
+
+SIMILARITY_BYTES = 256 * 2**20  # of a chunk of similarities, which is as many test images as fit
+
+
+@torch.no_grad()
+def extract_features(
+    model, loader, total, device, *, amp_dtype=torch.float32, progress=lambda batches: batches
+):
+    """L2-normalised features (total, D) float32 and labels (total,), of all ranks, on every rank.
+
+    `loader` gives this rank's share: see data.evaluation_loader. `model` is in evaluation mode
+    meanwhile.
+    """
+    training = model.training
+    model.eval()
+    features, labels = [], []
+    for images, targets in progress(loader):
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+            output = model(images.to(device, non_blocking=True))
+        output = output[0] if isinstance(output, tuple) else output
+        features.append(F.normalize(output.float(), dim=1))
+        labels.append(targets.to(device, non_blocking=True))
+    model.train(training)
+    return gather_interleaved(torch.cat(features), total), gather_interleaved(
+        torch.cat(labels), total
+    )
+
+
+def knn_classifier(
+    train_features, train_labels, test_features, test_labels, k, T, num_classes=1000
+):
+    """Official interface: (top-1, top-5) in percent, for one k. See knn_accuracies; here every
+    rank counts all images.
+    """
+    votes = count_correct(
+        train_features, train_labels, test_features, test_labels, [k], T, num_classes
+    )
+    return tuple((100 * votes[0] / len(test_labels)).tolist())
+
+
+def knn_accuracies(
+    train_features, train_labels, test_features, test_labels, ks, temperature, num_classes
+):
+    """{k: (top-1, top-5)} in percent, the test images split over the ranks.
+
+    A class gets exp(cosine / temperature) from each of its images among the k nearest. Top-5 is
+    nan for fewer than 5 classes. `ks` above the number of training images must have been clipped.
+    """
+    share = slice(get_rank(), None, get_world_size())
+    args = (
+        train_features,
+        train_labels,
+        test_features[share],
+        test_labels[share],
+        ks,
+        temperature,
+        num_classes,
+    )
+    correct = all_reduce_sum(count_correct(*args))
+    return {
+        k: tuple(row)
+        for k, row in zip(ks, (100 * correct / len(test_labels)).tolist(), strict=True)
+    }
+
+
+@torch.no_grad()
+def count_correct(
+    train_features, train_labels, test_features, test_labels, ks, temperature, num_classes
+):
+    """Test images whose class is first, and among the first five, by each k's vote: (len(ks), 2)
+    float64.
+    """
+    num_classes = max(num_classes, int(train_labels.max()) + 1)
+    chunk = max(1, SIMILARITY_BYTES // (train_features.element_size() * len(train_features)))
+    correct = torch.zeros(len(ks), 2, dtype=torch.float64, device=train_features.device)
+    for features, labels in zip(test_features.split(chunk), test_labels.split(chunk), strict=True):
+        similarities, neighbours = (features @ train_features.T).topk(max(ks), dim=1)
+        weights, classes = (similarities.float() / temperature).exp(), train_labels[neighbours]
+        for row, k in enumerate(ks):
+            votes = weights.new_zeros(len(features), num_classes).scatter_add_(
+                1, classes[:, :k], weights[:, :k]
+            )
+            hits = votes.argsort(dim=1, descending=True) == labels.view(-1, 1)
+            correct[row, 0] += hits[:, 0].sum()
+            correct[row, 1] += hits[
+                :, : min(5, k)
+            ].sum()  # as officially: with k < 5, that is top-k
+    if num_classes < 5:
+        correct[:, 1] = torch.nan
+    return correct
+
+
+class KnnProbe:
+    """k-NN accuracy of backbones on one labelled folder: official protocol, k = 20."""
+
+    def __init__(
+        self,
+        data_path,
+        image_size,
+        device,
+        *,
+        batch_size,
+        num_workers,
+        amp_dtype=torch.float32,
+        k=20,
+        temperature=0.07,
+    ):
+        options = dict(
+            batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
+        )
+        transform = eval_transform(image_size)
+        paths, labels, self.classes = list_labelled_images(data_path, "train")
+        self.data_path, self.k, self.temperature = data_path, min(k, len(paths)), temperature
+        self.train = evaluation_loader(paths, labels, transform, **options), len(paths)
+        paths, labels, _ = list_labelled_images(data_path, "val", self.classes)
+        self.val = evaluation_loader(paths, labels, transform, **options), len(paths)
+        self.device, self.amp_dtype = device, amp_dtype
+
+    def accuracy(self, backbone):
+        """Top-1 in percent."""
+        train, val = (
+            extract_features(backbone, loader, total, self.device, amp_dtype=self.amp_dtype)
+            for loader, total in (self.train, self.val)
+        )
+        return knn_accuracies(*train, *val, [self.k], self.temperature, len(self.classes))[self.k][
+            0
+        ]
+
+
+def raw_pixels():
+    """The features of someone who has no network: the image at 32 x 32 pixels."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of main_dino.py: the official ones with their defaults, ours beside them, and what
+cannot go together.
+"""
+
+import argparse
+
+from backbones import canonical_name
+from demo import DEMO
+from errors import UserError
+from flags import Parser, add_launch_arguments, given_flags, number
+from presets import PRESETS
+from utils import bool_flag
+from vision_transformer import ARCHITECTURES
+
+
+def get_args_parser():
+    """Parser without --help, for use as a parent."""
+    parser = argparse.ArgumentParser("DINO", add_help=False)
+    add_network_arguments(parser.add_argument_group("networks"))
+    add_teacher_arguments(parser.add_argument_group("teacher"))
+    add_optimisation_arguments(parser.add_argument_group("optimisation"))
+    add_view_arguments(parser.add_argument_group("views"))
+    add_run_arguments(parser.add_argument_group("run"))
+    add_launch_arguments(parser.add_argument_group("launch"))
+    return parser
+
+
+def add_network_arguments(group):
+    add = group.add_argument
+    add(
+        "--arch",
+        default="vit_small",
+        help="vit_tiny, vit_small, vit_base or vit_large; a classifier of torchvision, such as resnet50; an"
+        " XCiT, such as xcit_small_12_p16; or timm:NAME",
+    )
+    add(
+        "--patch_size",
+        default=16,
+        type=number(int, 1),
+        help="side of a ViT's patches in pixels; smaller is better, dearer, and less stable in float16",
+    )
+    add(
+        "--drop_path_rate",
+        default=0.1,
+        type=number(float, 0, 0.99),
+        help="stochastic depth of the student: 0 at its first block, this at its last",
+    )
+    add(
+        "--out_dim",
+        default=65536,
+        type=number(int, 2),
+        help="K, the outputs of the head; thousands are enough for small data",
+    )
+    add(
+        "--norm_last_layer",
+        default=True,
+        type=bool_flag,
+        help="fix the norms of the head's last layer; the authors' ViT-S were better without, and less stable",
+    )
+    add(
+        "--use_bn_in_head",
+        default=False,
+        type=bool_flag,
+        help="batch norms in the head; they keep a run on small data from collapsing",
+    )
+    add(
+        "--head_hidden_dim",
+        default=2048,
+        type=number(int, 1),
+        help="width of the head's hidden layers",
+    )
+    add(
+        "--head_bottleneck_dim",
+        default=256,
+        type=number(int, 1),
+        help="width of what the head normalises",
+    )
+
+
+def add_teacher_arguments(group):
+    add = group.add_argument
+    add(
+        "--momentum_teacher",
+        default=0.996,
+        type=number(float, 0, 1),
+        help="of the moving average at the start; it rises to 1. The authors advise 0.9995 for 256 images a step",
+    )
+    add(
+        "--warmup_teacher_temp",
+        default=0.04,
+        type=number(float, above=0),
+        help="teacher's temperature at the start; lower it if the loss does not fall",
+    )
+    add(
+        "--teacher_temp",
+        default=0.04,
+        type=number(float, above=0),
+        help="teacher's temperature after the warm-up; most runs are unstable above 0.07",
+    )
+    add(
+        "--warmup_teacher_temp_epochs",
+        default=0,
+        type=number(int, 0),
+        help="epochs in which the temperature goes from the one to the other",
+    )
+
+
+def add_optimisation_arguments(group):
+    add = group.add_argument
+    add("--epochs", default=100, type=number(int, 1), help="passes over the images")
+    add("--batch_size_per_gpu", default=64, type=number(int, 1), help="images per process and step")
+    add("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"], help="adamw for a ViT")
+    add(
+        "--lr",
+        default=0.0005,
+        type=number(float, 0),
+        help="highest learning rate, for 256 images a step; it is scaled linearly by the global batch",
+    )
+    add(
+        "--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end, not scaled"
+    )
+    add(
+        "--warmup_epochs",
+        default=10,
+        type=number(int, 0),
+        help="epochs in which the learning rate rises from 0",
+    )
+    add("--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start")
+    add(
+        "--weight_decay_end",
+        default=0.4,
+        type=number(float, 0),
+        help="weight decay at the end, by a cosine",
+    )
+    add(
+        "--clip_grad",
+        default=3.0,
+        type=number(float, 0),
+        help="largest norm of each single gradient tensor, 0 for no limit; 0.3 to 1 help larger ViTs",
+    )
+    add(
+        "--freeze_last_layer",
+        default=1,
+        type=number(int, 0),
+        help="epochs in which the head's last layer stays as it is; more of them if the loss does not fall",
+    )
+    add(
+        "--use_fp16",
+        default=True,
+        type=bool_flag,
+        help="mixed precision where the device has it; false if the loss is unstable",
+    )
+    add(
+        "--amp_dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="type of mixed precision; auto is bfloat16 or else float16 on a GPU, float32 on a CPU",
+    )
+
+
+def add_view_arguments(group):
+    add = group.add_argument
+    add(
+        "--global_crops_scale",
+        default=(0.4, 1.0),
+        nargs="+",
+        type=number(float, 0, 1),
+        help="least and greatest share of the image in a global crop; 0.14 1 if there are no local crops",
+    )
+    add(
+        "--local_crops_scale",
+        default=(0.05, 0.4),
+        nargs="+",
+        type=number(float, 0, 1),
+        help="the same of a local crop",
+    )
+    add(
+        "--local_crops_number",
+        default=8,
+        type=number(int, 0),
+        help="local crops per image; 0 for none",
+    )
+    add(
+        "--global_crop_size",
+        default=224,
+        type=number(int, 1),
+        help="pixels to which a global crop is resized; also the grid of a ViT's position embeddings",
+    )
+    add(
+        "--local_crop_size",
+        default=96,
+        type=number(int, 1),
+        help="pixels to which a local crop is resized",
+    )
+
+
+def add_run_arguments(group):
+    add = group.add_argument
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        help="a named recipe, which sets defaults: see presets.py",
+    )
+    add(
+        "--data_path",
+        default="/path/to/imagenet/train/",
+        help="a folder of images, with or without class folders, or a text file with a path per line;"
+        f" {DEMO!r} for the photographs that come with scikit-image",
+    )
+    add(
+        "--output_dir", default=".", help="for checkpoints and logs; a run that is there is resumed"
+    )
+    add(
+        "--saveckp_freq",
+        default=20,
+        type=number(int, 0),
+        help="epochs between two checkpoints that are kept; 0 keeps the newest alone",
+    )
+    add(
+        "--log_freq",
+        default=10,
+        type=number(int, 1),
+        help="iterations between two lines of the log",
+    )
+    add(
+        "--seed",
+        default=0,
+        type=number(int, 0),
+        help="of the initial weights, the order of images, crops and stochastic depth",
+    )
+    add(
+        "--knn_data_path",
+        default=None,
+        help="a folder with train/ and val/, each of class folders: k-NN accuracy on it is measured while training",
+    )
+    add(
+        "--knn_freq",
+        default=10,
+        type=number(int, 1),
+        help="epochs between two such measurements; the first one is before training",
+    )
+
+
+def parse_args(argv=None):
+    """The flags of a command line, over those of its --preset, over the defaults."""
+    parser = Parser(
+        prog="main_dino.py",
+        parents=[get_args_parser()],
+        description="Train DINO on images without labels.",
+    )
+    args = parser.parse_args(argv)
+    if args.preset:
+        given = given_flags(parser, argv)
+        vars(args).update(
+            {name: value for name, value in PRESETS[args.preset].flags.items() if name not in given}
+        )
+    return args
+
+
+def check_args(args):
+    """Raise UserError for flags that exclude each other, with their values, before anything is
+    opened.
+    """
+    for warmup in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
+        epochs = getattr(args, warmup)
+        if epochs > args.epochs:
+            raise UserError(
+                f"--{warmup} {epochs} is longer than the run, --epochs {args.epochs}: lower the one or raise the other."
+            )
+    for name in ("global_crops_scale", "local_crops_scale"):
+        scale = getattr(args, name)
+        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+            raise UserError(
+                f"--{name} {' '.join(map(str, scale))}: give two shares of the image, above 0, the smaller first."
+            )
+    if canonical_name(args.arch) in ARCHITECTURES:
+        for name in ("global_crop_size", "local_crop_size"):
+            size = getattr(args, name)
+            if size % args.patch_size and (name == "global_crop_size" or args.local_crops_number):
+                raise UserError(
+                    f"--{name} {size} is not a multiple of --patch_size {args.patch_size}: take"
+                    f" {max(1, round(size / args.patch_size)) * args.patch_size}."
+                )
+    if not args.use_fp16 and args.amp_dtype not in ("auto", "float32"):
+        raise UserError(
+            f"--use_fp16 false and --amp_dtype {args.amp_dtype} exclude each other: leave one out."
+        )
