@@ -195,17 +195,13 @@ class Solarization:
         return ImageOps.solarize(image) if random.random() < self.p else image
 
 
-def eval_transform(image_size=224):
-    """Central crop of `image_size` pixels from the image resized to 256/224 of that on its short
-    side.
-    """
+def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Central crop of `image_size` pixels after resizing the short side to 256/224 of that."""
     return transforms.Compose(
         [
-            transforms.Resize(
-                round(image_size * 256 / 224), interpolation=InterpolationMode.BICUBIC
-            ),
+            transforms.Resize(round(image_size * 256 / 224), InterpolationMode.BICUBIC),
             transforms.CenterCrop(image_size),
             transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            transforms.Normalize(mean, std),
         ]
     )

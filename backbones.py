@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--arch` -> (backbone, embed_dim): the only place that knows what an architecture's name means."""
+"""`--arch` -> (backbone, embed_dim): the only place that knows what a name means."""
 
 import difflib
 
@@ -11,10 +11,12 @@ from errors import UserError
 
 # Architectures of torchvision that cannot serve, and what can.
 REFUSED = {
-    "vit_": "torchvision's ViT takes one image size only, so not crops of two; take --arch vit_tiny, vit_small,"
+    "vit_": "torchvision's ViT takes one image size only, so not crops of two; take --arch"
+    " vit_tiny, vit_small,"
     " vit_base or vit_large with --patch_size",
     "maxvit": "it takes one image size only, so not crops of two",
-    "squeezenet": "it classifies by a convolution and has no feature vector; take --arch shufflenet_v2_x1_0",
+    "squeezenet": "it classifies by a convolution and has no feature vector; take --arch"
+    " shufflenet_v2_x1_0",
 }
 
 
@@ -41,7 +43,7 @@ def build_backbone(arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_r
 
 
 def canonical_name(arch):
-    """The ViT that the official code means by `deit_small` and its like; other names as they are."""
+    """The ViT that the official code means by `deit_small`; other names as they are."""
     return arch.replace("deit_", "vit_") if arch.startswith("deit_") else arch
 
 

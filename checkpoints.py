@@ -17,30 +17,8 @@ import numpy as np
 import torch
 
 from backbones import has_batchnorms
-from distributed import gather_objects, get_rank, is_main_process, print0
+from distributed import gather_objects, get_rank, is_main_process
 from errors import UserError
-
-PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/"
-PUBLISHED_BACKBONES = {  # (arch, patch size): file; a ResNet has no patches
-    ("vit_small", 16): "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-    ("vit_small", 8): "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-    ("vit_base", 16): "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-    ("vit_base", 8): "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
-    (
-        "xcit_small_12_p16",
-        None,
-    ): "dino_xcit_small_12_p16_pretrain/dino_xcit_small_12_p16_pretrain.pth",
-    ("xcit_small_12_p8", None): "dino_xcit_small_12_p8_pretrain/dino_xcit_small_12_p8_pretrain.pth",
-    (
-        "xcit_medium_24_p16",
-        None,
-    ): "dino_xcit_medium_24_p16_pretrain/dino_xcit_medium_24_p16_pretrain.pth",
-    (
-        "xcit_medium_24_p8",
-        None,
-    ): "dino_xcit_medium_24_p8_pretrain/dino_xcit_medium_24_p8_pretrain.pth",
-    ("resnet50", None): "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
-}
 
 # What official checkpoints hold besides tensors: their parsed flags, and numbers of numpy. None
 # can run code.
@@ -82,7 +60,8 @@ def read(path, flag="--pretrained_weights"):
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"{flag} {path}: not a checkpoint of tensors and plain values, so it is not opened ({reason})."
+            f"{flag} {path}: not a checkpoint of tensors and plain values, so it is not opened"
+            f" ({reason})."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -154,7 +133,8 @@ def restore(checkpoint, path, **objects):
     missing = [name for name in [*objects, "epoch"] if name not in checkpoint]
     if missing:
         raise UserError(
-            f"resume from {path}: no entry {missing[0]!r}, so this is not a training checkpoint of such a run; it has"
+            f"resume from {path}: no entry {missing[0]!r}, so this is not a training checkpoint"
+            " of such a run; it has"
             f" {', '.join(map(str, checkpoint))}. Move it away, or give another --output_dir."
         )
     for name, value in objects.items():
@@ -212,75 +192,6 @@ def save_backbone(path, teacher, *, arch, patch_size, image_size, mean, std):
             "std": std,
         }
         write_atomically(payload, path)
-
-
-def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
-    """The backbone's state dict in any layout: ours, the official full one, or a bare backbone.
-
-    Prefixes of wrappers and the entries of DINO's head are taken off.
-    """
-    if key in checkpoint:
-        state_dict = checkpoint[key]
-    elif checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        state_dict = checkpoint
-    else:
-        raise UserError(
-            f"{flag} {path} has no entry {key!r}; it has {', '.join(map(str, checkpoint))}."
-            " Choose one with --checkpoint_key."
-        )
-    state_dict = without_prefix(state_dict, "module.")
-    if any(name.startswith("backbone.") for name in state_dict):
-        state_dict = {
-            name: value for name, value in state_dict.items() if name.startswith("backbone.")
-        }
-    return without_prefix(state_dict, "backbone.")
-
-
-def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):
-    """Load a backbone's weights from a file or, if `pretrained_weights` is empty, those that the
-    authors published.
-
-    Every tensor of `model` must be there with its shape; a `head` or `fc` that `model` lacks is
-    ignored.
-    """
-    if pretrained_weights:
-        state_dict = backbone_weights(read(pretrained_weights), checkpoint_key, pretrained_weights)
-        what = f"--pretrained_weights {pretrained_weights}"
-    else:
-        state_dict, what = (
-            published_weights(model_name, patch_size),
-            f"the published weights of {model_name}",
-        )
-    if model_name.startswith("xcit_"):
-        from timm.models.xcit import checkpoint_filter_fn  # the official keys, in timm's names
-
-        state_dict = checkpoint_filter_fn(state_dict, model)
-    own = model.state_dict()
-    classifier = [
-        name for name in state_dict if name.startswith(("head.", "fc.")) and name not in own
-    ]
-    state_dict = {name: value for name, value in state_dict.items() if name not in classifier}
-    load_exactly(model, state_dict, what)
-    print0(f"Loaded {len(own)} of {len(own)} tensors from {what}.")
-
-
-def published_weights(arch, patch_size):
-    """State dict of the backbone that the authors released, downloaded once into torch.hub's
-    folder.
-    """
-    file = PUBLISHED_BACKBONES.get((arch, patch_size)) or PUBLISHED_BACKBONES.get((arch, None))
-    if file is None:
-        raise UserError(
-            f"there are no published weights for --arch {arch} --patch_size {patch_size}. Give --pretrained_weights."
-        )
-    try:
-        return torch.hub.load_state_dict_from_url(
-            PUBLISHED_URL + file, map_location="cpu", weights_only=True
-        )
-    except OSError as error:
-        raise UserError(
-            f"no --pretrained_weights, and downloading the published ones from {PUBLISHED_URL + file} failed ({error})."
-        ) from None
 
 
 def restart_from_checkpoint(ckp_path, run_variables=None, **kwargs):

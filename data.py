@@ -54,8 +54,10 @@ def list_training_images(data_path):
     if path.is_file():
         return read_list(path)
     raise UserError(
-        f"--data_path {data_path}: no such folder or file. Give a folder of images (with or without class"
-        " folders), or a text file with the path of one image per line. --preset demo needs no images."
+        f"--data_path {data_path}: no such folder or file. Give a folder of images (with or"
+        " without class"
+        " folders), or a text file with the path of one image per line. --preset demo needs no"
+        " images."
     )
 
 
@@ -65,7 +67,8 @@ def read_list(path):
         lines = [line.strip() for line in path.read_text().splitlines()]
     except UnicodeDecodeError:
         raise UserError(
-            f"--data_path {path}: this file is not text. Give a folder of images, or a text file with the path"
+            f"--data_path {path}: this file is not text. Give a folder of images, or a text file"
+            " with the path"
             " of one image per line."
         ) from None
     images = [os.path.join(path.parent, line) for line in lines if line]
@@ -88,7 +91,8 @@ def list_labelled_images(data_path, split, classes=None):
     folder = Path(data_path) / split
     if not folder.is_dir():
         raise UserError(
-            f"--data_path {data_path}: no folder {split}/ in it. It must hold train/ and val/, each with one folder"
+            f"--data_path {data_path}: no folder {split}/ in it. It must hold train/ and val/,"
+            " each with one folder"
             " of images per class."
         )
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded data set: tiles of the photographs inside scikit-image. The class of a tile is its photograph."""
+"""The embedded data set: tiles of the photographs inside scikit-image."""
 
 from pathlib import Path
 

@@ -72,7 +72,8 @@ class DINOLoss(nn.Module):
         super().__init__()
         if warmup_teacher_temp_epochs > nepochs:
             raise ValueError(
-                f"the teacher temperature would warm up for {warmup_teacher_temp_epochs} epochs in a run of {nepochs}"
+                f"the teacher temperature would warm up for {warmup_teacher_temp_epochs} epochs"
+                f" in a run of {nepochs}"
             )
         self.ncrops = ncrops
         self.student_temp = student_temp

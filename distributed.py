@@ -15,8 +15,7 @@ from torch import nn
 
 from errors import UserError
 
-# A rank that waits longer than this for the others raises, instead of hanging for torch's 30
-# minutes.
+# A rank that waits longer than this for the others raises; torch's own limit for gloo is 30 minutes.
 TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -31,9 +30,7 @@ class Launch:
 
 
 def read_launch(environ=os.environ):
-    """The launch that the environment describes: torchrun's variables, else Slurm's, else one
-    process.
-    """
+    """The launch that the environment describes: torchrun's, else Slurm's, else one process."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         local_rank = int(environ.get("LOCAL_RANK", 0))
         return Launch("torchrun", int(environ["RANK"]), int(environ["WORLD_SIZE"]), local_rank)
@@ -46,10 +43,10 @@ def read_launch(environ=os.environ):
 
 
 def slurm_rendezvous(environ=os.environ):
-    """(address, port) on which a Slurm job's processes meet: its first host, and a port that
-    follows from its id.
+    """(address, port) on which a Slurm job's processes meet.
 
-    Slurm writes its hosts like `gpu[003-005,9],cpu1`.
+    Its first host, in a list that Slurm writes like `gpu[003-005,9],cpu1`, and a port that follows
+    from the job's id.
     """
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "127.0.0.1")
     prefix, first_number = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts).groups()
@@ -57,8 +54,9 @@ def slurm_rendezvous(environ=os.environ):
 
 
 def init_distributed(device="auto", dist_url="env://"):
-    """Meet the other processes, NCCL on CUDA and gloo on CPUs; return this one's Launch and
-    torch.device.
+    """Meet the other processes; return this one's Launch and torch.device.
+
+    NCCL carries tensors on CUDA, gloo those on a CPU.
     """
     launch = read_launch()
     device = choose_device(device, launch)
@@ -68,7 +66,7 @@ def init_distributed(device="auto", dist_url="env://"):
         os.environ["MASTER_ADDR"], port = slurm_rendezvous()
         os.environ.setdefault("MASTER_PORT", str(port))
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         init_method=dist_url,
         rank=launch.rank,
         world_size=launch.world_size,
@@ -172,7 +170,7 @@ def sync_batchnorms(model):
 
 
 class AllReduceSum(torch.autograd.Function):
-    """all_reduce_sum with a gradient: that of a sum over processes is the sum of their gradients."""
+    """all_reduce_sum with a gradient, which is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx, tensor):

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weighted k-NN accuracy of a frozen backbone (Sec. 4.1).
+
+    python eval_knn.py --pretrained_weights runs/photos/backbone.pth --data_path photos/
+    torchrun --standalone --nproc_per_node=8 eval_knn.py --data_path imagenet/   # published weights
+
+--data_path holds train/ and val/, each with one folder of images per class. For the second command
+the authors report 74.5 with k = 20.
+"""
+
+from pathlib import Path
+
+import torch
+
+from augmentations import eval_transform
+from checkpoints import read, write_atomically
+from data import evaluation_loader, list_labelled_images
+from distributed import init_distributed, is_main_process, print0, shut_down
+from errors import UserError, exit_on_user_error
+from flags import (
+    Parser,
+    add_launch_arguments,
+    add_weights_arguments,
+    given_flags,
+    loader_workers,
+    number,
+)
+from knn import extract_features, knn_accuracies, knn_classifier
+from metrics import progress_bar
+from pretrained import load_backbone
+from utils import bool_flag
+
+__all__ = ["eval_knn", "get_args_parser", "knn_classifier"]
+
+# The official files of --dump_features, in the order in which they are passed around here.
+FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
+
+
+def get_args_parser():
+    parser = Parser(prog="eval_knn.py", description="Weighted k-NN on frozen features.")
+    add_weights_arguments(parser.add_argument_group("backbone"))
+    add = parser.add_argument_group("evaluation").add_argument
+    add(
+        "--data_path",
+        default="/path/to/imagenet/",
+        help="a folder with train/ and val/, each of class folders",
+    )
+    add(
+        "--image_size",
+        default=None,
+        type=number(int, 1),
+        help="pixels of the central crop; by default what the backbone was trained with, else 224",
+    )
+    add(
+        "--nb_knn",
+        default=[10, 20, 100, 200],
+        nargs="+",
+        type=number(int, 1),
+        help="numbers of neighbours; 20 is usually best",
+    )
+    add("--temperature", default=0.07, type=number(float, above=0), help="of the votes")
+    add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per forward pass")
+    add(
+        "--use_cuda",
+        default=True,
+        type=bool_flag,
+        help="keep the features on the GPU, if there is one; false if they do not fit there",
+    )
+    add("--dump_features", default=None, help="folder to write features and labels to")
+    add("--load_features", default=None, help="folder to read them from, instead of any image")
+    add_launch_arguments(parser.add_argument_group("launch"))
+    return parser
+
+
+def eval_knn(args, given=()):
+    """Print and return {k: (top-1, top-5)} in percent. `given`: the flags of the command line."""
+    _, device = init_distributed(args.device, args.dist_url)
+    if args.load_features:
+        features = load_features(args.load_features)
+    else:
+        features = compute_features(args, given, device)
+        if args.dump_features and is_main_process():
+            dump_features(args.dump_features, features)
+    if args.use_cuda:
+        features = [tensor.to(device) for tensor in features]
+    train_features, train_labels, test_features, test_labels = features
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    ks = clip_ks(args.nb_knn, len(train_labels))
+    print0(
+        f"{len(train_labels)} training and {len(test_labels)} test images of {num_classes} classes,"
+        f" features of {train_features.shape[1]} dimensions"
+    )
+    accuracies = knn_accuracies(
+        train_features,
+        train_labels,
+        test_features,
+        test_labels,
+        ks,
+        args.temperature,
+        num_classes,
+    )
+    for k, (top1, top5) in accuracies.items():
+        rest = f", Top5: {top5:.2f}" if num_classes >= 5 else ""
+        print0(f"{k}-NN classifier result: Top1: {top1:.2f}{rest}")
+    shut_down()
+    return accuracies
+
+
+def compute_features(args, given, device):
+    """Features and labels of train/ and val/, in the order of FEATURE_FILES."""
+    train_paths, train_labels, classes = list_labelled_images(args.data_path, "train")
+    test_paths, test_labels, _ = list_labelled_images(args.data_path, "val", classes)
+    pretrained = load_backbone(args, given)
+    transform = eval_transform(
+        args.image_size or pretrained.image_size, pretrained.mean, pretrained.std
+    )
+    features = []
+    for paths, labels in ((train_paths, train_labels), (test_paths, test_labels)):
+        loader = evaluation_loader(
+            paths,
+            labels,
+            transform,
+            batch_size=args.batch_size_per_gpu,
+            num_workers=loader_workers(args.num_workers),
+            pin_memory=device.type == "cuda",
+        )
+        features += extract_features(
+            pretrained.backbone.to(device),
+            progress_bar(loader, "features"),
+            len(paths),
+            device,
+            keep_on_device=args.use_cuda,
+        )
+    return features
+
+
+def dump_features(folder, features):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, tensor in zip(FEATURE_FILES, features, strict=True):
+        write_atomically(tensor.cpu(), Path(folder) / name)
+
+
+def load_features(folder):
+    """What dump_features, or the official script, wrote to `folder`."""
+    features = [read(Path(folder) / name, "--load_features") for name in FEATURE_FILES]
+    for name, tensor, labels in zip(FEATURE_FILES[::2], features[::2], features[1::2], strict=True):
+        if not isinstance(tensor, torch.Tensor) or len(tensor) != len(labels):
+            raise UserError(f"--load_features {folder}: {name} is no table with a row per label.")
+    return features
+
+
+def clip_ks(ks, num_train):
+    """The numbers of neighbours, at most one per training image, with a notice."""
+    clipped = sorted({min(k, num_train) for k in ks})
+    if max(ks) > num_train:
+        print0(f"--nb_knn: there are {num_train} training images, so k is at most {num_train}.")
+    return clipped
+
+
+def main():
+    parser = get_args_parser()
+    with exit_on_user_error("eval_knn.py"):
+        eval_knn(parser.parse_args(), given_flags(parser))
+
+
+if __name__ == "__main__":
+    main()

@@ -88,7 +88,8 @@ def add_weights_arguments(group, patch_size=16):
     add(
         "--pretrained_weights",
         default="",
-        help="a checkpoint, ours or official, whole or backbone only; without it, the weights that the authors"
+        help="a checkpoint, ours or official, whole or backbone only; without it, the weights"
+        " that the authors"
         " published for --arch and --patch_size",
     )
     add("--checkpoint_key", default="teacher", help="the network of the checkpoint to take")
@@ -113,6 +114,7 @@ def loader_workers(requested, world_size=1):
     available = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if requested > available:
         print0(
-            f"--num_workers {requested}: {available} used, as many as there are cores for each process."
+            f"--num_workers {requested}: {available} used, as many as there are cores for each"
+            " process."
         )
     return min(requested, available)

@@ -16,27 +16,24 @@ SIMILARITY_BYTES = 256 * 2**20  # of a chunk of similarities, which is as many t
 
 
 @torch.no_grad()
-def extract_features(
-    model, loader, total, device, *, amp_dtype=torch.float32, progress=lambda batches: batches
-):
+def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, keep_on_device=True):
     """L2-normalised features (total, D) float32 and labels (total,), of all ranks, on every rank.
 
-    `loader` gives this rank's share: see data.evaluation_loader. `model` is in evaluation mode
-    meanwhile.
+    `loader` gives this rank's share of the `total` images: see data.evaluation_loader. `model` is
+    in evaluation mode meanwhile. The result is on the device, or else on the CPU.
     """
     training = model.training
     model.eval()
     features, labels = [], []
-    for images, targets in progress(loader):
+    for images, targets in loader:
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
             output = model(images.to(device, non_blocking=True))
         output = output[0] if isinstance(output, tuple) else output
-        features.append(F.normalize(output.float(), dim=1))
-        labels.append(targets.to(device, non_blocking=True))
+        output = F.normalize(output.float(), dim=1)
+        features.append(output if keep_on_device else output.cpu())
+        labels.append(targets.to(features[-1].device))
     model.train(training)
-    return gather_interleaved(torch.cat(features), total), gather_interleaved(
-        torch.cat(labels), total
-    )
+    return [gather_interleaved(torch.cat(rows), total) for rows in (features, labels)]
 
 
 def knn_classifier(

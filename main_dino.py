@@ -142,8 +142,10 @@ def build_loader(args, pin_memory):
     if len(loader) == 0:
         global_batch = args.batch_size_per_gpu * get_world_size()
         raise UserError(
-            f"--data_path {args.data_path}: {len(paths)} images are fewer than one batch of {global_batch}"
-            f" (--batch_size_per_gpu {args.batch_size_per_gpu} on {get_world_size()} processes). Lower the batch size."
+            f"--data_path {args.data_path}: {len(paths)} images are fewer than one batch of"
+            f" {global_batch}"
+            f" (--batch_size_per_gpu {args.batch_size_per_gpu} on {get_world_size()} processes)."
+            " Lower the batch size."
         )
     return loader
 
@@ -320,7 +322,8 @@ def diverged(what, epoch, iteration, args):
     )
     return (
         f"{what} at epoch {epoch}, iteration {iteration} (--lr {args.lr} for 256 images,"
-        f" {scaled_lr(args):.2g} for this batch); {saved}. Try --use_fp16 false, a lower --lr, a lower --clip_grad"
+        f" {scaled_lr(args):.2g} for this batch); {saved}. Try --use_fp16 false, a lower --lr, a"
+        " lower --clip_grad"
         " such as 0.3, or a lower --teacher_temp."
     )
 
@@ -365,15 +368,19 @@ def report_start(args, launch, device, amp_dtype, loader):
         preset = PRESETS[args.preset]
         print0(f"Preset {args.preset}: {preset.source}. Reported: {preset.reported}.")
     print0(
-        f"{launch.world_size} process(es) by {launch.launcher}, {name}, PyTorch {torch.__version__}, {amp_dtype}\n"
-        f"{images} images, {iterations} iterations of {global_batch} images per epoch, {iterations * args.epochs} in all\n"
-        f"learning rate {args.lr:g} x {global_batch} / 256 = {scaled_lr(args):.3g}; a loss that stays at"
+        f"{launch.world_size} process(es) by {launch.launcher}, {name}, PyTorch"
+        f" {torch.__version__}, {amp_dtype}\n"
+        f"{images} images, {iterations} iterations of {global_batch} images per epoch,"
+        f" {iterations * args.epochs} in all\n"
+        f"learning rate {args.lr:g} x {global_batch} / 256 = {scaled_lr(args):.3g}; a loss that"
+        " stays at"
         f" ln(out_dim) = {math.log(args.out_dim):.3f} means that nothing is learnt"
     )
     if device.type == "cuda" and launch.launcher == "python" and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()
         print0(
-            f"1 of {count} GPUs is used. For all: torchrun --standalone --nproc_per_node={count} main_dino.py ..."
+            f"1 of {count} GPUs is used. For all: torchrun --standalone --nproc_per_node={count}"
+            " main_dino.py ..."
         )
 
 

@@ -4,11 +4,13 @@
 import datetime
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict, deque
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from distributed import all_reduce_sum, is_main_process, print0
 
@@ -118,13 +120,23 @@ class MetricLogger:
         seconds = time.time() - start
         per_iteration = seconds / max(1, total)
         print0(
-            f"{header} Total time: {datetime.timedelta(seconds=int(seconds))} ({per_iteration:.4f} s / it)"
+            f"{header} Total time: {datetime.timedelta(seconds=int(seconds))}"
+            f" ({per_iteration:.4f} s / it)"
         )
 
 
 def is_due(i, total, print_freq):
-    """Whether iteration `i` of `total` is one that is logged: every `print_freq`-th and the last."""
+    """Whether iteration `i` of `total` is logged: every `print_freq`-th is, and the last."""
     return i % print_freq == 0 or i == total - 1
+
+
+def progress_bar(iterable, description):
+    """tqdm around `iterable` on a terminal of rank 0; elsewhere `iterable` itself."""
+    return (
+        tqdm(iterable, description, leave=False)
+        if is_main_process() and sys.stderr.isatty()
+        else iterable
+    )
 
 
 def append_json_line(path, record):

@@ -31,14 +31,16 @@ def add_network_arguments(group):
     add(
         "--arch",
         default="vit_small",
-        help="vit_tiny, vit_small, vit_base or vit_large; a classifier of torchvision, such as resnet50; an"
+        help="vit_tiny, vit_small, vit_base or vit_large; a classifier of torchvision, such as"
+        " resnet50; an"
         " XCiT, such as xcit_small_12_p16; or timm:NAME",
     )
     add(
         "--patch_size",
         default=16,
         type=number(int, 1),
-        help="side of a ViT's patches in pixels; smaller is better, dearer, and less stable in float16",
+        help="side of a ViT's patches in pixels; smaller is better, dearer, and less stable in"
+        " float16",
     )
     add(
         "--drop_path_rate",
@@ -56,7 +58,8 @@ def add_network_arguments(group):
         "--norm_last_layer",
         default=True,
         type=bool_flag,
-        help="fix the norms of the head's last layer; the authors' ViT-S were better without, and less stable",
+        help="fix the norms of the head's last layer; the authors' ViT-S were better without,"
+        " and less stable",
     )
     add(
         "--use_bn_in_head",
@@ -84,7 +87,8 @@ def add_teacher_arguments(group):
         "--momentum_teacher",
         default=0.996,
         type=number(float, 0, 1),
-        help="of the moving average at the start; it rises to 1. The authors advise 0.9995 for 256 images a step",
+        help="of the moving average at the start; it rises to 1. The authors advise 0.9995 for"
+        " 256 images a step",
     )
     add(
         "--warmup_teacher_temp",
@@ -115,7 +119,8 @@ def add_optimisation_arguments(group):
         "--lr",
         default=0.0005,
         type=number(float, 0),
-        help="highest learning rate, for 256 images a step; it is scaled linearly by the global batch",
+        help="highest learning rate, for 256 images a step; it is scaled linearly by the global"
+        " batch",
     )
     add(
         "--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end, not scaled"
@@ -137,13 +142,15 @@ def add_optimisation_arguments(group):
         "--clip_grad",
         default=3.0,
         type=number(float, 0),
-        help="largest norm of each single gradient tensor, 0 for no limit; 0.3 to 1 help larger ViTs",
+        help="largest norm of each single gradient tensor, 0 for no limit; 0.3 to 1 help larger"
+        " ViTs",
     )
     add(
         "--freeze_last_layer",
         default=1,
         type=number(int, 0),
-        help="epochs in which the head's last layer stays as it is; more of them if the loss does not fall",
+        help="epochs in which the head's last layer stays as it is; more of them if the loss"
+        " does not fall",
     )
     add(
         "--use_fp16",
@@ -166,7 +173,8 @@ def add_view_arguments(group):
         default=(0.4, 1.0),
         nargs="+",
         type=number(float, 0, 1),
-        help="least and greatest share of the image in a global crop; 0.14 1 if there are no local crops",
+        help="least and greatest share of the image in a global crop; 0.14 1 if there are no"
+        " local crops",
     )
     add(
         "--local_crops_scale",
@@ -185,7 +193,8 @@ def add_view_arguments(group):
         "--global_crop_size",
         default=224,
         type=number(int, 1),
-        help="pixels to which a global crop is resized; also the grid of a ViT's position embeddings",
+        help="pixels to which a global crop is resized; also the grid of a ViT's position"
+        " embeddings",
     )
     add(
         "--local_crop_size",
@@ -205,7 +214,8 @@ def add_run_arguments(group):
     add(
         "--data_path",
         default="/path/to/imagenet/train/",
-        help="a folder of images, with or without class folders, or a text file with a path per line;"
+        help="a folder of images, with or without class folders, or a text file with a path per"
+        " line;"
         f" {DEMO!r} for the photographs that come with scikit-image",
     )
     add(
@@ -232,7 +242,8 @@ def add_run_arguments(group):
     add(
         "--knn_data_path",
         default=None,
-        help="a folder with train/ and val/, each of class folders: k-NN accuracy on it is measured while training",
+        help="a folder with train/ and val/, each of class folders: k-NN accuracy on it is"
+        " measured while training",
     )
     add(
         "--knn_freq",
@@ -266,13 +277,15 @@ def check_args(args):
         epochs = getattr(args, warmup)
         if epochs > args.epochs:
             raise UserError(
-                f"--{warmup} {epochs} is longer than the run, --epochs {args.epochs}: lower the one or raise the other."
+                f"--{warmup} {epochs} is longer than the run, --epochs {args.epochs}: lower the"
+                " one or raise the other."
             )
     for name in ("global_crops_scale", "local_crops_scale"):
         scale = getattr(args, name)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
             raise UserError(
-                f"--{name} {' '.join(map(str, scale))}: give two shares of the image, above 0, the smaller first."
+                f"--{name} {' '.join(map(str, scale))}: give two shares of the image, above 0,"
+                " the smaller first."
             )
     if canonical_name(args.arch) in ARCHITECTURES:
         for name in ("global_crop_size", "local_crop_size"):

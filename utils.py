@@ -14,10 +14,11 @@ import torch
 
 from augmentations import GaussianBlur, Solarization
 from backbones import has_batchnorms
-from checkpoints import load_pretrained_weights, restart_from_checkpoint
+from checkpoints import restart_from_checkpoint
 from dino import MultiCropWrapper, cancel_gradients_last_layer
 from distributed import get_rank, get_world_size, is_main_process
 from metrics import MetricLogger, SmoothedValue, accuracy
+from pretrained import load_pretrained_weights
 from vision_transformer import trunc_normal_
 
 __all__ = [

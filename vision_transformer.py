@@ -107,7 +107,7 @@ class Attention(nn.Module):
         )
 
     def is_watched(self):
-        """True where somebody's hook or replacement must see the map, so that `fused` will not do."""
+        """True where a hook or a replacement of somebody's must see the map."""
         hooked = (
             module._forward_hooks
             or module._forward_pre_hooks
@@ -189,7 +189,8 @@ class PatchEmbed(nn.Module):
         patch = self.patch_size
         if tuple(self.proj.stride) == (patch, patch) and (height % patch or width % patch):
             raise ValueError(
-                f"an image of {height} x {width} pixels does not divide into patches of {patch} x {patch};"
+                f"an image of {height} x {width} pixels does not divide into patches of {patch}"
+                f" x {patch};"
                 f" {height - height % patch} x {width - width % patch} would"
             )
 

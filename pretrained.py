@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen backbone: from a checkpoint of any layout, or the weights that the authors published."""
+
+import argparse
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import build_backbone, canonical_name
+from checkpoints import load_exactly, read, without_prefix
+from distributed import print0
+from errors import UserError
+from vision_transformer import ARCHITECTURES
+
+PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/"
+PUBLISHED_BACKBONES = {  # (arch, patch size or None where it is in the name): file
+    ("vit_small", 16): "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+    ("vit_small", 8): "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+    ("vit_base", 16): "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
+    ("vit_base", 8): "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
+    (
+        "xcit_small_12_p16",
+        None,
+    ): "dino_xcit_small_12_p16_pretrain/dino_xcit_small_12_p16_pretrain.pth",
+    ("xcit_small_12_p8", None): "dino_xcit_small_12_p8_pretrain/dino_xcit_small_12_p8_pretrain.pth",
+    (
+        "xcit_medium_24_p16",
+        None,
+    ): "dino_xcit_medium_24_p16_pretrain/dino_xcit_medium_24_p16_pretrain.pth",
+    (
+        "xcit_medium_24_p8",
+        None,
+    ): "dino_xcit_medium_24_p8_pretrain/dino_xcit_medium_24_p8_pretrain.pth",
+    ("resnet50", None): "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+}
+
+
+@dataclass
+class Pretrained:
+    """A backbone with its weights, in evaluation mode, and how to feed it."""
+
+    backbone: nn.Module
+    embed_dim: int
+    arch: str
+    patch_size: int
+    image_size: int = 224
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
+
+
+def load_backbone(args, given):
+    """The Pretrained that the flags of `add_weights_arguments` ask for.
+
+    A checkpoint that says what it holds decides; one of the flags `given` on the command line that
+    says otherwise is an error. Without --pretrained_weights: the published weights.
+    """
+    checkpoint = read(args.pretrained_weights) if args.pretrained_weights else {}
+    described = describe(checkpoint)
+    for flag in ("arch", "patch_size"):
+        if flag in given and flag in described and canonical_name(given[flag]) != described[flag]:
+            raise UserError(
+                f"--{flag} {given[flag]}: {args.pretrained_weights} holds a backbone with {flag}"
+                f" {described[flag]}. Leave the flag out."
+            )
+    options = {"arch": canonical_name(args.arch), "patch_size": args.patch_size, **described}
+    arch, patch_size = options["arch"], options["patch_size"]
+    if args.pretrained_weights:
+        weights = backbone_weights(checkpoint, args.checkpoint_key, args.pretrained_weights)
+        source = f"--pretrained_weights {args.pretrained_weights}"
+    else:
+        weights, source = published_weights(arch, patch_size), f"the published weights of {arch}"
+    img_size = trained_img_size(weights, patch_size) if arch in ARCHITECTURES else 224
+    backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size)
+    fit_weights(backbone, weights, arch, source)
+    return Pretrained(backbone.eval(), embed_dim, **options)
+
+
+def describe(checkpoint):
+    """What a checkpoint says of its backbone: a dict with some of the fields of Pretrained.
+
+    `backbone.pth` says it in entries of its own, a training checkpoint, ours or official, in
+    `args`.
+    """
+    args = checkpoint.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    names = {name: name for name in ("arch", "patch_size", "image_size", "mean", "std")}
+    described = {field: checkpoint[name] for field, name in names.items() if name in checkpoint}
+    names = {"arch": "arch", "patch_size": "patch_size", "image_size": "global_crop_size"}
+    described |= {field: args[name] for field, name in names.items() if name in args}
+    if "arch" in described:
+        described["arch"] = canonical_name(described["arch"])
+    return described
+
+
+def trained_img_size(weights, patch_size):
+    """Side in pixels of the images whose patches the position embeddings of a ViT are for."""
+    positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else 0
+    return math.isqrt(positions) * patch_size or 224
+
+
+def backbone_weights(checkpoint, key, path):
+    """The backbone's state dict in any layout: ours, the official full one, or a bare backbone.
+
+    The prefixes of wrappers and the weights of DINO's head are taken off.
+    """
+    if key in checkpoint:
+        state_dict = checkpoint[key]
+    elif checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        state_dict = checkpoint
+    else:
+        raise UserError(
+            f"--pretrained_weights {path} has no entry {key!r}; it has"
+            f" {', '.join(map(str, checkpoint))}. Choose one with --checkpoint_key."
+        )
+    state_dict = without_prefix(state_dict, "module.")
+    if any(name.startswith("backbone.") for name in state_dict):
+        state_dict = {
+            name: value for name, value in state_dict.items() if name.startswith("backbone.")
+        }
+    return without_prefix(state_dict, "backbone.")
+
+
+def published_weights(arch, patch_size):
+    """State dict of the released backbone, downloaded once into torch.hub's folder."""
+    file = PUBLISHED_BACKBONES.get((arch, patch_size)) or PUBLISHED_BACKBONES.get((arch, None))
+    if file is None:
+        raise UserError(
+            f"there are no published weights for --arch {arch} --patch_size {patch_size}: give"
+            " --pretrained_weights."
+        )
+    url = PUBLISHED_URL + file
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(
+            f"without --pretrained_weights the published ones are used, but {url} could not be"
+            f" downloaded ({error})."
+        ) from None
+
+
+def fit_weights(backbone, weights, arch, source):
+    """Load every tensor of `backbone`, or raise; a classifier that it lacks is ignored."""
+    if arch.startswith("xcit_"):
+        from timm.models.xcit import checkpoint_filter_fn  # the official keys, in timm's names
+
+        weights = checkpoint_filter_fn(dict(weights), backbone)
+    own = backbone.state_dict()
+    weights = {
+        name: value
+        for name, value in weights.items()
+        if name in own or not name.startswith(("head.", "fc."))
+    }
+    load_exactly(backbone, weights, f"{source}, as --arch {arch},")
+    print0(f"Loaded {len(own)} of {len(own)} tensors of {arch} from {source}.")
+
+
+def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):
+    """Official interface: load a file or, if it is '', the published weights into `model`.
+
+    Unlike the official function it raises UserError for a file that does not exist or does not fit.
+    """
+    if pretrained_weights:
+        checkpoint = read(pretrained_weights)
+        weights = backbone_weights(checkpoint, checkpoint_key, pretrained_weights)
+    else:
+        weights = published_weights(model_name, patch_size)
+    fit_weights(model, weights, model_name, pretrained_weights or "the published weights")
