@@ -10,7 +10,8 @@ beside it all that is needed to use it.
 
 import argparse
 import os
-import pickle
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -55,17 +56,16 @@ def read(path, flag="--pretrained_weights"):
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file.")
     try:
-        with torch.serialization.safe_globals(SAFE_TYPES):
+        with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of other writers
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"{flag} {path}: not a checkpoint of tensors and plain values, so it is not opened"
-            f" ({reason})."
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{flag} {path}: damaged or not a checkpoint ({reason}).") from None
+    except Exception as error:  # whatever a parser may raise on somebody's bytes
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            problem = f"holds code ({code[1]}) beside tensors and plain values, and is not opened"
+        else:
+            problem = f"damaged, or no checkpoint ({type(error).__name__})"
+        raise UserError(f"{flag} {path}: {problem}.") from None
 
 
 def unwrap(model):

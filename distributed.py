@@ -15,7 +15,7 @@ from torch import nn
 
 from errors import UserError
 
-# A rank that waits longer than this for the others raises; torch's own limit for gloo is 30 minutes.
+# A rank that waits longer than this for the others raises; gloo's own limit is 30 minutes.
 TIMEOUT = datetime.timedelta(minutes=10)
 
 

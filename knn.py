@@ -90,7 +90,8 @@ def count_correct(
             votes = weights.new_zeros(len(features), num_classes).scatter_add_(
                 1, classes[:, :k], weights[:, :k]
             )
-            hits = votes.argsort(dim=1, descending=True) == labels.view(-1, 1)
+            # stable: classes without a vote keep their order, on every device
+            hits = votes.argsort(dim=1, descending=True, stable=True) == labels.view(-1, 1)
             correct[row, 0] += hits[:, 0].sum()
             correct[row, 1] += hits[
                 :, : min(5, k)

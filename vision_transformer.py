@@ -227,9 +227,8 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-        drop_path_rates = torch.linspace(
-            0, drop_path_rate, depth
-        ).tolist()  # none in the first block
+        # Rising linearly from 0 in the first block.
+        drop_path_rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests share: real photographs, small folders of them, and real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
+
+# Two processes with two threads each, on two cores, wait for each other.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+def photograph(name="astronaut.png"):
+    return Image.open(PHOTOGRAPHS / name).convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def class_folders(tmp_path_factory):
+    """train/ and val/ of three classes, 8 and 4 tiles of 48 pixels each, cut from photographs."""
+    root = tmp_path_factory.mktemp("tiles")
+    for name in ("astronaut", "coffee", "chelsea"):
+        image, rng = photograph(f"{name}.png"), np.random.default_rng(0)
+        for part, count in (("train", 8), ("val", 4)):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                left, top = rng.integers(0, 250, 2)
+                image.crop((left, top, left + 48, top + 48)).save(folder / f"{i}.png")
+    return root
+
+
+def run_script(*command, timeout=300, **environ):
+    """`python command ...` in the project's folder, as a user would."""
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def run_torchrun(processes, *command, **options):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
+    return run_script(*launcher, *command, **options)
+
+
+def run_processes(function, world_size, folder, *args):
+    """Results of `function(*args)` in each of `world_size` gloo processes, by rank."""
+    mp.spawn(_run_rank, (function, world_size, str(folder), args), nprocs=world_size)
+    return [
+        torch.load(Path(folder) / f"result{rank}.pth", weights_only=False)
+        for rank in range(world_size)
+    ]
+
+
+def _run_rank(rank, function, world_size, folder, args):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    torch.save(function(*args), f"{folder}/result{rank}.pth")
+    dist.destroy_process_group()
+
+
+# A network and views that train in a second on one core.
+SMALL_RUN = (
+    *("--arch", "vit_nano", "--patch_size", 8, "--global_crop_size", 32, "--local_crop_size", 16),
+    *("--local_crops_number", 2, "--out_dim", 64, "--head_hidden_dim", 32),
+    *("--head_bottleneck_dim", 16, "--batch_size_per_gpu", 4, "--num_workers", 0),
+    *("--epochs", 2, "--warmup_epochs", 1, "--device", "cpu"),
+)

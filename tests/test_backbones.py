@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each kind of `--arch`: what is offered works with crops of two sizes, the rest is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from backbones import build_backbone, check_takes_sizes, has_batchnorms, torchvision_classifiers
+from dino import MultiCropWrapper
+from errors import UserError
+from vision_transformer import DINOHead
+
+SMALL_ONE_OF_EACH_FAMILY = [
+    ("vit_tiny", 192),
+    ("deit_tiny", 192),
+    ("xcit_nano_12_p16", 128),
+    ("resnet18", 512),
+    ("densenet121", 1024),
+    ("mobilenet_v3_small", 1024),
+    ("efficientnet_b0", 1280),
+    ("convnext_tiny", 768),
+    ("swin_t", 768),
+    ("regnet_x_400mf", 400),
+    ("shufflenet_v2_x0_5", 1024),
+    ("googlenet", 1024),
+    ("timm:vit_tiny_patch16_224", 192),
+    ("timm:mobilenetv3_small_050", 1024),
+]
+
+
+@pytest.mark.parametrize(("arch", "width"), SMALL_ONE_OF_EACH_FAMILY)
+def test_a_step_with_crops_of_two_sizes_trains_every_parameter(arch, width):
+    torch.manual_seed(0)
+    backbone, embed_dim = build_backbone(arch, 16, img_size=64)
+    assert embed_dim == width
+    check_takes_sizes(backbone, arch, [64, 96])
+    head = DINOHead(embed_dim, 16, hidden_dim=16, bottleneck_dim=8)
+    network = MultiCropWrapper(backbone, head).train()
+    output = network([torch.randn(2, 3, 96, 96)] * 2 + [torch.randn(2, 3, 64, 64)])
+    assert output.shape == (6, 16)
+    output.square().sum().backward()
+    # what gets no gradient would make DistributedDataParallel wait for it for ever
+    without = [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_no_dropout_blurs_the_features_of_a_network_in_train_mode():
+    backbone, _ = build_backbone("efficientnet_b0", drop_path_rate=0.0)
+    assert not any(module.p for module in backbone.modules() if isinstance(module, nn.Dropout))
+
+
+@pytest.mark.parametrize("arch", ["convnext_tiny", "swin_t", "efficientnet_b0"])
+def test_stochastic_depth_of_torchvision_rises_to_the_given_rate(arch):
+    from torchvision.ops import StochasticDepth
+
+    for rate in (0.0, 0.2):
+        backbone, _ = build_backbone(arch, drop_path_rate=rate)
+        rates = [m.p for m in backbone.modules() if isinstance(m, StochasticDepth)]
+        assert max(rates) == pytest.approx(rate)
+        assert min(rates) == 0
+
+
+def test_deit_is_the_old_name_of_the_same_vit():
+    with torch.device("meta"):
+        old, new = build_backbone("deit_small", 8)[0], build_backbone("vit_small", 8)[0]
+    assert {n: p.shape for n, p in old.named_parameters()} == {
+        n: p.shape for n, p in new.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "hint"),
+    [
+        ("vit_smal", "vit_small"),
+        ("resnet5", "resnet50"),
+        ("xcit_small_p16", "xcit_small_12_p16"),
+        ("timm:vit_tiny_patch16", "vit_tiny_patch16_224"),
+        ("get_model", "timm:NAME"),
+        ("nn", "timm:NAME"),
+        ("vit_b_16", "vit_base"),
+        ("squeezenet1_0", "no feature vector"),
+        ("maxvit_t", "one image size only"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_with_what_can(arch, hint):
+    with pytest.raises(UserError, match=rf"--arch {arch}: .*{hint}"):
+        build_backbone(arch)
+
+
+def test_a_network_of_one_size_is_refused_before_training():
+    backbone, _ = build_backbone("timm:mixer_s32_224")
+    with pytest.raises(UserError, match="timm:mixer_s32_224 does not take crops of 96 pixels"):
+        check_takes_sizes(backbone, "timm:mixer_s32_224", [224, 96])
+
+
+def test_helpers_of_torchvision_are_no_architectures():
+    assert "resnet50" in torchvision_classifiers()
+    assert not {"get_model", "list_models", "resnet"} & set(torchvision_classifiers())
+
+
+def test_batch_norms_are_found_in_backbone_and_head():
+    assert has_batchnorms(build_backbone("resnet18")[0])
+    assert not has_batchnorms(build_backbone("vit_tiny")[0])
+    assert has_batchnorms(DINOHead(8, 8, use_bn=True, hidden_dim=8))

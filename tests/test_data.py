@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images on disk: which are found, how they are served, what a wrong --data_path is told."""
+
+import os
+
+import pytest
+import torch
+from conftest import photograph
+from torchvision.datasets import ImageFolder
+
+from augmentations import DataAugmentationDINO
+from data import (
+    EpochSampler,
+    LabelledImages,
+    TrainingImages,
+    UnreadableImage,
+    list_labelled_images,
+    list_training_images,
+    read_image,
+    training_loader,
+)
+from errors import UserError
+
+
+def test_class_folders_are_listed_in_the_order_of_image_folder(class_folders):
+    expected = ImageFolder(class_folders / "train")
+    assert list_training_images(class_folders / "train") == [path for path, _ in expected.samples]
+    paths, labels, classes = list_labelled_images(class_folders, "train")
+    assert list(zip(paths, labels.tolist(), strict=True)) == expected.samples
+    assert classes == expected.classes
+
+
+def test_flat_and_nested_folders_need_no_classes(tmp_path):
+    for name in ("b.jpg", "a.PNG", "deep/er/c.webp", "notes.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".txt":
+            path.write_text("not an image")
+        else:
+            photograph().resize((8, 8)).save(path)
+    names = [os.path.relpath(path, tmp_path) for path in list_training_images(tmp_path)]
+    assert names == ["a.PNG", "b.jpg", "deep/er/c.webp"]
+
+
+def test_links_are_followed_once_even_in_a_circle(tmp_path):
+    photograph().resize((8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "circle").symlink_to(tmp_path)
+    elsewhere = tmp_path.parent / f"{tmp_path.name}_elsewhere"
+    elsewhere.mkdir()
+    photograph().resize((8, 8)).save(elsewhere / "b.png")
+    (tmp_path / "linked").symlink_to(elsewhere)
+    names = [os.path.basename(path) for path in list_training_images(tmp_path)]
+    assert names == ["a.png", "b.png"]
+
+
+def test_a_list_of_paths_is_read_relative_to_its_own_folder(tmp_path):
+    for name in ("a b.png", "c.png"):
+        photograph().resize((8, 8)).save(tmp_path / name)
+    listing = tmp_path / "images.txt"
+    listing.write_text(f"a b.png\n\n{tmp_path / 'c.png'}\n")
+    found = list_training_images(listing)
+    assert found == [str(tmp_path / "a b.png"), str(tmp_path / "c.png")]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such folder or file"),
+        (lambda path: path.mkdir(), "no image in this folder"),
+        (lambda path: path.write_text("\n"), "this list of images is empty"),
+        (lambda path: path.write_text("nowhere.png\n"), "line 1 names .*nowhere.png"),
+        (lambda path: photograph().save(path, "png"), "this file is not text"),
+    ],
+)
+def test_a_wrong_data_path_is_named_with_what_to_give_instead(tmp_path, make, message):
+    path = tmp_path / "given"
+    make(path)
+    with pytest.raises(UserError, match=message) as error:
+        list_training_images(path)
+    assert f"--data_path {path}" in str(error.value)
+
+
+def test_labels_agree_between_train_and_val_when_val_lacks_a_class(tmp_path):
+    for folder in ("train/a", "train/b", "train/c", "val/a", "val/c"):
+        (tmp_path / folder).mkdir(parents=True)
+        photograph().resize((8, 8)).save(tmp_path / folder / "0.png")
+    _, _, classes = list_labelled_images(tmp_path, "train")
+    assert list_labelled_images(tmp_path, "val", classes)[1].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ([], "no folder train/ in it"),
+        (["train"], "no class folders"),
+        (["train/a"], "hold no image"),
+    ],
+)
+def test_a_wrong_labelled_folder_is_told_what_it_must_hold(tmp_path, folders, message):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(UserError, match=message):
+        list_labelled_images(tmp_path, "train")
+
+
+def test_a_class_that_only_val_has_is_an_error(class_folders, tmp_path):
+    (tmp_path / "val" / "zebra").mkdir(parents=True)
+    with pytest.raises(UserError, match="zebra"):
+        list_labelled_images(tmp_path, "val", ["horse"])
+
+
+def test_an_unreadable_image_is_named_in_the_error_and_in_the_batch(tmp_path):
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    photograph().resize((64, 64)).save(good)
+    bad.write_bytes(good.read_bytes()[:200])
+    with pytest.raises(UnreadableImage, match=r"bad\.png.*Repair or remove it"):
+        read_image(bad)
+    augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 0, 16)
+    loader = training_loader(
+        [str(good), str(bad)], augmentation, batch_size=2, num_workers=1, seed=0, pin_memory=False
+    )
+    with pytest.raises(UnreadableImage, match=r"bad\.png"):
+        next(iter(loader))
+    assert isinstance(LabelledImages([str(bad)], [0], None)[0], UnreadableImage)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_every_mode_of_pillow_becomes_three_channels(tmp_path, mode):
+    suffix = ".tif" if mode == "CMYK" else ".png"
+    source = photograph().resize((16, 16))
+    image = source.convert("I").convert("I;16") if mode == "I;16" else source.convert(mode)
+    image.save(tmp_path / f"image{suffix}")
+    assert read_image(tmp_path / f"image{suffix}").mode == "RGB"
+
+
+def batches(paths, workers, epoch):
+    augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 16, 8)
+    loader = training_loader(
+        paths, augmentation, batch_size=5, num_workers=workers, seed=3, pin_memory=False
+    )
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def test_views_do_not_depend_on_the_number_of_workers_or_on_what_ran_before(class_folders):
+    paths = list_training_images(class_folders / "train")
+    alone, other_epoch = batches(paths, 0, epoch=4), batches(paths, 0, epoch=5)
+    with_workers = batches(paths, 2, epoch=4)
+    assert len(alone) == 24 // 5
+    assert [tuple(view.shape) for view in alone[0]] == [(5, 3, 16, 16)] * 2 + [(5, 3, 8, 8)]
+    for batch, same, other in zip(alone, with_workers, other_epoch, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+        assert not torch.equal(batch[0], other[0])
+
+
+def test_ranks_share_the_global_batch_that_one_process_would_see():
+    images = TrainingImages([""] * 23, None)
+    whole = EpochSampler(images, 1, 0, seed=7)
+    ranks = [EpochSampler(images, 2, rank, seed=7) for rank in (0, 1)]
+    for sampler in (whole, *ranks):
+        sampler.set_epoch(2)
+    one = list(whole)
+    two = [list(sampler) for sampler in ranks]
+    for step in range(5):
+        together = {*two[0][2 * step : 2 * step + 2], *two[1][2 * step : 2 * step + 2]}
+        assert together == set(one[4 * step : 4 * step + 4])
+    assert all(epoch == 2 for epoch, _ in one)

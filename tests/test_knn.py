@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weighted k-NN against its definition, and eval_knn.py as a user runs it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_processes, run_script, run_torchrun
+
+import knn
+from augmentations import eval_transform
+from backbones import build_backbone
+from checkpoints import save_backbone
+from data import evaluation_loader, list_labelled_images
+from dino import MultiCropWrapper
+from eval_knn import knn_classifier
+from vision_transformer import DINOHead
+
+
+def clusters(count, classes, seed, dim=16):
+    """Unit features around one direction per class, and labels; every class occurs."""
+    rng = np.random.default_rng(seed)
+    directions = np.random.default_rng(99).standard_normal((classes, dim))
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, count - classes)])
+    features = directions[labels] + 1.5 * rng.standard_normal((count, dim))
+    features = F.normalize(torch.tensor(features, dtype=torch.float32), dim=1)
+    return features, torch.tensor(labels)
+
+
+def by_definition(train, train_labels, test, test_labels, k, temperature):
+    """Image by image: each neighbour votes for its class with exp(cosine / temperature)."""
+    classes = int(train_labels.max()) + 1
+    first = among_five = 0
+    for feature, label in zip(test.double().numpy(), test_labels.tolist(), strict=True):
+        cosines = train.double().numpy() @ feature
+        votes = np.zeros(classes)
+        for i in np.argsort(-cosines)[:k]:
+            votes[train_labels[i]] += math.exp(cosines[i] / temperature)
+        ranking = np.argsort(-votes, kind="stable").tolist()
+        first += ranking[0] == label
+        among_five += label in ranking[: min(5, k)]
+    return 100 * first / len(test), 100 * among_five / len(test)
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_votes_equal_the_definition(k):
+    train, test = clusters(300, 12, seed=0), clusters(70, 12, seed=1)
+    found = knn_classifier(*train, *test, k, 0.07, num_classes=12)
+    assert found == pytest.approx(by_definition(*train, *test, k, 0.07))
+    assert 20 < found[0] < 95, "neither chance nor perfect: the comparison can fail"
+
+
+def test_counts_every_image_of_a_set_smaller_than_a_hundred_and_larger_than_a_chunk(monkeypatch):
+    train, test = clusters(300, 12, seed=0), clusters(99, 12, seed=1)
+    whole = knn_classifier(*train, *test, 10, 0.07)
+    monkeypatch.setattr(knn, "SIMILARITY_BYTES", 4 * 300 * 7)  # seven test images at a time
+    assert knn_classifier(*train, *test, 10, 0.07) == whole
+    assert whole == pytest.approx(by_definition(*train, *test, 10, 0.07))
+
+
+def test_more_than_a_thousand_classes():
+    train, test = clusters(3000, 1500, seed=0, dim=64), clusters(1500, 1500, seed=1, dim=64)
+    found = knn_classifier(*train, *test, 5, 0.07)
+    assert found == pytest.approx(by_definition(*train, *test, 5, 0.07))
+
+
+def test_no_top_5_where_there_are_fewer_than_five_classes():
+    train, test = clusters(50, 4, seed=0), clusters(20, 4, seed=1)
+    top1, top5 = knn_classifier(*train, *test, 10, 0.07, num_classes=4)
+    assert top1 > 25
+    assert math.isnan(top5)
+
+
+def test_all_ks_in_one_pass_equal_one_pass_for_each():
+    train, test = clusters(300, 12, seed=0), clusters(70, 12, seed=1)
+    together = knn.knn_accuracies(*train, *test, [1, 5, 20], 0.07, 12)
+    assert together == {k: knn_classifier(*train, *test, k, 0.07) for k in (1, 5, 20)}
+
+
+def features_and_accuracy(root):
+    torch.manual_seed(0)
+    backbone, _ = build_backbone("vit_nano", 8, img_size=32)
+    both = []
+    for part in ("train", "val"):
+        paths, labels, _ = list_labelled_images(root, part)
+        paths, labels = paths[:-1], labels[:-1]  # 23 and 11: two processes get unequal shares
+        loader = evaluation_loader(
+            paths, labels, eval_transform(32), batch_size=4, num_workers=0, pin_memory=False
+        )
+        both += knn.extract_features(backbone, loader, len(paths), torch.device("cpu"))
+    return both, knn.knn_accuracies(*both, [3], 0.07, 3)
+
+
+def test_two_processes_count_every_image_once(class_folders, tmp_path):
+    features, accuracy = features_and_accuracy(class_folders)
+    assert [len(tensor) for tensor in features] == [23, 23, 11, 11]
+    for rank_features, rank_accuracy in run_processes(
+        features_and_accuracy, 2, tmp_path, class_folders
+    ):
+        for alone, shared in zip(features, rank_features, strict=True):
+            # another composition of batches rounds otherwise
+            torch.testing.assert_close(alone, shared, rtol=0, atol=1e-5)
+        assert rank_accuracy[3][0] == pytest.approx(accuracy[3][0])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "backbone.pth"
+    torch.manual_seed(0)
+    backbone, embed_dim = build_backbone("vit_nano", 8, img_size=32)
+    head = DINOHead(embed_dim, 8, hidden_dim=8, bottleneck_dim=8)
+    save_backbone(
+        path,
+        MultiCropWrapper(backbone, head),
+        arch="vit_nano",
+        patch_size=8,
+        image_size=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+    )
+    return path
+
+
+def test_script_needs_a_checkpoint_and_a_folder_only(checkpoint, class_folders, tmp_path):
+    flags = ("--pretrained_weights", checkpoint, "--num_workers", 0, "--device", "cpu")
+    alone = run_script(
+        "eval_knn.py", *flags, "--data_path", class_folders, "--dump_features", tmp_path / "dumped"
+    )
+    assert alone.returncode == 0, alone.stderr
+    assert "Loaded 78 of 78 tensors of vit_nano" in alone.stdout
+    assert "--nb_knn: there are 24 training images, so k is at most 24." in alone.stdout
+    results = [line for line in alone.stdout.splitlines() if "classifier result" in line]
+    assert [line.split("-")[0] for line in results] == ["10", "20", "24"]
+    assert "Top5" not in alone.stdout  # three classes
+    loaded = run_script("eval_knn.py", "--load_features", tmp_path / "dumped", "--device", "cpu")
+    assert [line for line in loaded.stdout.splitlines() if "classifier" in line] == results
+    shared = run_torchrun(2, "eval_knn.py", *flags, "--data_path", class_folders)
+    assert [line for line in shared.stdout.splitlines() if "classifier" in line] == results
+
+
+def test_script_refuses_flags_that_contradict_the_checkpoint(checkpoint, class_folders):
+    result = run_script(
+        *("eval_knn.py", "--pretrained_weights", checkpoint, "--data_path", class_folders),
+        *("--arch", "vit_base", "--device", "cpu"),
+    )
+    assert result.returncode == 2
+    assert f"--arch vit_base: {checkpoint} holds a backbone with arch vit_nano" in result.stderr
+    assert "Traceback" not in result.stderr
