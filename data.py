@@ -172,10 +172,15 @@ def collate_readable(items):
 
 
 class ImageLoader(DataLoader):
-    """A DataLoader that raises the UnreadableImage that comes instead of a batch."""
+    """A DataLoader that raises the UnreadableImage that comes instead of a batch.
+
+    Its seed for the workers, which nothing here uses, comes from a generator of its own: else torch's
+    global one would move on, and with it stochastic depth.
+    """
 
     def __init__(self, dataset, **options):
-        super().__init__(dataset, collate_fn=collate_readable, **options)
+        generator = torch.Generator()
+        super().__init__(dataset, collate_fn=collate_readable, generator=generator, **options)
 
     def __iter__(self):
         for batch in super().__iter__():

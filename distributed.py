@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from errors import UserError
@@ -158,14 +159,16 @@ def gather_interleaved(rows, total):
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
 
-def sync_batchnorms(model):
-    """Make every batch norm of `model` use the statistics of all processes; what it returns
-    replaces `model`.
+def sync_batchnorms(model, device):
+    """Make each batch norm of `model` use the statistics of all processes; returns the new model.
+
+    torch's SyncBatchNorm, also when wrapped for gloo, refuses a CPU: there ours takes its place.
     """
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = AnyDeviceSyncBatchNorm  # the conversion makes only torch's own class
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = GlooSyncBatchNorm  # same parameters, buffers and hooks
     return model
 
 
@@ -181,14 +184,13 @@ class AllReduceSum(torch.autograd.Function):
         return all_reduce_sum(grad.clone())
 
 
-class AnyDeviceSyncBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm, which refuses to train on a CPU, with the same arithmetic over gloo
-    there.
-    """
+class GlooSyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm of (B, C, *) over all processes' rows, on any device and backend."""
 
     def forward(self, x):
-        if x.is_cuda or not self.training:
-            return super().forward(x)
+        if not self.training:
+            statistics = (self.running_mean, self.running_var)
+            return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
         dims = [dim for dim in range(x.ndim) if dim != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         count = all_reduce_sum(x.new_tensor(float(x.numel() // x.shape[1])))

@@ -108,7 +108,8 @@ def train_dino(args):
         (output_dir / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
 
     # ---- training ----
-    measure_knn(probe, knn, epochs_done=start_epoch, backbone=unwrap(teacher).backbone)
+    if start_epoch == 0:
+        measure_knn(probe, knn, epochs_done=0, backbone=unwrap(teacher).backbone)
     for epoch in range(start_epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
         stats = train_one_epoch(state, loader, schedules, epoch, args, amp_dtype)
@@ -196,7 +197,7 @@ def build_networks(args, device):
     if get_world_size() > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         if has_batchnorms(student):
-            student, teacher = sync_batchnorms(student), sync_batchnorms(teacher)
+            student, teacher = sync_batchnorms(student, device), sync_batchnorms(teacher, device)
             teacher = DistributedDataParallel(teacher, device_ids=device_ids)
         student = DistributedDataParallel(student, device_ids=device_ids)
     teacher.requires_grad_(False)
@@ -329,8 +330,8 @@ def diverged(what, epoch, iteration, args):
 
 
 def measure_knn(probe, knn, epochs_done, backbone):
-    """Add the accuracy of `backbone` to `knn`, unless it is there from before a resume."""
-    if probe is not None and epochs_done not in knn:
+    """Add the accuracy of `backbone` to `knn`, if there is a probe."""
+    if probe is not None:
         knn[epochs_done] = probe.accuracy(backbone)
         print0(f"k-NN accuracy of the teacher after {epochs_done} epochs: {knn[epochs_done]:.1f} %")
 
@@ -367,14 +368,18 @@ def report_start(args, launch, device, amp_dtype, loader):
     if args.preset:
         preset = PRESETS[args.preset]
         print0(f"Preset {args.preset}: {preset.source}. Reported: {preset.reported}.")
+    processes = "process" if launch.world_size == 1 else "processes"
     print0(
-        f"{launch.world_size} process(es) by {launch.launcher}, {name}, PyTorch"
-        f" {torch.__version__}, {amp_dtype}\n"
+        f"{launch.world_size} {processes} by {launch.launcher}, {name}, PyTorch {torch.__version__},"
+        f" {str(amp_dtype).removeprefix('torch.')}"
+    )
+    print0(
         f"{images} images, {iterations} iterations of {global_batch} images per epoch,"
-        f" {iterations * args.epochs} in all\n"
-        f"learning rate {args.lr:g} x {global_batch} / 256 = {scaled_lr(args):.3g}; a loss that"
-        " stays at"
-        f" ln(out_dim) = {math.log(args.out_dim):.3f} means that nothing is learnt"
+        f" {iterations * args.epochs} in all"
+    )
+    print0(
+        f"learning rate {args.lr:g} x {global_batch} / 256 = {scaled_lr(args):.3g}; a loss that stays"
+        f" at ln(out_dim) = {math.log(args.out_dim):.3f} means that nothing is learnt"
     )
     if device.type == "cuda" and launch.launcher == "python" and torch.cuda.device_count() > 1:
         count = torch.cuda.device_count()

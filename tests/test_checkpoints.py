@@ -214,7 +214,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
 
 def plain_pickle(payload, path):
     with open(path, "wb") as file:
-        pickle.dump(payload, file)
+        pickle.dump(payload, file, protocol=2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines: official defaults, presets, help without a network, refusals in a paragraph."""
+
+import argparse
+
+import pytest
+from conftest import run_script
+
+import main_dino
+from errors import UserError
+from flags import given_flags
+from presets import PRESETS
+from training_flags import check_args, parse_args
+
+OFFICIAL_DEFAULTS = dict(
+    arch="vit_small",
+    patch_size=16,
+    out_dim=65536,
+    norm_last_layer=True,
+    momentum_teacher=0.996,
+    use_bn_in_head=False,
+    warmup_teacher_temp=0.04,
+    teacher_temp=0.04,
+    warmup_teacher_temp_epochs=0,
+    use_fp16=True,
+    weight_decay=0.04,
+    weight_decay_end=0.4,
+    clip_grad=3.0,
+    batch_size_per_gpu=64,
+    epochs=100,
+    freeze_last_layer=1,
+    lr=0.0005,
+    warmup_epochs=10,
+    min_lr=1e-6,
+    optimizer="adamw",
+    drop_path_rate=0.1,
+    global_crops_scale=(0.4, 1.0),
+    local_crops_number=8,
+    local_crops_scale=(0.05, 0.4),
+    data_path="/path/to/imagenet/train/",
+    output_dir=".",
+    saveckp_freq=20,
+    seed=0,
+    num_workers=10,
+    dist_url="env://",
+    local_rank=0,
+)
+
+
+def test_official_flags_have_their_official_defaults():
+    parser = argparse.ArgumentParser("DINO", parents=[main_dino.get_args_parser()])
+    args = vars(parser.parse_args([]))
+    assert {name: args[name] for name in OFFICIAL_DEFAULTS} == OFFICIAL_DEFAULTS
+
+
+def test_a_preset_sets_defaults_and_a_given_flag_wins_even_at_its_default():
+    args = parse_args(["--preset", "vitb16", "--epochs", "100"])
+    assert args.epochs == 100
+    assert args.arch == "vit_base"
+    assert args.global_crops_scale == (0.25, 1.0)
+    assert args.momentum_teacher == 0.996
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_consists_of_flags_that_go_together_and_says_its_source(name):
+    args = parse_args(["--preset", name])
+    check_args(args)
+    preset = PRESETS[name]
+    assert set(preset.flags) <= set(vars(args))
+    assert preset.source
+    assert preset.reported
+
+
+def test_given_flags_are_those_on_the_command_line_only():
+    parser = argparse.ArgumentParser(parents=[main_dino.get_args_parser()])
+    assert given_flags(parser, ["--lr", "0.0005", "--seed", "3"]) == {"lr": 0.0005, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--epochs 5", "--warmup_epochs 10 is longer than the run, --epochs 5"),
+        (
+            "--epochs 10 --warmup_teacher_temp_epochs 30",
+            "--warmup_teacher_temp_epochs 30 is longer than the run, --epochs 10",
+        ),
+        ("--global_crops_scale 1 0.4", "--global_crops_scale 1.0 0.4: .* the smaller first"),
+        ("--local_crops_scale 0.1", "--local_crops_scale 0.1: give two"),
+        ("--global_crop_size 100", "--global_crop_size 100 is not a multiple .* take 96"),
+        ("--local_crop_size 90 --patch_size 8", "--local_crop_size 90 .* take 88"),
+        ("--use_fp16 false --amp_dtype float16", "exclude each other"),
+    ],
+)
+def test_flags_that_cannot_go_together_are_refused_with_their_values(flags, message):
+    with pytest.raises(UserError, match=message):
+        check_args(parse_args(flags.split()))
+
+
+SCRIPTS = ["main_dino.py", "eval_knn.py"]
+
+# Every attempt to reach another machine is an error.
+NO_NETWORK = """
+import runpy, socket, sys
+def refuse(*args, **kwargs):
+    raise OSError("no network")
+socket.socket.connect = socket.getaddrinfo = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_network(script):
+    result = run_script("-c", NO_NETWORK, script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "--num_workers" in result.stdout
+    assert "(default: " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("main_dino.py --use_fp16 maybe", "'maybe' is neither true"),
+        ("main_dino.py --batch_size_per_gpu 0", "0 is out of range: it must be at least 1"),
+        ("main_dino.py --teacher_temp 0", "must be above 0"),
+        ("main_dino.py --drop_path_rate 1.5", "at least 0 and at most 0.99"),
+        ("main_dino.py --epochs ten", "'ten' is not a whole number"),
+        ("main_dino.py --no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("main_dino.py --preset fast", "invalid choice: 'fast'"),
+        ("main_dino.py --device cpu --data_path nowhere", "--data_path nowhere: no such folder"),
+        ("main_dino.py --device cpu --data_path LICENSE", "line 1 names"),
+        ("main_dino.py --device cpu --data_path demo --arch vit_smal", "Close to it: vit_small"),
+        ("eval_knn.py --nb_knn 0", "0 is out of range"),
+        ("eval_knn.py --device cpu", "--data_path /path/to/imagenet/: no folder train/ in it"),
+    ],
+)
+def test_a_mistake_is_one_paragraph_and_exit_code_2(command, message, tmp_path):
+    result = run_script(*command.split(), *output_dir(command, tmp_path / "run"))
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def output_dir(command, path):
+    return ("--output_dir", path) if command.startswith("main_dino") else ()
