@@ -21,30 +21,28 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import utils
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, DataAugmentationDINO
-from backbones import build_backbone, canonical_name, check_takes_sizes, has_batchnorms, is_vit
+from backbones import canonical_name
 from checkpoints import load_training, save_backbone, save_training, unwrap
 from data import list_training_images, training_loader
 from demo import DEMO, write_demo_images
-from dino import DINOLoss, MultiCropWrapper, cancel_gradients_last_layer, update_teacher
+from dino import DINOLoss, cancel_gradients_last_layer, update_teacher
 from distributed import (
     all_reduce_sum,
     get_world_size,
     init_distributed,
     print0,
     shut_down,
-    sync_batchnorms,
 )
 from errors import Diverged, UserError, exit_on_user_error
 from flags import loader_workers
-from knn import KnnProbe, raw_pixels
+from knn import KnnProbe
 from metrics import MetricLogger, append_json_line, is_due
-from presets import PRESETS
+from networks import build_optimizer, build_student_and_teacher
+from report import report_end, report_start
 from training_flags import check_args, get_args_parser, parse_args
-from vision_transformer import DINOHead
 
 
 @dataclass
@@ -79,7 +77,20 @@ def train_dino(args):
     probe = build_probe(args, device, amp_dtype)
 
     # ---- student and teacher, loss, optimizer ----
-    student, teacher = build_networks(args, device)
+    student, teacher = build_student_and_teacher(
+        args.arch,
+        device,
+        patch_size=args.patch_size,
+        crop_sizes=[args.global_crop_size, args.local_crop_size][
+            : 1 + (args.local_crops_number > 0)
+        ],
+        drop_path_rate=args.drop_path_rate,
+        out_dim=args.out_dim,
+        use_bn_in_head=args.use_bn_in_head,
+        norm_last_layer=args.norm_last_layer,
+        hidden_dim=args.head_hidden_dim,
+        bottleneck_dim=args.head_bottleneck_dim,
+    )
     dino_loss = DINOLoss(
         args.out_dim,
         2 + args.local_crops_number,
@@ -94,7 +105,15 @@ def train_dino(args):
     )  # else it does nothing
     state = TrainState(student, teacher, dino_loss, optimizer, scaler)
     schedules = Schedules(args, len(loader))
-    report_start(args, launch, device, amp_dtype, loader)
+    report_start(
+        args,
+        launch,
+        device,
+        amp_dtype,
+        images=len(loader.dataset),
+        iterations=len(loader),
+        scaled_lr=scaled_lr(args),
+    )
 
     # ---- resume ----
     utils.fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
@@ -163,54 +182,6 @@ def build_probe(args, device, amp_dtype):
         num_workers=loader_workers(args.num_workers),
         amp_dtype=amp_dtype,
     )
-
-
-def build_networks(args, device):
-    """Student and teacher on `device`, with equal weights; no gradient ever reaches the teacher.
-
-    With several processes the student is in a DistributedDataParallel and, if there are batch
-    norms, so is the teacher, and all of them use the statistics of the global batch.
-    """
-    options = dict(patch_size=args.patch_size, img_size=args.global_crop_size)
-    backbone, embed_dim = build_backbone(args.arch, drop_path_rate=args.drop_path_rate, **options)
-    if not is_vit(backbone):
-        sizes = (
-            {args.global_crop_size, args.local_crop_size}
-            if args.local_crops_number
-            else {args.global_crop_size}
-        )
-        check_takes_sizes(backbone, args.arch, sorted(sizes))
-
-    def head(norm_last_layer):
-        return DINOHead(
-            embed_dim,
-            args.out_dim,
-            use_bn=args.use_bn_in_head,
-            norm_last_layer=norm_last_layer,
-            hidden_dim=args.head_hidden_dim,
-            bottleneck_dim=args.head_bottleneck_dim,
-        )
-
-    student = MultiCropWrapper(backbone, head(args.norm_last_layer)).to(device)
-    teacher = MultiCropWrapper(build_backbone(args.arch, **options)[0], head(True)).to(device)
-    teacher.load_state_dict(student.state_dict())
-    if get_world_size() > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
-        if has_batchnorms(student):
-            student, teacher = sync_batchnorms(student, device), sync_batchnorms(teacher, device)
-            teacher = DistributedDataParallel(teacher, device_ids=device_ids)
-        student = DistributedDataParallel(student, device_ids=device_ids)
-    teacher.requires_grad_(False)
-    return student, teacher
-
-
-def build_optimizer(name, params_groups):
-    """AdamW, SGD or LARS; learning rate and weight decay are set at every step."""
-    if name == "adamw":
-        return torch.optim.AdamW(params_groups, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(params_groups, lr=0, momentum=0.9)
-    return utils.LARS(params_groups)
 
 
 class Schedules:
@@ -352,52 +323,6 @@ def save_epoch(state, output_dir, epoch, args, knn):
         image_size=args.global_crop_size,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-    )
-
-
-def report_start(args, launch, device, amp_dtype, loader):
-    """Print every flag with its value, and what follows from them."""
-    images, iterations = len(loader.dataset), len(loader)
-    global_batch = args.batch_size_per_gpu * launch.world_size
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print0(*[f"{flag}: {value}" for flag, value in sorted(vars(args).items())], sep="\n")
-    if args.preset:
-        preset = PRESETS[args.preset]
-        print0(f"Preset {args.preset}: {preset.source}. Reported: {preset.reported}.")
-    processes = "process" if launch.world_size == 1 else "processes"
-    print0(
-        f"{launch.world_size} {processes} by {launch.launcher}, {name}, PyTorch {torch.__version__},"
-        f" {str(amp_dtype).removeprefix('torch.')}"
-    )
-    print0(
-        f"{images} images, {iterations} iterations of {global_batch} images per epoch,"
-        f" {iterations * args.epochs} in all"
-    )
-    print0(
-        f"learning rate {args.lr:g} x {global_batch} / 256 = {scaled_lr(args):.3g}; a loss that stays"
-        f" at ln(out_dim) = {math.log(args.out_dim):.3f} means that nothing is learnt"
-    )
-    if device.type == "cuda" and launch.launcher == "python" and torch.cuda.device_count() > 1:
-        count = torch.cuda.device_count()
-        print0(
-            f"1 of {count} GPUs is used. For all: torchrun --standalone --nproc_per_node={count}"
-            " main_dino.py ..."
-        )
-
-
-def report_end(probe, knn):
-    """The accuracy before and after, and that of no network at all."""
-    if probe is None:
-        return
-    print0(
-        f"k-NN accuracy (k = {probe.k}) on held-out images of {probe.data_path}:\n"
-        f"  raw pixels         {probe.accuracy(raw_pixels()):5.1f} %\n"
-        f"  untrained backbone {knn[0]:5.1f} %\n"
-        f"  trained backbone   {knn[max(knn)]:5.1f} %"
     )
 
 
