@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: written atomically, read without running code in them, and never half loaded.
 
-A training checkpoint holds the official entries, `student`, `teacher`, `optimizer`, `epoch` (of
-the next epoch), `args`, `dino_loss` and, with float16, `fp16_scaler`, under the official key
-names; `args` is a plain dict. Ours beside them: `rng`, the random state of each rank, and `knn`,
-accuracies measured so far. `backbone.pth` holds the teacher's backbone alone, under `teacher`, and
-beside it all that is needed to use it.
+A training checkpoint holds the official entries, `student`, `teacher`, `optimizer`, `dino_loss`,
+`epoch` (of the next epoch), `args` and, with float16, `fp16_scaler`, under the official key names;
+`args` is a plain dict. Ours beside them: `rng`, the random state of each rank, and `best_knn`.
+
+`backbone.pth` holds the teacher's backbone alone, under `teacher`, and beside it all that is needed
+to use it.
 """
 
 import argparse
@@ -81,49 +82,49 @@ def without_prefix(state_dict, prefix):
     return {name.removeprefix(prefix): value for name, value in state_dict.items()}
 
 
-def save_training(paths, *, student, teacher, dino_loss, optimizer, scaler, epoch, args, knn):
-    """Write a training checkpoint to each of `paths` from rank 0. Every rank must call it: each
-    adds its random state.
+def save_training(paths, state, progress, args):
+    """Write a training checkpoint to each of `paths` from rank 0; every rank must call it.
+
+    `state`: student, teacher, dino_loss, optimizer and scaler by these names; `progress` and
+    `args`: dicts of plain values.
 
     The official student is always wrapped in DistributedDataParallel, the teacher only if it has
     batch norms; the keys say so here whether or not there was a wrapper, so that either code reads
     the other's file.
     """
-    rng = gather_objects(random_state())
+    rng = gather_objects(random_state())  # each rank adds its own
     if not is_main_process():
         return
+    teacher_prefix = "module." if has_batchnorms(state["teacher"]) else ""
     payload = {
-        "student": with_prefix(unwrap(student).state_dict(), "module."),
-        "teacher": with_prefix(
-            unwrap(teacher).state_dict(), "module." if has_batchnorms(teacher) else ""
-        ),
-        "optimizer": optimizer.state_dict(),
-        "epoch": epoch,
+        "student": with_prefix(unwrap(state["student"]).state_dict(), "module."),
+        "teacher": with_prefix(unwrap(state["teacher"]).state_dict(), teacher_prefix),
+        "optimizer": state["optimizer"].state_dict(),
+        "dino_loss": state["dino_loss"].state_dict(),
         "args": args,
-        "dino_loss": dino_loss.state_dict(),
         "rng": rng,
-        "knn": knn,
+        **progress,
     }
-    if scaler.is_enabled():
-        payload["fp16_scaler"] = scaler.state_dict()
+    if state["scaler"].is_enabled():
+        payload["fp16_scaler"] = state["scaler"].state_dict()
     for path in paths:
         write_atomically(payload, path)
 
 
-def load_training(path, *, scaler, **objects):
-    """Restore the objects that `save_training` or the official code wrote; return the epoch to go
-    on with, and the k-NN accuracies so far.
+def load_training(path, state, progress):
+    """Restore `state` and `progress` from what `save_training` or the official code wrote.
 
     A float16 scaler may be new to the run: where the checkpoint has none, it starts afresh.
     """
     checkpoint = read(path, "resume from")
-    if scaler.is_enabled() and "fp16_scaler" in checkpoint:
-        objects["fp16_scaler"] = scaler
+    objects = {name: value for name, value in state.items() if name != "scaler"}
+    if state["scaler"].is_enabled() and "fp16_scaler" in checkpoint:
+        objects["fp16_scaler"] = state["scaler"]
     restore(checkpoint, path, **objects)
+    progress.update({name: checkpoint[name] for name in progress if name in checkpoint})
     rng = checkpoint.get("rng", [])
     if get_rank() < len(rng):
         set_random_state(rng[get_rank()])
-    return checkpoint["epoch"], checkpoint.get("knn", {})
 
 
 def restore(checkpoint, path, **objects):

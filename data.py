@@ -174,7 +174,7 @@ def collate_readable(items):
 class ImageLoader(DataLoader):
     """A DataLoader that raises the UnreadableImage that comes instead of a batch.
 
-    Its seed for the workers, which nothing here uses, comes from a generator of its own: else torch's
+    It draws a seed for its workers, which nothing here uses, from a generator of its own: torch's
     global one would move on, and with it stochastic depth.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded data set: tiles of the photographs inside scikit-image. A tile's class is its photograph."""
+"""The embedded data set: tiles of photographs that come with scikit-image, and are the classes."""
 
 from pathlib import Path
 
@@ -28,47 +28,54 @@ PHOTOGRAPHS = (
     "rocket.jpg",
 )
 TILE = 32  # pixels
-TILES = {"train": 100, "val": 80}  # of each photograph
-GRID = 4  # blocks per side, of which one in each row and column is for validation
+# Tiles of each photograph: many without a label to train on, few with one for the k-NN.
+UNLABELLED, LABELLED, HELD_OUT = 200, 50, 80
+GRID = 4  # blocks per side, of which one in each row and column is held out
 
 
 def write_demo_images(folder):
-    """Write train/ and val/ below `folder`, with a folder per photograph; return (train/, folder).
+    """Write images/, without labels, and train/ and val/, with a folder per photograph, to `folder`.
 
-    Rank 0 writes, and the tiles are always the same ones. Those of validation come from blocks of
-    the photograph that no training tile touches.
+    Returns the paths (of images/, of `folder`). Rank 0 writes, and the tiles are always the same
+    ones. Those of val/ come from blocks of the photograph that no other tile touches.
     """
     folder = Path(folder)
     if is_main_process():
         rng = np.random.default_rng(0)
         for name in PHOTOGRAPHS:
-            for split, count in TILES.items():
-                write_tiles(name, folder / split / Path(name).stem, split, count, rng)
+            stem = Path(name).stem
+            blocks, held_out_blocks = split_blocks(*open_photograph(name).size)
+            write_tiles(name, blocks, UNLABELLED, folder / "images", f"{stem}_", rng)
+            write_tiles(name, blocks, LABELLED, folder / "train" / stem, "", rng)
+            write_tiles(name, held_out_blocks, HELD_OUT, folder / "val" / stem, "", rng)
     barrier()
-    return str(folder / "train"), str(folder)
+    return str(folder / "images"), str(folder)
 
 
-def write_tiles(name, folder, split, count, rng):
-    """`count` tiles at random places of random blocks of one photograph, as 000.png and so on."""
+def open_photograph(name):
     import skimage  # a second, for those who want the demo
 
-    image = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
+    return Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
+
+
+def write_tiles(name, blocks, count, folder, prefix, rng):
+    """`count` tiles at random places of random blocks, as `prefix`000.png and so on."""
+    image = open_photograph(name)
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = split_blocks(*image.size)[split]
     for number in range(count):
         left, top, right, bottom = blocks[rng.integers(len(blocks))]
         x, y = rng.integers(left, right - TILE + 1), rng.integers(top, bottom - TILE + 1)
-        image.crop((x, y, x + TILE, y + TILE)).save(folder / f"{number:03}.png")
+        image.crop((x, y, x + TILE, y + TILE)).save(folder / f"{prefix}{number:03}.png")
 
 
 def split_blocks(width, height):
-    """{"train": boxes, "val": boxes}: the blocks of a GRID x GRID division, (left, top, right, bottom)."""
-    blocks = {"train": [], "val": []}
+    """(blocks to train on, blocks held out) of a GRID x GRID division: (left, top, right, bottom)."""
+    train, held_out = [], []
     for row in range(GRID):
         for column in range(GRID):
             left, right = width * column // GRID, width * (column + 1) // GRID
             top, bottom = height * row // GRID, height * (row + 1) // GRID
-            # a knight's move apart: one block of validation in each row and each column
-            is_val = column == (2 * row + row // 2) % GRID
-            blocks["val" if is_val else "train"].append((left, top, right, bottom))
-    return blocks
+            # a knight's move apart: one in each row and each column
+            is_held_out = column == (2 * row + row // 2) % GRID
+            (held_out if is_held_out else train).append((left, top, right, bottom))
+    return train, held_out

@@ -14,8 +14,6 @@ a run.
 """
 
 import argparse
-import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +28,6 @@ from data import list_training_images, training_loader
 from demo import DEMO, write_demo_images
 from dino import DINOLoss, cancel_gradients_last_layer, update_teacher
 from distributed import (
-    all_reduce_sum,
     get_world_size,
     init_distributed,
     print0,
@@ -39,8 +36,9 @@ from distributed import (
 from errors import Diverged, UserError, exit_on_user_error
 from flags import loader_workers
 from knn import KnnProbe
-from metrics import MetricLogger, append_json_line, is_due
 from networks import build_optimizer, build_student_and_teacher
+from plots import draw_first_views, draw_run
+from recorder import Recorder
 from report import report_end, report_start
 from training_flags import check_args, get_args_parser, parse_args
 
@@ -56,6 +54,14 @@ class TrainState:
     dino_loss: DINOLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+
+
+@dataclass
+class Progress:
+    """How far a run is. Its fields are entries of the checkpoint."""
+
+    epoch: int = 0  # epochs done
+    best_knn: float = 0.0  # percent, of the best teacher so far
 
 
 def train_dino(args):
@@ -118,26 +124,42 @@ def train_dino(args):
     # ---- resume ----
     utils.fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
     output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint, start_epoch = output_dir / "checkpoint.pth", 0
-    knn = {}  # epochs done: k-NN accuracy of the teacher's backbone
+    checkpoint, progress = output_dir / "checkpoint.pth", Progress()
+    recorder = Recorder(
+        output_dir,
+        dino_loss,
+        freeze_last_layer=args.freeze_last_layer,
+        log_freq=args.log_freq,
+        tensorboard=args.tensorboard,
+    )
     if checkpoint.exists():
-        start_epoch, knn = load_training(checkpoint, **vars(state))
-        print0(f"Resumed from {checkpoint}: {start_epoch} of {args.epochs} epochs are done.")
-    elif launch.rank == 0:
-        (output_dir / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        load_training(checkpoint, vars(state), vars(progress))
+        recorder.log.rewind(progress.epoch, progress.epoch * len(loader))
+        print0(f"Resumed from {checkpoint}: {progress.epoch} of {args.epochs} epochs are done.")
+    else:
+        recorder.log.start(vars(args))
+        draw_first_views(output_dir / "augmentations.png", loader.dataset)
+        measure_knn(probe, state, 0, 0, recorder)
 
     # ---- training ----
-    if start_epoch == 0:
-        measure_knn(probe, knn, epochs_done=0, backbone=unwrap(teacher).backbone)
-    for epoch in range(start_epoch, args.epochs):
+    for epoch in range(progress.epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
-        stats = train_one_epoch(state, loader, schedules, epoch, args, amp_dtype)
-        check_weights(student, epoch, args)
-        if (epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs:
-            measure_knn(probe, knn, epochs_done=epoch + 1, backbone=unwrap(teacher).backbone)
-        save_epoch(state, output_dir, epoch, args, knn)
-        append_json_line(output_dir / "log.txt", {**stats, "knn_teacher": knn.get(epoch + 1)})
-    report_end(probe, knn)
+        means = train_one_epoch(state, loader, schedules, epoch, args, amp_dtype, recorder)
+        names = checkpoint_names(epoch, args.saveckp_freq)
+        progress.epoch = epoch + 1
+        if progress.epoch % args.knn_freq == 0 or progress.epoch == args.epochs:
+            knn = measure_knn(probe, state, progress.epoch, progress.epoch * len(loader), recorder)
+            means |= knn
+            if knn.get("knn_teacher", 0.0) > progress.best_knn:
+                progress.best_knn = knn["knn_teacher"]
+                names.append("checkpoint_best_knn.pth")
+        save_training(
+            [output_dir / name for name in names], vars(state), vars(progress), vars(args)
+        )
+        save_teacher(output_dir / "backbone.pth", teacher, args)
+        recorder.log.epoch(means)
+        draw_run(output_dir)
+    report_end(probe, recorder.log)
     shut_down()
 
 
@@ -203,37 +225,29 @@ def scaled_lr(args):
     return args.lr * args.batch_size_per_gpu * get_world_size() / 256
 
 
-def train_one_epoch(state, loader, schedules, epoch, args, amp_dtype):
+def train_one_epoch(state, loader, schedules, epoch, args, amp_dtype, recorder):
     """All steps of an epoch; returns its line of log.txt, means over iterations and processes."""
-    logger = MetricLogger(delimiter="  ")
     device = state.dino_loss.center.device
-    losses = []  # of the steps since the last logged one, still on the device
-    for i, images in enumerate(
-        logger.log_every(loader, args.log_freq, f"Epoch: [{epoch}/{args.epochs}]")
-    ):
+    for i, images in enumerate(recorder.steps(loader, epoch, args.epochs)):
         it = epoch * len(loader) + i
-        loss = train_step(
-            state,
-            [view.to(device, non_blocking=True) for view in images],
+        scheduled = dict(
             lr=schedules.lr[it],
             weight_decay=schedules.weight_decay[it],
             momentum=schedules.momentum[it],
+        )
+        loss, grad_norm = train_step(
+            state,
+            [view.to(device, non_blocking=True) for view in images],
+            **scheduled,
             epoch=epoch,
             clip_grad=args.clip_grad,
             freeze_last_layer=args.freeze_last_layer,
             amp_dtype=amp_dtype,
         )
-        losses.append(loss)
-        logger.update(lr=schedules.lr[it], wd=schedules.weight_decay[it])
-        if is_due(i, len(loader), args.log_freq):
-            for number, value in enumerate(mean_over_processes(losses), start=i + 1 - len(losses)):
-                if not math.isfinite(value):
-                    raise Diverged(diverged(f"loss is {value}", epoch, number, args))
-                logger.update(loss=value)
-            losses = []
-    return {f"train_{name}": logger.meters[name].global_avg for name in ("loss", "lr", "wd")} | {
-        "epoch": epoch
-    }
+        teacher_temp = float(state.dino_loss.teacher_temp_schedule[epoch])
+        recorder.add(it, loss, grad_norm, **scheduled, teacher_temp=teacher_temp)
+    check_weights(state.student, epoch)
+    return recorder.end_epoch()
 
 
 def train_step(
@@ -241,8 +255,8 @@ def train_step(
 ):
     """One update of student, center and teacher: Algorithm 1 with multi-crop.
 
-    `images`: the V views, each (B, 3, S, S). Returns the loss, on the device: nothing here waits
-    for it.
+    `images`: the V views, each (B, 3, S, S). Returns the loss and the norm of all gradients before
+    clipping, both on the device: nothing here waits for it.
     """
     set_lr_and_weight_decay(state.optimizer, lr, weight_decay)
     with torch.autocast(images[0].device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
@@ -253,13 +267,12 @@ def train_step(
     state.optimizer.zero_grad()
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
-    if clip_grad:
-        utils.clip_gradients(state.student, clip_grad)
+    norms = utils.clip_gradients(state.student, clip_grad)
     cancel_gradients_last_layer(epoch, state.student, freeze_last_layer)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     update_teacher(state.student, state.teacher, momentum)
-    return loss.detach()
+    return loss.detach(), torch.stack(norms).norm()
 
 
 def set_lr_and_weight_decay(optimizer, lr, weight_decay):
@@ -269,55 +282,49 @@ def set_lr_and_weight_decay(optimizer, lr, weight_decay):
     optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
-def mean_over_processes(losses):
-    """Scalars on the device -> their means over all processes, as floats: the only wait for the
-    device.
-    """
-    return (all_reduce_sum(torch.stack(losses)) / get_world_size()).tolist()
-
-
-def check_weights(student, epoch, args):
-    """Raise Diverged unless every weight is finite: the last step may have broken them after a
-    finite loss.
-    """
+def check_weights(student, epoch):
+    """Raise Diverged for a weight that is not finite, which a step after a finite loss can leave."""
     norms = torch.stack(torch._foreach_norm(list(student.parameters())))
     if not norms.isfinite().all():
-        raise Diverged(diverged("a weight is no longer finite", epoch, "the last", args))
+        raise Diverged(f"a weight is no longer finite at the end of epoch {epoch}")
 
 
-def diverged(what, epoch, iteration, args):
-    checkpoint = Path(args.output_dir) / "checkpoint.pth"
-    saved = (
-        f"{checkpoint} is as the epoch before left it"
-        if checkpoint.exists()
-        else "no checkpoint was written yet"
+def explain_divergence(error, args):
+    """The error, with what is saved and what to try."""
+    saved = Path(args.output_dir) / "checkpoint.pth"
+    kept = (
+        f"{saved} is as the last good epoch left it" if saved.exists() else "nothing is saved yet"
     )
-    return (
-        f"{what} at epoch {epoch}, iteration {iteration} (--lr {args.lr} for 256 images,"
-        f" {scaled_lr(args):.2g} for this batch); {saved}. Try --use_fp16 false, a lower --lr, a"
-        " lower --clip_grad"
-        " such as 0.3, or a lower --teacher_temp."
+    return Diverged(
+        f"{error} (--lr {args.lr:g} for 256 images, {scaled_lr(args):.3g} for this batch); {kept}."
+        " Try --use_fp16 false if the precision was not float32 already, a lower --lr, a lower"
+        " --clip_grad such as 0.3, a lower --teacher_temp."
     )
 
 
-def measure_knn(probe, knn, epochs_done, backbone):
-    """Add the accuracy of `backbone` to `knn`, if there is a probe."""
-    if probe is not None:
-        knn[epochs_done] = probe.accuracy(backbone)
-        print0(f"k-NN accuracy of the teacher after {epochs_done} epochs: {knn[epochs_done]:.1f} %")
+def measure_knn(probe, state, epochs, iterations, recorder):
+    """k-NN accuracy of both backbones: {"knn_teacher": percent, "knn_student": percent}."""
+    if probe is None:
+        return {}
+    accuracies = {
+        f"knn_{name}": probe.accuracy(unwrap(getattr(state, name)).backbone)
+        for name in ("teacher", "student")
+    }
+    recorder.log.knn(epochs, iterations, accuracies)
+    return accuracies
 
 
-def save_epoch(state, output_dir, epoch, args, knn):
-    """checkpoint.pth and, every --saveckp_freq epochs, checkpointNNNN.pth; the teacher's backbone
-    by itself.
-    """
-    paths = [output_dir / "checkpoint.pth"]
-    if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-        paths.append(output_dir / f"checkpoint{epoch:04}.pth")
-    save_training(paths, **vars(state), epoch=epoch + 1, args=vars(args), knn=knn)
+def checkpoint_names(epoch, saveckp_freq):
+    """The newest, and every so many epochs one that stays, by the official names."""
+    kept = saveckp_freq and epoch % saveckp_freq == 0
+    return ["checkpoint.pth", f"checkpoint{epoch:04}.pth"] if kept else ["checkpoint.pth"]
+
+
+def save_teacher(path, teacher, args):
+    """The teacher's backbone, with all that the evaluation scripts need to know of it."""
     save_backbone(
-        output_dir / "backbone.pth",
-        state.teacher,
+        path,
+        teacher,
         arch=canonical_name(args.arch),
         patch_size=args.patch_size,
         image_size=args.global_crop_size,
@@ -327,8 +334,12 @@ def save_epoch(state, output_dir, epoch, args, knn):
 
 
 def main():
+    args = parse_args()
     with exit_on_user_error("main_dino.py"):
-        train_dino(parse_args())
+        try:
+            train_dino(args)
+        except Diverged as error:
+            raise explain_divergence(error, args) from None
 
 
 if __name__ == "__main__":

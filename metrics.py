@@ -3,6 +3,7 @@
 
 import datetime
 import json
+import resource
 import statistics
 import sys
 import time
@@ -75,6 +76,7 @@ class MetricLogger:
     def __init__(self, delimiter="\t"):
         self.meters = defaultdict(SmoothedValue)
         self.delimiter = delimiter
+        self.lap_start, self.waited, self.lap_iterations = time.time(), 0.0, 0
 
     def update(self, **values):
         for name, value in values.items():
@@ -96,33 +98,45 @@ class MetricLogger:
             meter.synchronize_between_processes()
 
     def log_every(self, iterable, print_freq, header=""):
-        """Yield from `iterable`; after every `print_freq`-th item and the last, print a line on
-        rank 0.
+        """Yield from `iterable`, and show progress on rank 0: a bar on a terminal, else lines.
 
-        The line has progress, time left, the meters, and seconds per iteration: in all, and
-        waiting for data.
+        A line comes after every `print_freq`-th item and after the last: progress, time left, the
+        meters, and seconds per iteration, in all and waiting for data.
         """
-        iteration_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
+        iteration_time = SmoothedValue(fmt="{avg:.4f}")
+        data_time = SmoothedValue(fmt="{avg:.4f}")
         total = len(iterable)
+        bar = tqdm(total=total, desc=header, disable=not on_terminal(), leave=False)
+        self.lap()
         start = end = time.time()
         for i, item in enumerate(iterable):
             data_time.update(time.time() - end)
+            self.waited += data_time.value
+            self.lap_iterations += 1
             yield item
             iteration_time.update(time.time() - end)
+            bar.update()
             if is_due(i, total, print_freq):
+                bar.set_postfix_str(str(self))
                 left = datetime.timedelta(seconds=int(iteration_time.global_avg * (total - i - 1)))
                 fields = [header, f"[{i:{len(str(total))}d}/{total}]", f"eta: {left}", str(self)]
                 fields += [f"time: {iteration_time}", f"data: {data_time}"]
                 if torch.cuda.is_initialized():
                     fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-                print0(self.delimiter.join(fields))
+                if bar.disable:
+                    print0(self.delimiter.join(fields))
             end = time.time()
+        bar.close()
         seconds = time.time() - start
-        per_iteration = seconds / max(1, total)
-        print0(
-            f"{header} Total time: {datetime.timedelta(seconds=int(seconds))}"
-            f" ({per_iteration:.4f} s / it)"
-        )
+        took = datetime.timedelta(seconds=int(seconds))
+        print0(f"{header} Total time: {took} ({seconds / max(1, total):.4f} s / it)")
+
+    def lap(self):
+        """(seconds, seconds of them spent waiting for data, iterations) since the last call."""
+        now = time.time()
+        lap = now - self.lap_start, self.waited, self.lap_iterations
+        self.lap_start, self.waited, self.lap_iterations = now, 0.0, 0
+        return lap
 
 
 def is_due(i, total, print_freq):
@@ -130,20 +144,103 @@ def is_due(i, total, print_freq):
     return i % print_freq == 0 or i == total - 1
 
 
+def on_terminal():
+    """Whether this is rank 0 with a person watching."""
+    return is_main_process() and sys.stderr.isatty()
+
+
 def progress_bar(iterable, description):
-    """tqdm around `iterable` on a terminal of rank 0; elsewhere `iterable` itself."""
-    return (
-        tqdm(iterable, description, leave=False)
-        if is_main_process() and sys.stderr.isatty()
-        else iterable
-    )
+    """tqdm around `iterable` where a person watches, for loops that print nothing."""
+    return tqdm(iterable, description, leave=False, disable=not on_terminal())
 
 
-def append_json_line(path, record):
-    """Add one JSON object to a file of lines, from rank 0."""
-    if is_main_process():
-        with Path(path).open("a") as file:
-            file.write(json.dumps(record) + "\n")
+def peak_memory_mb():
+    """Most memory that this process has held, on the GPU if it uses one: MiB."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / 2**10 if sys.platform != "darwin" else kilobytes / 2**20
+
+
+class RunLog:
+    """The files of figures in --output_dir, written by rank 0.
+
+    `metrics.jsonl` has a line for each logged iteration, k-NN measurement and verdict, `log.txt`
+    one for each epoch; with `tensorboard` the same numbers go to its event files.
+    """
+
+    def __init__(self, output_dir, tensorboard=False):
+        self.folder = Path(output_dir)
+        self.writer = None
+        if tensorboard and is_main_process():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def start(self, args):
+        """Begin a run: its flags, and no figures."""
+        if is_main_process():
+            (self.folder / "args.json").write_text(json.dumps(args, indent=1) + "\n")
+            for name in ("metrics.jsonl", "log.txt"):
+                (self.folder / name).write_text("")
+
+    def rewind(self, epoch, iteration):
+        """Drop the lines of epochs and iterations that a resumed run is about to do again."""
+        if is_main_process():
+            self.keep("log.txt", lambda line: line["epoch"] < epoch)
+            self.keep("metrics.jsonl", lambda line: line["iteration"] < iteration)
+
+    def keep(self, name, wanted):
+        path = self.folder / name
+        lines = [line for line in read_json_lines(path) if wanted(line)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def iteration(self, record):
+        self.append("metrics.jsonl", record)
+        self.to_tensorboard("iteration", record, record["iteration"])
+
+    def epoch(self, record):
+        self.append("log.txt", record)
+        self.to_tensorboard("epoch", record, record["epoch"])
+
+    def knn(self, epoch, iterations, accuracies):
+        """A k-NN measurement, after so many epochs and iterations."""
+        values = ", ".join(f"{name[4:]} {value:.1f} %" for name, value in accuracies.items())
+        print0(f"k-NN accuracy after {epoch} epochs: {values}")
+        self.append("metrics.jsonl", {"iteration": iterations - 1, "epoch": epoch, **accuracies})
+
+    def verdict(self, epoch, iterations, name, text):
+        print0(text)
+        position = {"iteration": iterations - 1, "epoch": epoch}
+        self.append("metrics.jsonl", position | {"verdict": name, "text": text})
+
+    def read(self, name):
+        """The lines of metrics.jsonl that have a value of this name."""
+        return [line for line in read_json_lines(self.folder / "metrics.jsonl") if name in line]
+
+    def append(self, name, record):
+        if is_main_process():
+            with (self.folder / name).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def to_tensorboard(self, group, record, step):
+        if self.writer is not None:
+            for name, value in record.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
+            self.writer.flush()
+
+
+def read_json_lines(path):
+    """The objects in a file of lines, if there is one; what a crash cut short is left out."""
+    records = []
+    if not Path(path).exists():
+        return records
+    for line in Path(path).read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
 
 
 def accuracy(output, target, topk=(1,)):

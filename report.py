@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from distributed import print0
+from distributed import is_main_process, print0
 from knn import raw_pixels
 from presets import PRESETS
 
@@ -41,13 +41,16 @@ def report_start(args, launch, device, amp_dtype, *, images, iterations, scaled_
         print0(f"1 of {gpus} GPUs is used; for all of them: {command} ...")
 
 
-def report_end(probe, knn):
+def report_end(probe, log):
     """The accuracy before and after training, and that of no network at all."""
     if probe is None:
         return
-    print0(
-        f"k-NN accuracy (k = {probe.k}) on the held-out images of {probe.data_path}:\n"
-        f"  raw pixels         {probe.accuracy(raw_pixels()):5.1f} %\n"
-        f"  untrained backbone {knn[0]:5.1f} %\n"
-        f"  trained backbone   {knn[max(knn)]:5.1f} %"
-    )
+    measured = log.read("knn_teacher")
+    raw = probe.accuracy(raw_pixels())
+    if is_main_process():
+        print0(
+            f"k-NN accuracy (k = {probe.k}) on the held-out images of {probe.data_path}:\n"
+            f"  raw pixels         {raw:5.1f} %\n"
+            f"  untrained backbone {measured[0]['knn_teacher']:5.1f} %\n"
+            f"  trained backbone   {measured[-1]['knn_teacher']:5.1f} %"
+        )

@@ -251,6 +251,7 @@ def add_run_arguments(group):
         type=number(int, 1),
         help="epochs between two such measurements; the first one is before training",
     )
+    add("--tensorboard", action="store_true", help="write the figures as TensorBoard events too")
 
 
 def parse_args(argv=None):

@@ -111,16 +111,16 @@ def get_params_groups(model):
 
 @torch.no_grad()
 def clip_gradients(model, clip):
-    """Scale each gradient *tensor* down to norm `clip`; return the norms before, one per tensor,
-    on the device.
+    """Scale each gradient *tensor* down to norm `clip`, unless that is 0; return the norms before.
 
     Not the norm of all gradients together: the official code clips tensor by tensor, which is part
-    of the recipe.
+    of the recipe. The norms, one 0-d tensor each, stay on the device.
     """
     grads = [param.grad for param in model.parameters() if param.grad is not None]
     norms = torch._foreach_norm(grads)
-    coefficients = (clip / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
-    torch._foreach_mul_(grads, list(coefficients.unbind()))
+    if clip:
+        coefficients = (clip / (torch.stack(norms) + 1e-6)).clamp_(max=1.0)
+        torch._foreach_mul_(grads, list(coefficients.unbind()))
     return norms
 
 

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is the run healthy? Figures of the logged steps, and what they mean in words.
+
+The loss is H(P_t, P_s) = h(P_t) + KL(P_t || P_s) (Sec. 5.3, Fig. 7): the teacher's entropy, and what
+the student has left to learn. A collapse shows in the two of them, and may not in their sum.
+"""
+
+import torch
+
+from distributed import all_reduce_sum, get_world_size
+
+# Shares of ln K beyond which all outputs count as alike, or one as alone.
+NEARLY_ALL, NEARLY_NONE = 0.99, 0.01
+# A collapse must last for an epoch, and for so many iterations, before it is called one.
+PERSISTENCE = 20
+WAITING = 0.3  # share of the time that is worth a word
+
+
+class Monitor:
+    """Figures of the steps that are logged, from tensors that these have anyway.
+
+    It looks at the loss's inputs through a hook, before the center moves, and changes nothing.
+    """
+
+    def __init__(self, dino_loss):
+        self.watching = False
+        self.figures = {}
+        dino_loss.register_forward_pre_hook(self.look)
+
+    @torch.no_grad()
+    def look(self, dino_loss, inputs):
+        if not self.watching:
+            return
+        student_output, teacher_output, epoch = inputs
+        teacher_probs = dino_loss.teacher_probs(teacher_output, epoch)  # (2B, K)
+        batch = len(teacher_probs) // 2
+        mean_probs = all_reduce_sum(teacher_probs.mean(dim=0)) / get_world_size()
+        # each global view's teacher, and the student on the other global view of the image
+        choices = teacher_probs.argmax(dim=-1), student_output[: 2 * batch].argmax(dim=-1)
+        self.figures = {
+            "teacher_entropy": entropy(teacher_probs).mean(),
+            "outputs_used": entropy(mean_probs).exp(),
+            "agreement": (choices[0] == choices[1].roll(batch)).float().mean(),
+            "center_norm": dino_loss.center.norm(),
+        }
+
+
+def entropy(probs):
+    """In nats, over the last dimension."""
+    return torch.special.entr(probs).sum(dim=-1)
+
+
+class Health:
+    """Reads the records of the logged steps, and says once what is wrong, or only looks so."""
+
+    def __init__(self, log_out_dim, freeze_last_layer, said=()):
+        self.log_out_dim = log_out_dim  # ln K
+        self.freeze_last_layer = freeze_last_layer
+        self.since = {}  # collapse: first iteration of the records that all show it
+        self.epoch_records = []
+        self.loss_before = None  # mean of the epoch before
+        self.said = set(said)
+
+    def add(self, record):
+        """`record` as it goes to metrics.jsonl."""
+        self.epoch_records.append(record)
+        entropy, kl = record["teacher_entropy"] / self.log_out_dim, record["kl"] / self.log_out_dim
+        shows = {
+            "uniform collapse": entropy > NEARLY_ALL and kl < NEARLY_NONE,
+            "one-output collapse": entropy < NEARLY_NONE and record["outputs_used"] < 1.5,
+        }
+        for name, shown in shows.items():
+            if shown:
+                self.since.setdefault(name, record["iteration"])
+            else:
+                self.since.pop(name, None)
+
+    def end_epoch(self, epoch):
+        """The verdicts that are new at the end of `epoch`, as (name, text)."""
+        records, self.epoch_records = self.epoch_records, []
+        first, last = records[0]["iteration"], records[-1]["iteration"]
+        loss = sum(record["loss"] for record in records) / len(records)
+        verdicts = []
+        if epoch >= self.freeze_last_layer:  # until then outputs may be alike in a sound run
+            long_enough = min(first, last + 1 - PERSISTENCE)
+            verdicts = [name for name, since in self.since.items() if since <= long_enough]
+        rose = self.loss_before is not None and loss > 1.05 * self.loss_before
+        if epoch == self.freeze_last_layer > 0 and rose and not verdicts:
+            verdicts.append("unfreezing")
+        waited = sum(record["data_wait"] for record in records[1:]) / max(1, len(records) - 1)
+        if waited > WAITING:
+            verdicts.append("waiting for data")
+        loss_before, self.loss_before = self.loss_before, loss
+        new = [name for name in verdicts if name not in self.said]
+        self.said.update(new)
+        values = dict(epoch=epoch, loss=loss, before=loss_before or loss, waited=100 * waited)
+        return [(name, VERDICTS[name].format(ln_k=self.log_out_dim, **values)) for name in new]
+
+
+VERDICTS = {
+    "uniform collapse": "Uniform collapse: teacher and student give every output the same share for"
+    " every image, so that the loss stays at ln(out_dim) = {ln_k:.3f} and nothing is learnt. Common"
+    " with small or grey data. Try --use_bn_in_head true first; then a lower --warmup_teacher_temp"
+    " and --teacher_temp (0.02), a smaller --out_dim, milder crops (--global_crops_scale 0.5 1), a"
+    " higher --lr, a longer --freeze_last_layer.",
+    "one-output collapse": "One-output collapse: the teacher gives all images to one and the same"
+    " output, so that its entropy and the loss are 0 and nothing is learnt. The center cannot keep"
+    " up: try a higher --teacher_temp (0.04 to 0.07), a lower --lr, a lower --clip_grad.",
+    "unfreezing": "The loss rose from {before:.2f} to {loss:.2f} as the head's last layer began to"
+    " learn in epoch {epoch} (--freeze_last_layer). That is usual, and it falls again.",
+    "waiting for data": "{waited:.0f} % of the time of epoch {epoch} went by waiting for images."
+    " More"
+    " --num_workers help if there are idle cores; smaller image files, or a faster disk, help if"
+    " there are none.",
+}

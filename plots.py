@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a run: what the network sees, and its curves. Drawn without a screen."""
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from data import UnreadableImage
+from distributed import is_main_process
+from metrics import RunLog
+
+
+def draw_augmentations(path, views, names):
+    """Contact sheet: a row for each image, a column for each view, as the network receives them.
+
+    `views`: for each image the list of its V normalised views (3, S, S), S the view's own size.
+    """
+    rows, columns = len(views), len(names)
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(1.5 * columns, 1.5 * rows + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, image_views in zip(axes, views, strict=True):
+        for axis, view in zip(row, image_views, strict=True):
+            axis.imshow(displayable(view), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+    for axis, name, view in zip(axes[0], names, views[0], strict=True):
+        axis.set_title(f"{name}\n{view.shape[-1]} x {view.shape[-2]}", fontsize=8)
+    save(figure, path)
+
+
+def displayable(view):
+    """Undo the normalisation: (3, S, S) -> (S, S, 3) in [0, 1]."""
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return (view.permute(1, 2, 0) * std + mean).clamp(0, 1).numpy()
+
+
+def save(figure, path):
+    """Write and close `figure`, whole or not at all: somebody may be looking at the file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}")
+    figure.savefig(temporary, format="png", dpi=90)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+def draw_first_views(path, dataset, images=4):
+    """`draw_augmentations` of a few images from all over the data set, as epoch 0 will see them."""
+    if not is_main_process():
+        return
+    indices = sorted({i * len(dataset) // images for i in range(images)})
+    views = [dataset[0, index] for index in indices]
+    for item in views:
+        if isinstance(item, UnreadableImage):
+            raise item
+    local = [f"local {i + 1}" for i in range(len(views[0]) - 2)]
+    draw_augmentations(path, views, ["global 1", "global 2", *local])
+
+
+def draw_run(folder):
+    """curves.png in a run's folder."""
+    if is_main_process():
+        draw_curves(Path(folder) / "curves.png", [Run(folder)])
+
+
+class Run:
+    """The figures of a run's folder."""
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        self.name = folder.resolve().name
+        self.ln_k = math.log(json.loads((folder / "args.json").read_text())["out_dim"])
+        log = RunLog(folder)
+        self.steps, self.knn, self.verdicts = map(log.read, ("loss", "knn_teacher", "verdict"))
+        for step in self.steps:
+            step["1 - momentum"] = 1 - step["momentum"]
+
+
+def draw_curves(path, runs):
+    """All that a run has logged in one picture or, with several runs, how they compare."""
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
+    panels = zip(axes.flat, PANELS, strict=True)
+    for axis, (title, panel) in panels:
+        for number, run in enumerate(runs):
+            panel(axis, run, f"C{number}", f"{run.name}: " if len(runs) > 1 else "")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("epochs", fontsize=8)
+        axis.tick_params(which="both", labelsize=7)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7)
+    save(figure, path)
+
+
+def line(axis, run, name, scale=1.0, **style):
+    """One figure of the logged iterations, times `scale`."""
+    axis.plot(
+        *zip(*[(step["epoch"], scale * step[name]) for step in run.steps], strict=True), **style
+    )
+
+
+def draw_loss(axis, run, color, prefix):
+    line(axis, run, "loss", color=color, label=f"{prefix}loss")
+    axis.axhline(
+        run.ln_k, color=color, ls=":", label=f"{prefix}ln K = {run.ln_k:.2f}: nothing learnt"
+    )
+    for verdict in run.verdicts:
+        axis.axvline(verdict["epoch"], color="red", lw=0.8)
+        axis.annotate(
+            verdict["verdict"],
+            (verdict["epoch"], 0.02),
+            xycoords=("data", "axes fraction"),
+            color="red",
+            fontsize=7,
+            rotation=90,
+            ha="right",
+        )
+
+
+def draw_entropy(axis, run, color, prefix):
+    line(axis, run, "teacher_entropy_share", 100, color=color, label=f"{prefix}teacher's entropy")
+    line(axis, run, "kl_share", 100, color=color, ls="--", label=f"{prefix}KL(teacher, student)")
+    axis.set_ylim(-3, 103)
+
+
+def draw_knn(axis, run, color, prefix):
+    for network, style in (("teacher", "o-"), ("student", "x--")):
+        points = [(line["epoch"], line[f"knn_{network}"]) for line in run.knn]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, color=color, label=f"{prefix}{network}")
+    if not run.knn:
+        axis.plot([], [], color=color, label=f"{prefix}not measured: --knn_data_path")
+
+
+def draw_agreement(axis, run, color, prefix):
+    line(axis, run, "agreement", 100, color=color, label=prefix.removesuffix(": "))
+    axis.set_ylim(-3, 103)
+
+
+def draw_outputs_used(axis, run, color, prefix):
+    line(axis, run, "outputs_used", color=color, label=prefix.removesuffix(": "))
+    axis.set_yscale("log")
+
+
+def draw_gradient_norm(axis, run, color, prefix):
+    line(axis, run, "grad_norm", color=color, label=prefix.removesuffix(": "))
+    axis.set_yscale("log")
+
+
+def draw_schedules(axis, run, color, prefix):
+    """Each as a share of its own maximum, which the legend gives."""
+    styles = {"lr": "-", "weight_decay": "--", "1 - momentum": "-.", "teacher_temp": ":"}
+    for name, style in styles.items():
+        highest = max(step[name] for step in run.steps) or 1.0
+        label = f"{prefix}{name}, at most {highest:.3g}"
+        line(axis, run, name, 100 / highest, color=color, ls=style, label=label)
+
+
+def draw_throughput(axis, run, color, prefix):
+    """Images/s, and below them the part that waiting for data cost."""
+    line(axis, run, "images_per_s", color=color, label=f"{prefix}images/s")
+    rates = [
+        (s["epoch"], s["images_per_s"], s["images_per_s"] * (1 - s["data_wait"])) for s in run.steps
+    ]
+    epochs, _, working = zip(*rates, strict=True)
+    axis.fill_between(epochs, working, [rate for _, rate, _ in rates], color=color, alpha=0.3,
+                      label=f"{prefix}share of the time that waits for data")  # fmt: skip
+    axis.set_ylim(bottom=0)
+
+
+PANELS = [
+    ("loss (nats)", draw_loss),
+    ("teacher's entropy and KL (% of ln K)", draw_entropy),
+    ("k-NN accuracy (%)", draw_knn),
+    ("student's first choice is the teacher's, other view (%)", draw_agreement),
+    ("outputs in use by the teacher, exp of entropy", draw_outputs_used),
+    ("gradient norm before clipping", draw_gradient_norm),
+    ("schedules (% of their maximum)", draw_schedules),
+    ("throughput (images/s)", draw_throughput),
+]
