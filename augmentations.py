@@ -168,6 +168,28 @@ class DataAugmentationDINO:
         return F.normalize(F.to_tensor(view), IMAGENET_MEAN, IMAGENET_STD)
 
 
+class LinearProbeAugmentation:
+    """What the linear evaluation trains on: a box of 8 to 100 % of a PIL image, flipped or not,
+    as a normalised tensor (3, S, S).
+
+    A function of image and `key` alone, as DataAugmentationDINO's views are. Resized bilinearly,
+    officially, where everything else is bicubic.
+    """
+
+    def __init__(self, image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        self.view = View(image_size, (0.08, 1.0), blur_p=0.0)
+        self.mean, self.std = mean, std
+
+    def __call__(self, image, key):
+        parameters = draw_views(np.random.default_rng(key), [self.view], *image.size)
+        size = [self.view.size] * 2
+        box = parameters.boxes[0].tolist()
+        image = F.resized_crop(image, *box, size, InterpolationMode.BILINEAR)
+        if parameters.flip[0]:
+            image = F.hflip(image)
+        return F.normalize(F.to_tensor(image), self.mean, self.std)
+
+
 class GaussianBlur:
     """Blurs a PIL image with probability `p` by a radius from U(radius_min, radius_max) pixels.
 

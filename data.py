@@ -147,6 +147,20 @@ class TrainingImages(Dataset):
         return self.augmentation(image, key=(self.seed, epoch, index))
 
 
+class LabelledTrainingImages(TrainingImages):
+    """(augmented image, label), by (epoch, number of the image); else as TrainingImages."""
+
+    def __init__(self, paths, labels, augmentation, seed=0):
+        super().__init__(paths, augmentation, seed)
+        self.labels = labels
+
+    def __getitem__(self, epoch_and_index):
+        image = super().__getitem__(epoch_and_index)
+        if isinstance(image, UnreadableImage):
+            return image
+        return image, self.labels[epoch_and_index[1]]
+
+
 class LabelledImages(Dataset):
     """(transformed image, label); an unreadable image gives its UnreadableImage."""
 
@@ -198,18 +212,25 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
-def training_loader(paths, augmentation, *, batch_size, num_workers, seed, pin_memory):
+def training_loader(
+    paths, augmentation, *, batch_size, num_workers, seed, pin_memory, labels=None
+):
     """Loader of lists of V view tensors (B, 3, S, S); the last, smaller batch of an epoch is
     dropped.
+
+    With `labels`: of pairs (images, labels), and no batch is dropped.
     """
-    dataset = TrainingImages(paths, augmentation, seed)
+    if labels is None:
+        dataset = TrainingImages(paths, augmentation, seed)
+    else:
+        dataset = LabelledTrainingImages(paths, labels, augmentation, seed)
     return ImageLoader(
         dataset,
         sampler=EpochSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=seed),
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        drop_last=True,
+        drop_last=labels is None,
         persistent_workers=num_workers > 0,
     )
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Meters, the console line, and the files that a run writes its figures to."""
+"""Meters, the console line, and the files that a run writes its figures to.
+
+python metrics.py runs/a runs/b     # compares finished or running runs
+"""
 
 import datetime
 import json
@@ -14,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from distributed import all_reduce_sum, is_main_process, print0
+from errors import UserError, exit_on_user_error
 
 
 class SmoothedValue:
@@ -250,3 +254,46 @@ def accuracy(output, target, topk=(1,)):
     best = output.topk(min(max(topk), output.shape[1])).indices
     correct = best == target.view(-1, 1)
     return [100 * correct[:, :k].any(dim=1).float().mean() for k in topk]
+
+
+def summarise(folder):
+    """One line of figures of a run: name, epochs, last loss, entropy and KL, best k-NN, images/s."""
+    log = RunLog(folder)
+    steps, knn = log.read("loss"), log.read("knn_teacher")
+    if not steps:
+        raise UserError(f"{folder}: no metrics.jsonl with steps in it, so not the folder of a run.")
+    last = steps[-1]
+    best = f"{max(line['knn_teacher'] for line in knn):.1f}" if knn else "-"
+    rate = statistics.median(step["images_per_s"] for step in steps)
+    return (
+        Path(folder).resolve().name,
+        f"{last['epoch']:.1f}",
+        f"{last['loss']:.3f}",
+        f"{100 * last['teacher_entropy_share']:.1f}",
+        f"{100 * last['kl_share']:.1f}",
+        best,
+        f"{rate:.0f}",
+    )
+
+
+def main():
+    """Print and draw what runs have logged, one beside the other."""
+    from flags import Parser
+    from plots import Run, draw_curves
+
+    parser = Parser(prog="metrics.py", description="Compare runs: a table, and a picture.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="an --output_dir of main_dino.py")
+    parser.add_argument("--output", default="comparison.png", help="where to draw their curves")
+    args = parser.parse_args()
+    with exit_on_user_error("metrics.py"):
+        header = ("run", "epochs", "loss", "h % ln K", "KL % ln K", "best k-NN %", "images/s")
+        table = [header, *map(summarise, args.runs)]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        for row in table:
+            print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+        draw_curves(args.output, [Run(folder) for folder in args.runs])
+        print(f"Curves: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

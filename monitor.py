@@ -85,7 +85,7 @@ class Health:
             long_enough = min(first, last + 1 - PERSISTENCE)
             verdicts = [name for name, since in self.since.items() if since <= long_enough]
         rose = self.loss_before is not None and loss > 1.05 * self.loss_before
-        if epoch == self.freeze_last_layer > 0 and rose and not verdicts:
+        if epoch == self.freeze_last_layer > 0 and rose and not self.since:
             verdicts.append("unfreezing")
         waited = sum(record["data_wait"] for record in records[1:]) / max(1, len(records) - 1)
         if waited > WAITING:

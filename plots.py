@@ -168,22 +168,31 @@ def draw_schedules(axis, run, color, prefix):
 
 
 def draw_throughput(axis, run, color, prefix):
-    """Images/s, and below them the part that waiting for data cost."""
-    line(axis, run, "images_per_s", color=color, label=f"{prefix}images/s")
-    rates = [
-        (s["epoch"], s["images_per_s"], s["images_per_s"] * (1 - s["data_wait"])) for s in run.steps
-    ]
-    epochs, _, working = zip(*rates, strict=True)
-    axis.fill_between(epochs, working, [rate for _, rate, _ in rates], color=color, alpha=0.3,
-                      label=f"{prefix}share of the time that waits for data")  # fmt: skip
+    """Images/s, and below them what waiting for data cost.
+
+    Without the first step of an epoch, if others were logged: it waits for the loader to start.
+    """
+    steps = [step for step in run.steps if not is_first_of_epoch(step)] or run.steps
+    epochs = [step["epoch"] for step in steps]
+    rates = [step["images_per_s"] for step in steps]
+    working = [step["images_per_s"] * (1 - step["data_wait"]) for step in steps]
+    axis.plot(epochs, rates, color=color, label=f"{prefix}images/s")
+    axis.fill_between(
+        epochs, working, rates, color=color, alpha=0.3, label=f"{prefix}lost to waiting for data"
+    )
     axis.set_ylim(bottom=0)
+
+
+def is_first_of_epoch(step):
+    iterations_per_epoch = round((step["iteration"] + 1) / step["epoch"])
+    return step["iteration"] % iterations_per_epoch == 0
 
 
 PANELS = [
     ("loss (nats)", draw_loss),
     ("teacher's entropy and KL (% of ln K)", draw_entropy),
     ("k-NN accuracy (%)", draw_knn),
-    ("student's first choice is the teacher's, other view (%)", draw_agreement),
+    ("student's first choice is the teacher's (%)", draw_agreement),
     ("outputs in use by the teacher, exp of entropy", draw_outputs_used),
     ("gradient norm before clipping", draw_gradient_norm),
     ("schedules (% of their maximum)", draw_schedules),

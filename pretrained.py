@@ -10,7 +10,7 @@ from torch import nn
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import build_backbone, canonical_name
-from checkpoints import load_exactly, read, without_prefix
+from checkpoints import SAFE_TYPES, load_exactly, read, without_prefix
 from distributed import print0
 from errors import UserError
 from vision_transformer import ARCHITECTURES
@@ -35,6 +35,26 @@ PUBLISHED_BACKBONES = {  # (arch, patch size or None where it is in the name): f
         None,
     ): "dino_xcit_medium_24_p8_pretrain/dino_xcit_medium_24_p8_pretrain.pth",
     ("resnet50", None): "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
+}
+# Linear heads on these: file, and the flags of eval_linear.py with which they were trained.
+PUBLISHED_HEADS = {
+    ("vit_small", 16): (
+        "dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth",
+        dict(n_last_blocks=4, avgpool_patchtokens=False),
+    ),
+    ("vit_small", 8): (
+        "dino_deitsmall8_pretrain/dino_deitsmall8_linearweights.pth",
+        dict(n_last_blocks=4, avgpool_patchtokens=False),
+    ),
+    ("vit_base", 16): (
+        "dino_vitbase16_pretrain/dino_vitbase16_linearweights.pth",
+        dict(n_last_blocks=1, avgpool_patchtokens=True),
+    ),
+    ("vit_base", 8): (
+        "dino_vitbase8_pretrain/dino_vitbase8_linearweights.pth",
+        dict(n_last_blocks=1, avgpool_patchtokens=True),
+    ),
+    ("resnet50", None): ("dino_resnet50_pretrain/dino_resnet50_linearweights.pth", {}),
 }
 
 
@@ -131,14 +151,29 @@ def published_weights(arch, patch_size):
             f"there are no published weights for --arch {arch} --patch_size {patch_size}: give"
             " --pretrained_weights."
         )
+    return download(file, "without --pretrained_weights the published ones are used")
+
+
+def published_head(arch, patch_size):
+    """(checkpoint of the released linear head, the flags that it is for), downloaded likewise."""
+    key = (arch, patch_size) if (arch, patch_size) in PUBLISHED_HEADS else (arch, None)
+    if key not in PUBLISHED_HEADS:
+        raise UserError(
+            f"there is no published linear head for --arch {arch} --patch_size {patch_size}: give"
+            " --classifier, or train one without --evaluate."
+        )
+    file, flags = PUBLISHED_HEADS[key]
+    return download(file, "--evaluate without --classifier takes the published head"), flags
+
+
+def download(file, why):
+    """The content of a file that the authors published; `why` it is needed goes into the error."""
     url = PUBLISHED_URL + file
     try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(SAFE_TYPES):
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(
-            f"without --pretrained_weights the published ones are used, but {url} could not be"
-            f" downloaded ({error})."
-        ) from None
+        raise UserError(f"{why}, but {url} could not be downloaded ({error}).") from None
 
 
 def fit_weights(backbone, weights, arch, source):

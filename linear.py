@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear classifiers on frozen features (Sec. 4.1): what they see, several trained at once, how many
+images they get right, and the files that hold one.
+
+B images, `dim` numbers that a head sees of an image, C classes. There is a head for each learning
+rate: they share the features, which cost nearly all of the time, and nothing else.
+"""
+
+import hashlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from backbones import is_vit
+from checkpoints import load_exactly, without_prefix
+from dino import first_of
+from distributed import all_reduce_sum, get_world_size
+from errors import UserError
+from metrics import MetricLogger, is_due, progress_bar
+
+PRINT_FREQ = 20  # iterations between two lines of the console
+
+
+class LinearClassifier(nn.Module):
+    """A linear layer on whatever it is given, flattened: (B, *) of `dim` numbers -> (B, C)."""
+
+    def __init__(self, dim, num_labels=1000):
+        super().__init__()
+        self.num_labels = num_labels
+        self.linear = nn.Linear(dim, num_labels)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+class FrozenFeatures:
+    """Images (B, 3, H, W) on any device -> what a head sees of them, (B, dim) float32.
+
+    Of our ViTs [CLS] of the last `n_last_blocks` blocks, each after the final norm, side by side;
+    with `avgpool_patchtokens`, which goes with one block only, [CLS] and the mean patch token of
+    the last, number by number in turn. Of other networks their output. UserError for blocks that
+    there are not.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        embed_dim,
+        device,
+        *,
+        n_last_blocks=4,
+        avgpool_patchtokens=False,
+        amp_dtype=torch.float32,
+    ):
+        self.backbone, self.device, self.amp_dtype = backbone.to(device), device, amp_dtype
+        self.n_last_blocks, self.avgpool_patchtokens = n_last_blocks, avgpool_patchtokens
+        self.dim = embed_dim
+        if is_vit(backbone):
+            self.check_blocks()
+            self.dim *= n_last_blocks + avgpool_patchtokens
+
+    def check_blocks(self):
+        depth = len(self.backbone.blocks)
+        if self.n_last_blocks > depth:
+            raise UserError(
+                f"--n_last_blocks {self.n_last_blocks}: this backbone has {depth} blocks."
+            )
+        if self.avgpool_patchtokens and self.n_last_blocks != 1:
+            raise UserError(
+                f"--avgpool_patchtokens true and --n_last_blocks {self.n_last_blocks} exclude each"
+                " other: the mean patch token goes with the [CLS] of the last block alone,"
+                " --n_last_blocks 1."
+            )
+
+    @torch.no_grad()
+    def __call__(self, images):
+        images = images.to(self.device, non_blocking=True)
+        enabled = self.amp_dtype != torch.float32
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=enabled):
+            return self.extract(images).float()
+
+    def extract(self, images):
+        if not is_vit(self.backbone):
+            return first_of(self.backbone(images))
+        blocks = self.backbone.get_intermediate_layers(images, self.n_last_blocks)
+        features = torch.cat([tokens[:, 0] for tokens in blocks], dim=-1)
+        if self.avgpool_patchtokens:
+            mean_patch = blocks[-1][:, 1:].mean(dim=1)
+            # [cls_0, mean_0, cls_1, mean_1, ...]: the order that the released heads were trained in
+            features = torch.stack([features, mean_patch], dim=-1).flatten(1)
+        return features
+
+
+def fingerprint(module):
+    """A short hash of the weights of `module`, which tells backbones apart in files of any name."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def train_one_epoch(features, heads, optimizer, loader, epoch, shown):
+    """One step of every head per batch; returns each one's mean loss, over batches and processes.
+
+    The console line shows the head number `shown`. Nothing waits for the device but that line.
+    """
+    total = torch.zeros(len(heads), device=features.device)
+    logger = MetricLogger(delimiter="  ")
+    for i, (images, labels) in enumerate(
+        logger.log_every(loader, PRINT_FREQ, f"Epoch: [{epoch}]")
+    ):
+        labels = labels.to(features.device, non_blocking=True)
+        total += train_step(heads, optimizer, features(images), labels)
+        if is_due(i, len(loader), PRINT_FREQ):
+            logger.update(loss=total[shown] / (i + 1), lr=optimizer.param_groups[shown]["lr"])
+    return (all_reduce_sum(total) / (len(loader) * get_world_size())).tolist()
+
+
+def train_step(heads, optimizer, inputs, labels):
+    """A step of every head on features (B, dim) and labels (B,) of this process; returns the losses."""
+    losses = torch.stack([F.cross_entropy(head(inputs), labels) for head in heads])
+    optimizer.zero_grad()
+    losses.sum().backward()  # each head's gradient is that of its own loss, to the bit
+    for param in heads.parameters():
+        all_reduce_sum(param.grad).div_(get_world_size())
+    optimizer.step()
+    return losses.detach()
+
+
+@torch.no_grad()
+def evaluate(features, heads, loader, total):
+    """{"loss", "acc1", "acc5"} of each head, over the `total` images of which each rank has a share.
+
+    Means over images, the accuracies in percent; no "acc5" where there are fewer than 5 classes.
+    """
+    sums = torch.zeros(len(heads), 3, dtype=torch.float64, device=features.device)
+    for images, labels in progress_bar(loader, "validation"):
+        inputs, labels = features(images), labels.to(features.device, non_blocking=True)
+        for row, head in zip(sums, heads, strict=True):
+            output = head(inputs)
+            hits = output.topk(min(5, output.shape[1])).indices == labels.view(-1, 1)
+            loss = F.cross_entropy(output, labels, reduction="sum")
+            row += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
+    means = (all_reduce_sum(sums) / total).tolist()
+    results = [dict(loss=loss, acc1=100 * top1, acc5=100 * top5) for loss, top1, top5 in means]
+    if heads[0].num_labels < 5:
+        for result in results:
+            del result["acc5"]
+    return results
+
+
+def load_head(checkpoint, source):
+    """The LinearClassifier in the entry `state_dict` of our files, official and released ones."""
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    weights = without_prefix(entries.get("state_dict", {}), "module.")
+    if "linear.weight" not in weights:
+        has = f"it has {', '.join(map(str, entries))}" if entries else "it has no entries at all"
+        raise UserError(f"{source} holds no linear head; {has}. Give a best_linear.pth.")
+    num_labels, dim = weights["linear.weight"].shape
+    head = LinearClassifier(dim, num_labels)
+    load_exactly(head, weights, source)
+    return head

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The monitor's figures against the logits they come from; its verdicts on runs that collapse."""
+
+import functools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_RUN, photograph, run_script
+from PIL import Image, ImageDraw, ImageFont
+
+import main_dino
+from dino import DINOLoss
+from monitor import Health, Monitor
+from training_flags import parse_args
+
+
+def test_figures_equal_those_computed_from_the_logits():
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(4 * 6, 32, generator=generator)
+    teacher = 0.2 * torch.randn(2 * 6, 32, generator=generator)
+    loss = DINOLoss(32, 4, 0.04, 0.04, 0, 1)
+    loss.center.normal_(0, 0.1, generator=generator)
+    center = loss.center.double()
+    monitor = Monitor(loss)
+    monitor.watching = True
+    value = loss(student, teacher, 0).item()
+
+    targets = torch.softmax((teacher.double() - center) / 0.04, dim=1)
+    entropy = -(targets * targets.log()).sum(1).mean().item()
+    divergences = []
+    students = torch.log_softmax(student.double() / 0.1, dim=1).chunk(4)
+    for i, target in enumerate(targets.chunk(2)):
+        for j, log_probs in enumerate(students):
+            if i != j:
+                divergences.append((target * (target.log() - log_probs)).sum(1).mean().item())
+    mean = targets.mean(0)
+    found = {name: figure.item() for name, figure in monitor.figures.items()}
+    assert found["teacher_entropy"] == pytest.approx(entropy, rel=1e-5)
+    assert value - found["teacher_entropy"] == pytest.approx(np.mean(divergences), rel=1e-5)
+    assert found["outputs_used"] == pytest.approx(math.exp(-(mean * mean.log()).sum()), rel=1e-5)
+    assert found["center_norm"] == pytest.approx(center.norm().item(), rel=1e-5), (
+        "the center before"
+    )
+    first, second = targets.argmax(1).chunk(2)
+    choices = student.argmax(1).chunk(4)
+    agree = torch.cat([first == choices[1], second == choices[0]]).double().mean().item()
+    assert found["agreement"] == pytest.approx(agree)
+
+
+def test_a_run_is_the_same_however_often_it_is_looked_at(class_folders, tmp_path):
+    weights = []
+    for log_freq in (1, 1000):
+        folder = tmp_path / str(log_freq)
+        result = run_script(
+            *("main_dino.py", *SMALL_RUN, "--data_path", class_folders / "train"),
+            *("--output_dir", folder, "--log_freq", log_freq),
+        )
+        assert result.returncode == 0, result.stderr
+        checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+        weights.append([*checkpoint["student"].values(), *checkpoint["teacher"].values()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    lines = [json.loads(line) for line in (tmp_path / "1/metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(12))
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["teacher_entropy"] + line["kl"], abs=1e-6)
+        assert line["kl_share"] == pytest.approx(line["kl"] / math.log(64))
+
+
+def write_digits(folder, count):
+    """Grey digits of several sizes and places on black, 32 pixels a side."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        image = Image.new("L", (32, 32))
+        font = ImageFont.load_default(int(rng.integers(14, 26)))
+        place = tuple(int(value) for value in rng.integers(2, 12, 2))
+        ImageDraw.Draw(image).text(place, str(i % 10), fill=int(rng.integers(120, 255)), font=font)
+        image.save(folder / f"{i:04}.png")
+
+
+def verdicts(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["verdict"] for line in lines if "verdict" in line], lines
+
+
+# The demo's network and views, on whatever is given.
+DEMO_RUN = ("--preset", "demo", "--num_workers", 1, "--device", "cpu", "--knn_freq", 100)
+
+
+def test_grey_digits_with_the_official_head_are_called_a_uniform_collapse(tmp_path):
+    write_digits(tmp_path / "digits", 704)
+    result = run_script(
+        *("main_dino.py", *DEMO_RUN, "--use_bn_in_head", "false", "--lr", 0.002, "--epochs", 6),
+        *("--data_path", tmp_path / "digits", "--output_dir", tmp_path / "run", "--log_freq", 5),
+        OMP_NUM_THREADS="2",
+    )
+    assert result.returncode == 0, result.stderr
+    names, lines = verdicts(tmp_path / "run")
+    assert [name for name in names if name != "waiting for data"] == ["uniform collapse"], "once"
+    said = next(line["epoch"] for line in lines if "verdict" in line)
+    steps = [line for line in lines if "loss" in line]
+    uniform = [s["teacher_entropy_share"] > 0.99 and s["kl_share"] < 0.01 for s in steps]
+    reached = steps[len(uniform) - uniform[::-1].index(False)]["epoch"]
+    assert said <= math.ceil(reached) + 2
+    assert "stays at ln(out_dim) = 6.931" in result.stdout
+    assert "--use_bn_in_head true" in result.stdout
+
+
+def train_in_this_process(folder, data, *flags):
+    """The last few figures of a run whose loss module a test has changed."""
+    flags = [str(flag) for flag in (*SMALL_RUN, *flags)]
+    args = parse_args([*flags, "--data_path", str(data), "--output_dir", str(folder)])
+    main_dino.train_dino(args)
+    return verdicts(folder)
+
+
+def test_without_centering_one_output_takes_all(class_folders, tmp_path, monkeypatch):
+    still_center = functools.partial(DINOLoss, center_momentum=1.0)
+    monkeypatch.setattr(main_dino, "DINOLoss", still_center)
+    names, lines = train_in_this_process(
+        *(tmp_path, class_folders / "train", "--epochs", 25, "--lr", 0.3, "--log_freq", 3),
+        *("--freeze_last_layer", 0, "--momentum_teacher", 0.5, "--optimizer", "adamw"),
+    )
+    assert names == ["one-output collapse"]
+    steps = [line for line in lines if "loss" in line]
+    assert steps[-1]["outputs_used"] < 1.1
+
+
+def test_without_sharpening_all_outputs_become_alike(class_folders, tmp_path):
+    names, _ = train_in_this_process(
+        *(tmp_path, class_folders / "train", "--epochs", 12, "--lr", 0.5, "--log_freq", 3),
+        *("--warmup_teacher_temp", 5, "--teacher_temp", 5, "--momentum_teacher", 0.5),
+    )
+    assert names == ["uniform collapse"]
+
+
+def test_a_run_that_waits_for_its_images_says_so(tmp_path):
+    large = photograph().resize((3000, 3000))
+    for i in range(16):
+        large.save(tmp_path / f"{i}.jpg")  # each takes longer to decode than a step of all
+    flags = ("--epochs", 1, "--warmup_epochs", 0, "--log_freq", 1)
+    names, lines = train_in_this_process(tmp_path / "run", tmp_path, *flags)
+    assert names == ["waiting for data"]
+    text = next(line["text"] for line in lines if "verdict" in line)
+    assert "--num_workers" in text
+
+
+def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
+    result = run_script(
+        *("main_dino.py", *DEMO_RUN, "--output_dir", tmp_path, "--epochs", 3),
+        OMP_NUM_THREADS="2",
+    )
+    assert result.returncode == 0, result.stderr
+    names, lines = verdicts(tmp_path)
+    assert [name for name in names if name != "waiting for data"] == [], "on a busy machine it may"
+    before, after = [line["knn_teacher"] for line in lines if "knn_teacher" in line]
+    assert after > before + 3
+    for picture in ("augmentations.png", "curves.png"):
+        with Image.open(tmp_path / picture) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(2**24)) > 50, "not blank"
+
+
+def health_after(losses, freeze=1, **figures):
+    """Verdicts of a Health that sees 30 records of each loss, epoch by epoch; ln K is 5."""
+    health = Health(5.0, freeze)
+    record = {"teacher_entropy": 3.0, "outputs_used": 20.0, "data_wait": 0.0} | figures
+    said = []
+    for epoch, loss in enumerate(losses):
+        for i in range(30):
+            kl = loss - record["teacher_entropy"]
+            health.add({**record, "iteration": 30 * epoch + i, "loss": loss, "kl": kl})
+        said += [(epoch, name) for name, _ in health.end_epoch(epoch)]
+    return said
+
+
+def test_the_jump_when_the_last_layer_unfreezes_is_explained_once():
+    assert health_after([3.6, 4.4, 4.0, 4.3]) == [(1, "unfreezing")]
+    assert health_after([3.6, 3.5, 4.4]) == []
+    assert health_after([3.6, 4.4], freeze=0) == []
+
+
+def test_alike_outputs_while_the_last_layer_is_frozen_are_no_collapse_yet():
+    assert health_after([5.0, 5.0, 5.0], teacher_entropy=5.0) == [(1, "uniform collapse")]
+    assert health_after([5.0, 5.0], freeze=3, teacher_entropy=5.0) == []
+
+
+def test_a_confident_teacher_that_uses_many_outputs_has_not_collapsed():
+    assert health_after([0.1] * 4, teacher_entropy=0.02) == []
+    assert health_after([0.1] * 4, teacher_entropy=0.02, outputs_used=1.02) == [
+        (1, "one-output collapse")
+    ]
+
+
+def test_runs_are_compared_in_a_table_and_a_picture(class_folders, tmp_path):
+    train_in_this_process(tmp_path / "a", class_folders / "train", "--epochs", 1)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    picture = tmp_path / "comparison.png"
+    result = run_script("metrics.py", tmp_path / "a", tmp_path / "b", "--output", picture)
+    assert result.returncode == 0, result.stderr
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["run", "a", "b", "Curves:"]
+    assert picture.exists()
+    result = run_script("metrics.py", tmp_path)
+    assert result.returncode == 2
+    assert "not the folder of a run" in result.stderr
+
+
+def test_tensorboard_gets_the_same_figures(class_folders, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, lines = train_in_this_process(
+        tmp_path, class_folders / "train", "--epochs", 1, "--warmup_epochs", 0, "--tensorboard"
+    )
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    expected = [line["loss"] for line in lines if "loss" in line]
+    assert [e.value for e in events.Scalars("iteration/loss")] == pytest.approx(expected, rel=1e-6)
