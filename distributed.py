@@ -191,16 +191,19 @@ class GlooSyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             statistics = (self.running_mean, self.running_var)
             return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+        rows = x.float()  # of bfloat16 the statistics are float32, as in torch's own
         dims = [dim for dim in range(x.ndim) if dim != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        count = all_reduce_sum(x.new_tensor(float(x.numel() // x.shape[1])))
-        mean = AllReduceSum.apply(x.sum(dims)) / count
-        centered = x - mean.view(shape)
+        count = all_reduce_sum(rows.new_tensor(float(x.numel() // x.shape[1])))
+        mean = AllReduceSum.apply(rows.sum(dims)) / count
+        centered = rows - mean.view(shape)
         variance = AllReduceSum.apply(centered.square().sum(dims)) / count
         if self.track_running_stats:
             self.update_running_stats(mean.detach(), variance.detach() * count / (count - 1))
-        x = centered * (variance + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        rows = centered * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            rows = rows * self.weight.view(shape) + self.bias.view(shape)
+        return rows.to(x.dtype)
 
     def update_running_stats(self, mean, unbiased_variance):
         self.num_batches_tracked.add_(1)

@@ -41,25 +41,31 @@ def test_center_is_the_mean_over_all_processes_on_each_of_them(tmp_path):
     torch.testing.assert_close(first, alone)
 
 
-def batchnorm_step(images):
+def batchnorm_step(images, amp_dtype=torch.float32):
     """Output, gradient and running statistics of a batch norm, of this rank's share of `images`."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     if get_world_size() > 1:
         model = sync_batchnorms(model, images.device)
     share = images[get_rank() :: get_world_size()].clone().requires_grad_()
-    output = model(share)
-    output.pow(3).sum().backward()
+    with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+        output = model(share)
+    output.float().pow(3).sum().backward()
     return output.detach(), share.grad, model[1].running_mean, model[1].running_var
 
 
-def test_synchronised_batch_norm_on_cpus_equals_batch_norm_of_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16])
+def test_synchronised_batch_norm_on_cpus_equals_batch_norm_of_the_whole_batch(tmp_path, amp_dtype):
     images = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    output, grad, mean, variance = batchnorm_step(images)
-    ranks = run_processes(batchnorm_step, 2, tmp_path, images)  # of 3 and of 2 images
+    output, grad, mean, variance = batchnorm_step(images, amp_dtype)
+    assert output.dtype == amp_dtype
+    ranks = run_processes(batchnorm_step, 2, tmp_path, images, amp_dtype)  # 3 and 2 images
+    # one unit in the last place: 2^-23 and 2^-8, and ten of them in the gradient
+    unit = torch.finfo(amp_dtype).eps
     for rank, (rank_output, rank_grad, rank_mean, rank_variance) in enumerate(ranks):
-        torch.testing.assert_close(rank_output, output[rank::2])
-        torch.testing.assert_close(rank_grad, grad[rank::2], rtol=1e-4, atol=1e-5)
+        assert rank_output.dtype == amp_dtype
+        torch.testing.assert_close(rank_output, output[rank::2], rtol=4 * unit, atol=4 * unit)
+        torch.testing.assert_close(rank_grad, grad[rank::2], rtol=40 * unit, atol=40 * unit)
         torch.testing.assert_close(rank_mean, mean)
         torch.testing.assert_close(rank_variance, variance)
 
