@@ -212,9 +212,7 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
-def training_loader(
-    paths, augmentation, *, batch_size, num_workers, seed, pin_memory, labels=None
-):
+def training_loader(paths, augmentation, *, batch_size, num_workers, seed, pin_memory, labels=None):
     """Loader of lists of V view tensors (B, 3, S, S); the last, smaller batch of an epoch is
     dropped.
 

@@ -15,15 +15,13 @@ give several, they train side by side in the time of one. The first command agai
 import argparse
 import math
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from augmentations import LinearProbeAugmentation, eval_transform
-from backbones import canonical_name, check_takes_sizes, is_vit
-from checkpoints import read, restore, with_prefix, without_prefix, write_atomically
+from backbones import check_takes_sizes, is_vit
+from checkpoints import read
 from data import evaluation_loader, list_labelled_images, training_loader
 from distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
 from errors import Diverged, UserError, exit_on_user_error
@@ -35,22 +33,25 @@ from flags import (
     loader_workers,
     number,
 )
-from linear import (
-    FrozenFeatures,
+from linear import FrozenFeatures, evaluate, train_one_epoch
+from linear_heads import (
     LinearClassifier,
-    evaluate,
-    fingerprint,
+    Progress,
+    build_state,
+    check_backbone,
+    describe_head,
     load_head,
-    train_one_epoch,
+    load_training,
+    number_labels,
+    save_best_and_last,
+    save_training,
+    stated_flags,
 )
-from metrics import RunLog
+from metrics import RunLog, read_json_lines
 from pretrained import load_backbone, published_head
 from utils import bool_flag, choose_amp_dtype, fix_random_seeds
 
 __all__ = ["LinearClassifier", "eval_linear", "get_args_parser"]
-
-# What a head's file says of its features, so that --evaluate needs no flag for it.
-HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
 
 
 def get_args_parser():
@@ -62,15 +63,13 @@ def get_args_parser():
         "--n_last_blocks",
         default=4,
         type=number(int, 1),
-        help="blocks of a ViT whose [CLS] tokens are used; the authors take 4 of a ViT-S, 1 of a"
-        " ViT-B",
+        help="last blocks of a ViT that give their [CLS]; the authors take 4 of a ViT-S, 1 of a ViT-B",
     )
     add(
         "--avgpool_patchtokens",
         default=False,
         type=bool_flag,
-        help="add the mean patch token of the last block; the authors do for a ViT-B, with"
-        " --n_last_blocks 1",
+        help="add the mean patch token, with --n_last_blocks 1; the authors do for a ViT-B",
     )
     add(
         "--image_size",
@@ -82,8 +81,8 @@ def get_args_parser():
         "--amp_dtype",
         default="float32",
         choices=["auto", "bfloat16", "float16", "float32"],
-        help="type in which the backbone computes; auto is bfloat16 or else float16 on a GPU,"
-        " several times as fast as the official float32",
+        help="type in which the backbone computes, officially float32; auto is bfloat16, or else"
+        " float16, on a GPU",
     )
     add = parser.add_argument_group("training").add_argument
     add("--epochs", default=100, type=number(int, 1), help="passes over train/")
@@ -95,7 +94,7 @@ def get_args_parser():
         help="learning rates at the start, for 256 images a step; they are scaled linearly by the"
         " global batch. Each trains a classifier of its own, and the best is reported",
     )
-    add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per process and step")
+    add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per process, step")
     add("--seed", default=0, type=number(int, 0), help="of the classifier, order of images, crops")
     add(
         "--data_path",
@@ -123,13 +122,11 @@ def get_args_parser():
 
 
 def eval_linear(args, given=()):
-    """Print the accuracies, and return the best top-1 in percent. `given`: flags of the command
-    line.
-    """
+    """Print accuracies and return the best top-1 in percent. `given`: flags of the command line."""
     check_args(args)
     _, device = init_distributed(args.device, args.dist_url)
     torch.backends.cudnn.benchmark = True
-    accuracy = (evaluate_head if args.evaluate else train_heads)(args, given, device)
+    accuracy = (evaluate_head if args.evaluate else train_heads)(args, dict(given), device)
     shut_down()
     return accuracy
 
@@ -141,87 +138,197 @@ def check_args(args):
     if len(set(args.lr)) < len(args.lr):
         raise UserError(f"--lr {' '.join(map(str, args.lr))}: give each rate once.")
     if args.evaluate:
-        return
+        return  # nothing is written
     folder = Path(args.output_dir)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {folder}: {existing} is no folder that can be written to.")
+    if any("train_wd" in line for line in read_json_lines(folder / "log.txt")):
         raise UserError(
-            f"--output_dir {folder}: {existing} is no folder that can be written to. Give another."
+            f"--output_dir {folder}: log.txt there is of a run of main_dino.py, and would be lost."
+            f" Give the classifier a folder of its own, such as {folder / 'linear'}."
         )
-    for name in ("checkpoint.pth", "metrics.jsonl"):
-        if (folder / name).exists():
-            raise UserError(
-                f"--output_dir {folder} holds a run of main_dino.py ({name}), whose log.txt would"
-                f" be lost. Give the classifier a folder of its own, such as {folder / 'linear'}."
-            )
-
-
-# ---- evaluation of a trained head ----
 
 
 def evaluate_head(args, given, device):
     """Top-1 in percent of --classifier or, without it, of the published head of the backbone."""
+    paths, labels, names = list_labelled_images(args.data_path, "val")
     if args.classifier:
-        checkpoint, source = read(args.classifier, "--classifier"), f"--classifier {args.classifier}"
-        head = load_head(checkpoint, source)
-        args = with_flags_of(checkpoint, args, given, source)
-        args.image_size = args.image_size or checkpoint.get("image_size")
+        source = f"--classifier {args.classifier}"
+        entries = read(args.classifier, "--classifier")
+        head, args = take_head(entries, args, given, source)
         pretrained = load_backbone(args, given)
-        check_backbone(pretrained.backbone, checkpoint, args)
+        check_backbone(entries, pretrained.backbone, source, args.pretrained_weights)
     else:
         pretrained = load_backbone(args, given)
-        checkpoint, flags = published_head(pretrained.arch, pretrained.patch_size)
         source = f"the published linear head of {pretrained.arch}"
-        head = load_head(checkpoint, source)
-        args = with_flags_of(flags, args, given, source)
+        entries = published_head(pretrained.arch, pretrained.patch_size)
+        head, args = take_head(entries, args, given, source)
+    labels = number_labels(labels, names, entries.get("classes"), head.num_labels, source)
+    pretrained.image_size = args.image_size or entries.get("image_size", pretrained.image_size)
     features = build_features(args, given, pretrained, device)
     if head.linear.in_features != features.dim:
         raise UserError(
             f"{source} is for features of {head.linear.in_features} numbers, and those of"
-            f" {pretrained.arch} with these flags have {features.dim}. Check --arch,"
-            " --n_last_blocks and --avgpool_patchtokens."
+            f" {pretrained.arch} have {features.dim}. Check --n_last_blocks and"
+            " --avgpool_patchtokens."
         )
-    loader = validation_loader(args, pretrained, list_for_head(args, head, checkpoint, source), device)
-    print0(f"Loaded {source}, for {head.num_labels} classes.")
-    (result,) = evaluate(features, [head.to(device)], *loader)
+    print0(f"Loaded {source}, {head.num_labels} classes.")
+    transform = eval_transform(pretrained.image_size, pretrained.mean, pretrained.std)
+    loader = evaluation_loader(paths, labels, transform, **loader_options(args, device))
+    (result,) = evaluate(features, [head.to(device)], loader, len(paths))
     print_result(result)
-    print0(f"Accuracy of the network on the {loader[1]} test images: {result['acc1']:.1f}%")
+    print0(f"Accuracy of the network on the {len(paths)} test images: {result['acc1']:.1f}%")
     return result["acc1"]
 
 
-def with_flags_of(described, args, given, source):
-    """`args` with the HEAD_FLAGS in `described`; UserError for a `given` one that says otherwise."""
-    described = {flag: described[flag] for flag in HEAD_FLAGS if flag in described}
-    for flag, value in described.items():
-        if flag in given and canonical_name(str(given[flag])) != str(value):
+def take_head(entries, args, given, source):
+    """The head in the `entries` of a file, and `args` with the flags that the file states."""
+    head = load_head(entries, source)
+    return head, argparse.Namespace(**{**vars(args), **stated_flags(entries, given, source)})
+
+
+def build_features(args, given, pretrained, device):
+    """The FrozenFeatures that the flags ask for. UserError for flags that do not go together."""
+    for flag in ("n_last_blocks", "avgpool_patchtokens"):
+        if flag in given and not is_vit(pretrained.backbone):
             raise UserError(
-                f"--{flag} {given[flag]}: {source} was trained with --{flag} {value}. Leave the"
-                " flag out."
+                f"--{flag} {given[flag]}: {pretrained.arch} is no ViT of ours, and a classifier"
+                " sees its output. Leave the flag out."
             )
-    return argparse.Namespace(**{**vars(args), **described})
+    check_takes_sizes(pretrained.backbone, pretrained.arch, [pretrained.image_size])
+    return FrozenFeatures(
+        pretrained.backbone,
+        pretrained.embed_dim,
+        device,
+        n_last_blocks=args.n_last_blocks,
+        avgpool_patchtokens=args.avgpool_patchtokens,
+        amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
+    )
 
 
-def check_backbone(backbone, checkpoint, args):
-    """UserError unless `backbone` has the weights on whose features the head was trained."""
-    if checkpoint.get("backbone", fingerprint(backbone)) != fingerprint(backbone):
+def loader_options(args, device):
+    return dict(
+        batch_size=args.batch_size_per_gpu,
+        num_workers=loader_workers(args.num_workers),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def train_heads(args, given, device):
+    """The whole job, in the order of the work; best top-1 in percent."""
+    # ---- data and backbone ----
+    paths, labels, classes = list_labelled_images(args.data_path, "train")
+    val_paths, val_labels, _ = list_labelled_images(args.data_path, "val", classes)
+    if given.get("num_labels", len(classes)) != len(classes):
         raise UserError(
-            f"--classifier {args.classifier} was trained on the features of"
-            f" {checkpoint['pretrained_weights'] or 'the published weights'}, and"
-            f" {args.pretrained_weights or 'the published weights'} are others. Give the backbone"
-            " that it belongs to."
+            f"--num_labels {args.num_labels}: there are {len(classes)} class folders in train/ of"
+            f" --data_path {args.data_path}. Leave the flag out."
         )
+    pretrained = load_backbone(args, given)
+    pretrained.image_size = args.image_size or pretrained.image_size
+    features = build_features(args, given, pretrained, device)
+    seen = (pretrained.image_size, pretrained.mean, pretrained.std)
+    options, augmentation = loader_options(args, device), LinearProbeAugmentation(*seen)
+    loader = training_loader(paths, augmentation, labels=labels, seed=args.seed, **options)
+    val_loader = evaluation_loader(val_paths, val_labels, eval_transform(*seen), **options)
+
+    # ---- heads ----
+    fix_random_seeds(args.seed)  # the same on every rank: all start from the same heads
+    global_batch = args.batch_size_per_gpu * get_world_size()
+    scaled_lrs = [lr * global_batch / 256 for lr in args.lr]  # Goyal et al. 2017
+    state = build_state(features.dim, len(classes), scaled_lrs, args.epochs, device)
+    description = describe_head(
+        pretrained,
+        classes,
+        checkpoint_key=args.checkpoint_key,
+        n_last_blocks=args.n_last_blocks,
+        avgpool_patchtokens=args.avgpool_patchtokens,
+        pretrained_weights=args.pretrained_weights,
+        lr=args.lr,
+        epochs=args.epochs,
+        global_batch=global_batch,
+        seed=args.seed,
+    )
+    print0(
+        f"{len(paths)} training and {len(val_paths)} test images of {len(classes)} classes,"
+        f" features of {features.dim} dimensions, learning rate x {global_batch} / 256 ="
+        f" {', '.join(f'{lr:.3g}' for lr in scaled_lrs)}"
+    )
+
+    # ---- resume ----
+    output_dir, progress = Path(args.output_dir), Progress()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = output_dir / "checkpoint.pth.tar", RunLog(output_dir)
+    if checkpoint.exists():
+        load_training(checkpoint, state, progress, description)
+        print0(f"Resumed from {checkpoint}: {progress.epoch} of {args.epochs} epochs are done.")
+    if is_main_process():
+        log.keep("log.txt", lambda line: line["epoch"] < progress.epoch)
+
+    # ---- training ----
+    for epoch in range(progress.epoch, args.epochs):
+        loader.sampler.set_epoch(epoch)
+        lrs, results = state.scheduler.get_last_lr(), []
+        losses = train_one_epoch(
+            features, state.heads, state.optimizer, loader, epoch, progress.best_head
+        )
+        if not any(map(math.isfinite, losses)):
+            raise Diverged(f"the loss is {losses[0]} in epoch {epoch}. Try a lower --lr.")
+        state.scheduler.step()
+        progress.epoch = epoch + 1
+        if epoch % args.val_freq == 0 or progress.epoch == args.epochs:
+            results = evaluate(features, state.heads, val_loader, len(val_paths))
+            improved = progress.add(epoch, [result["acc1"] for result in results])
+            result = results[progress.best_head]
+            print_validation(result, progress, len(val_paths))
+            accuracy = dict(accuracy=result["acc1"], improved=improved)
+            save_best_and_last(output_dir, state, progress, description, **accuracy)
+        log.epoch(log_line(epoch, args.lr, lrs, losses, results, progress.best_head))
+        save_training(checkpoint, state, progress, description)
+    print_table(args.lr, progress)
+    return progress.best_acc
 
 
-def list_for_head(args, head, checkpoint, source):
-    """(paths, labels) of val/, numbered as the head numbers its classes."""
-    paths, labels, names = list_labelled_images(args.data_path, "val")
-    classes = checkpoint.get("classes", names)
-    unknown = sorted(set(names) - set(classes))
-    if unknown or len(classes) != head.num_labels:
-        problem = f"not {unknown[0]!r}" if unknown else f"and val/ has {len(names)}"
-        raise UserError(
-            f"--data_path {args.data_path}: {source} knows {head.num_labels} classes, {problem}."
-            " Train one on these classes without --evaluate, or give its best_linear.pth with"
-            " --classifier."
-        )
-    return paths, torch.tensor([classes.index(name) for name in names])[labels]
+def log_line(epoch, flags, lrs, losses, results, best):
+    """A line of log.txt: the official keys for the best head, then every head's by its --lr."""
+    line = {"train_loss": losses[best], "train_lr": lrs[best], "epoch": epoch}
+    by_lr = {"train_loss_by_lr": losses}
+    if results:
+        line |= {f"test_{name}": value for name, value in results[best].items()}
+        by_lr["test_acc1_by_lr"] = [result["acc1"] for result in results]
+    names = list(map(str, flags))
+    by_lr = {key: dict(zip(names, values, strict=True)) for key, values in by_lr.items()}
+    return line | {"lr": flags[best]} | by_lr
+
+
+def print_result(result):
+    top5 = f" Acc@5 {result['acc5']:.3f}" if "acc5" in result else ""
+    print0(f"* Acc@1 {result['acc1']:.3f}{top5} loss {result['loss']:.3f}")
+
+
+def print_validation(result, progress, images):
+    """The official lines, for the best head so far."""
+    print_result(result)
+    network = f"at epoch {progress.epoch - 1} of the network on the {images} test images"
+    print0(f"Accuracy {network}: {result['acc1']:.1f}%")
+    print0(f"Max accuracy so far: {progress.best_acc:.2f}%")
+
+
+def print_table(flags, progress):
+    """The best accuracy of each head, by its --lr, and the official last line."""
+    print0(f"{'--lr':>10}  {'best top-1 %':>12}  after epoch")
+    for i, (lr, (accuracy, epoch)) in enumerate(zip(flags, progress.head_bests, strict=True)):
+        note = "  best_linear.pth" if i == progress.best_head else ""
+        print0(f"{lr:>10g}  {accuracy:>12.2f}  {epoch:>11}{note}")
+    print0(f"Top-1 test accuracy: {progress.best_acc:.1f}")
+
+
+def main():
+    parser = get_args_parser()
+    with exit_on_user_error("eval_linear.py"):
+        eval_linear(parser.parse_args(), given_flags(parser))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,39 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear classifiers on frozen features (Sec. 4.1): what they see, several trained at once, how many
-images they get right, and the files that hold one.
+"""Linear heads on frozen features (Sec. 4.1): what they see, a step of all of them, how many images
+each gets right.
 
 B images, `dim` numbers that a head sees of an image, C classes. There is a head for each learning
 rate: they share the features, which cost nearly all of the time, and nothing else.
 """
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from backbones import is_vit
-from checkpoints import load_exactly, without_prefix
 from dino import first_of
 from distributed import all_reduce_sum, get_world_size
 from errors import UserError
 from metrics import MetricLogger, is_due, progress_bar
 
 PRINT_FREQ = 20  # iterations between two lines of the console
-
-
-class LinearClassifier(nn.Module):
-    """A linear layer on whatever it is given, flattened: (B, *) of `dim` numbers -> (B, C)."""
-
-    def __init__(self, dim, num_labels=1000):
-        super().__init__()
-        self.num_labels = num_labels
-        self.linear = nn.Linear(dim, num_labels)
-        nn.init.normal_(self.linear.weight, std=0.01)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, x):
-        return self.linear(x.flatten(1))
 
 
 class FrozenFeatures:
@@ -94,14 +76,6 @@ class FrozenFeatures:
         return features
 
 
-def fingerprint(module):
-    """A short hash of the weights of `module`, which tells backbones apart in files of any name."""
-    digest = hashlib.sha256()
-    for value in module.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def train_one_epoch(features, heads, optimizer, loader, epoch, shown):
     """One step of every head per batch; returns each one's mean loss, over batches and processes.
 
@@ -109,18 +83,18 @@ def train_one_epoch(features, heads, optimizer, loader, epoch, shown):
     """
     total = torch.zeros(len(heads), device=features.device)
     logger = MetricLogger(delimiter="  ")
-    for i, (images, labels) in enumerate(
-        logger.log_every(loader, PRINT_FREQ, f"Epoch: [{epoch}]")
-    ):
+    batches = logger.log_every(loader, PRINT_FREQ, f"Epoch: [{epoch}]")
+    for i, (images, labels) in enumerate(batches):
         labels = labels.to(features.device, non_blocking=True)
-        total += train_step(heads, optimizer, features(images), labels)
+        losses = train_step(heads, optimizer, features(images), labels)
+        total += losses
         if is_due(i, len(loader), PRINT_FREQ):
-            logger.update(loss=total[shown] / (i + 1), lr=optimizer.param_groups[shown]["lr"])
+            logger.update(loss=losses[shown], lr=optimizer.param_groups[shown]["lr"])
     return (all_reduce_sum(total) / (len(loader) * get_world_size())).tolist()
 
 
 def train_step(heads, optimizer, inputs, labels):
-    """A step of every head on features (B, dim) and labels (B,) of this process; returns the losses."""
+    """A step of every head, on this process's features (B, dim) and labels (B,); their losses."""
     losses = torch.stack([F.cross_entropy(head(inputs), labels) for head in heads])
     optimizer.zero_grad()
     losses.sum().backward()  # each head's gradient is that of its own loss, to the bit
@@ -132,7 +106,7 @@ def train_step(heads, optimizer, inputs, labels):
 
 @torch.no_grad()
 def evaluate(features, heads, loader, total):
-    """{"loss", "acc1", "acc5"} of each head, over the `total` images of which each rank has a share.
+    """{"loss", "acc1", "acc5"} of each head on `total` images, of which each rank has a share.
 
     Means over images, the accuracies in percent; no "acc5" where there are fewer than 5 classes.
     """
@@ -150,16 +124,3 @@ def evaluate(features, heads, loader, total):
         for result in results:
             del result["acc5"]
     return results
-
-
-def load_head(checkpoint, source):
-    """The LinearClassifier in the entry `state_dict` of our files, official and released ones."""
-    entries = checkpoint if isinstance(checkpoint, dict) else {}
-    weights = without_prefix(entries.get("state_dict", {}), "module.")
-    if "linear.weight" not in weights:
-        has = f"it has {', '.join(map(str, entries))}" if entries else "it has no entries at all"
-        raise UserError(f"{source} holds no linear head; {has}. Give a best_linear.pth.")
-    num_labels, dim = weights["linear.weight"].shape
-    head = LinearClassifier(dim, num_labels)
-    load_exactly(head, weights, source)
-    return head

@@ -97,6 +97,10 @@ class MetricLogger:
     def __str__(self):
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
+    def means(self):
+        """{name: mean over everything added}."""
+        return {name: meter.global_avg for name, meter in self.meters.items()}
+
     def synchronize_between_processes(self):
         for meter in self.meters.values():
             meter.synchronize_between_processes()

@@ -80,7 +80,8 @@ def load_backbone(args, given):
     checkpoint = read(args.pretrained_weights) if args.pretrained_weights else {}
     described = describe(checkpoint)
     for flag in ("arch", "patch_size"):
-        if flag in given and flag in described and canonical_name(given[flag]) != described[flag]:
+        stated = str(described.get(flag))
+        if flag in given and flag in described and canonical_name(str(given[flag])) != stated:
             raise UserError(
                 f"--{flag} {given[flag]}: {args.pretrained_weights} holds a backbone with {flag}"
                 f" {described[flag]}. Leave the flag out."
@@ -155,7 +156,7 @@ def published_weights(arch, patch_size):
 
 
 def published_head(arch, patch_size):
-    """(checkpoint of the released linear head, the flags that it is for), downloaded likewise."""
+    """Entries of the released linear head's file, downloaded likewise, and the flags it is for."""
     key = (arch, patch_size) if (arch, patch_size) in PUBLISHED_HEADS else (arch, None)
     if key not in PUBLISHED_HEADS:
         raise UserError(
@@ -163,7 +164,7 @@ def published_head(arch, patch_size):
             " --classifier, or train one without --evaluate."
         )
     file, flags = PUBLISHED_HEADS[key]
-    return download(file, "--evaluate without --classifier takes the published head"), flags
+    return {**download(file, "--evaluate without --classifier takes the published head"), **flags}
 
 
 def download(file, why):

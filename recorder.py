@@ -7,9 +7,10 @@ import torch
 
 from distributed import all_reduce_sum, get_world_size
 from errors import Diverged
-from metrics import MetricLogger, RunLog, is_due, peak_memory_mb
+from metrics import MetricLogger, RunLog, SmoothedValue, is_due, peak_memory_mb
 from monitor import Health, Monitor
 
+OFFICIAL = ("loss", "lr", "wd")
 # Of these log.txt has the means over an epoch's logged iterations, after the official three.
 EPOCH_FIGURES = ("teacher_entropy", "kl", "outputs_used", "agreement", "grad_norm", "images_per_s")
 
@@ -32,7 +33,8 @@ class Recorder:
         """Yield the batches of an epoch, and show progress."""
         self.epoch, self.iterations = epoch, len(loader)
         self.global_batch = loader.batch_size * get_world_size()
-        self.logger = MetricLogger(delimiter="  ")
+        self.logger = console_logger()
+        self.figures = MetricLogger()  # for log.txt, too many for a line of the console
         self.losses = []  # of the steps since the last logged one, still on the device
         batches = self.logger.log_every(loader, self.log_freq, f"Epoch: [{epoch}/{epochs}]")
         for i, images in enumerate(batches):
@@ -53,7 +55,9 @@ class Recorder:
             self.logger.update(loss=value)
         record = self.record(iteration, losses[-1], figures)
         record |= {"lr": lr, "weight_decay": weight_decay, **schedules}
-        self.logger.update(**{name: record[name] for name in EPOCH_FIGURES})
+        self.logger.update(**{"h %": 100 * record["teacher_entropy_share"]})
+        self.logger.update(**{"KL %": 100 * record["kl_share"]})
+        self.figures.update(**{name: record[name] for name in EPOCH_FIGURES})
         self.health.add(record)
         self.log.iteration(record)
 
@@ -79,9 +83,19 @@ class Recorder:
         """The epoch's line of log.txt, the official keys first; its verdicts are printed."""
         for name, text in self.health.end_epoch(self.epoch):
             self.log.verdict(self.epoch + 1, (self.epoch + 1) * self.iterations, name, text)
-        means = {name: meter.global_avg for name, meter in self.logger.meters.items()}
-        official = {f"train_{name}": means.pop(name) for name in ("loss", "lr", "wd")}
-        return official | {"epoch": self.epoch} | means
+        official = {f"train_{name}": self.logger.meters[name].global_avg for name in OFFICIAL}
+        return official | {"epoch": self.epoch} | self.figures.means()
+
+
+def console_logger():
+    """Loss (median of the last 20, mean of the epoch), schedules, and h and KL in percent of ln K."""
+    logger = MetricLogger(delimiter="  ")
+    logger.add_meter("loss", SmoothedValue(fmt="{median:.4f} ({global_avg:.4f})"))
+    logger.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.3e}"))
+    logger.add_meter("wd", SmoothedValue(window_size=1, fmt="{value:.4f}"))
+    for name in ("h %", "KL %"):
+        logger.add_meter(name, SmoothedValue(window_size=1, fmt="{value:.1f}"))
+    return logger
 
 
 def fetch_means(losses, figures):

@@ -14,6 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
+from backbones import build_backbone
+from checkpoints import save_backbone
+from dino import MultiCropWrapper
+from vision_transformer import DINOHead
+
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 
@@ -43,6 +48,25 @@ def class_folders(tmp_path_factory):
                 left, top = rng.integers(0, 250, 2)
                 image.crop((left, top, left + 48, top + 48)).save(folder / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A backbone.pth of an untrained ViT for images of 32 pixels, normalised in its own way."""
+    path = tmp_path_factory.mktemp("checkpoint") / "backbone.pth"
+    torch.manual_seed(0)
+    backbone, embed_dim = build_backbone("vit_nano", 8, img_size=32)
+    head = DINOHead(embed_dim, 8, hidden_dim=8, bottleneck_dim=8)
+    save_backbone(
+        path,
+        MultiCropWrapper(backbone, head),
+        arch="vit_nano",
+        patch_size=8,
+        image_size=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+    )
+    return path
 
 
 def run_script(*command, timeout=300, **environ):

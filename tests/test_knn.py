@@ -12,11 +12,8 @@ from conftest import run_processes, run_script, run_torchrun
 import knn
 from augmentations import eval_transform
 from backbones import build_backbone
-from checkpoints import save_backbone
 from data import evaluation_loader, list_labelled_images
-from dino import MultiCropWrapper
 from eval_knn import knn_classifier
-from vision_transformer import DINOHead
 
 
 def clusters(count, classes, seed, dim=16):
@@ -103,24 +100,6 @@ def test_two_processes_count_every_image_once(class_folders, tmp_path):
             # another composition of batches rounds otherwise
             torch.testing.assert_close(alone, shared, rtol=0, atol=1e-5)
         assert rank_accuracy[3][0] == pytest.approx(accuracy[3][0])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("checkpoint") / "backbone.pth"
-    torch.manual_seed(0)
-    backbone, embed_dim = build_backbone("vit_nano", 8, img_size=32)
-    head = DINOHead(embed_dim, 8, hidden_dim=8, bottleneck_dim=8)
-    save_backbone(
-        path,
-        MultiCropWrapper(backbone, head),
-        arch="vit_nano",
-        patch_size=8,
-        image_size=32,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.2, 0.2, 0.2),
-    )
-    return path
 
 
 def test_script_needs_a_checkpoint_and_a_folder_only(checkpoint, class_folders, tmp_path):

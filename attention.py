@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of [CLS] to the patches in the last block: images cut to patches, maps, and masks.
+
+Shapes: h heads, P patch size, H x W pixels of an image of whole patches, R = H/P rows and C = W/P
+columns of patches.
+"""
+
+import torch
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from backbones import canonical_name
+from errors import UserError
+from pretrained import load_backbone
+from vision_transformer import ARCHITECTURES
+
+
+def load_vit(args, given):
+    """The Pretrained of `load_backbone`. UserError for a network without a map of [CLS]."""
+    if not args.pretrained_weights:
+        check_has_class_attention(args.arch, f"--arch {args.arch}")  # rather than download it
+    pretrained = load_backbone(args, given)
+    source = args.pretrained_weights or "the published weights"
+    check_has_class_attention(pretrained.arch, f"{source} ({pretrained.arch})")
+    return pretrained
+
+
+def check_has_class_attention(arch, source):
+    """Raise UserError unless `arch` is one of vision_transformer.py."""
+    arch = canonical_name(arch)
+    if arch in ARCHITECTURES:
+        return
+    if arch.startswith("xcit_"):
+        reason = "XCiT attends from channel to channel, not from patch to patch"
+    elif arch.startswith("timm:"):
+        reason = "timm's networks do not hand out theirs"
+    else:
+        reason = "this network has no class token"
+    raise UserError(
+        f"{source}: what is shown here is the attention of a ViT's class token to the patches, and"
+        f" {reason}. Take --arch {' or '.join(ARCHITECTURES)}, with --pretrained_weights of such a"
+        " network."
+    )
+
+
+def fit_to_patches(image, image_size, patch_size, name):
+    """(PIL image of whole patches, (height, width) before the rest of a patch was cut off).
+
+    `image_size` is [height, width], or [short side], which keeps the aspect ratio, or [0], the
+    image as it is. Rows and columns are cut at the bottom and on the right, as officially.
+    UserError, with the image's `name`, where not even one patch fits.
+    """
+    if image_size != [0]:
+        image = F.resize(image, image_size, InterpolationMode.BILINEAR)
+    width, height = image.size
+    rows, columns = height // patch_size, width // patch_size
+    if rows == 0 or columns == 0:
+        raise UserError(
+            f"{name}: {height} x {width} pixels do not hold a patch of {patch_size} x {patch_size}."
+            " Enlarge it with --image_size."
+        )
+    return image.crop((0, 0, columns * patch_size, rows * patch_size)), (height, width)
+
+
+@torch.no_grad()
+def class_attention(pretrained, image):
+    """Each head's attention of [CLS] to the patches of a PIL image, in the last block: (h, R, C).
+
+    Softmax probabilities; what is missing to a sum of 1 is what [CLS] gives itself. The values are
+    those of `get_last_selfattention`, without its N x N numbers per head: for a photograph of 12
+    megapixels and P = 16 those would be 8 GiB.
+    """
+    backbone = pretrained.backbone
+    pixels = F.normalize(F.to_tensor(image), pretrained.mean, pretrained.std)
+    tokens = backbone.prepare_tokens(pixels[None].to(backbone.cls_token.device))  # (1, N, D)
+    for block in backbone.blocks[:-1]:
+        tokens = block(tokens)
+    last = backbone.blocks[-1]
+    queries, keys, _ = last.attn.queries_keys_values(last.norm1(tokens))  # (1, h, N, D/h)
+    attention = (queries[0, :, :1] @ keys[0].transpose(-2, -1) * last.attn.scale).softmax(dim=-1)
+    rows = image.height // pretrained.patch_size
+    return attention[:, 0, 1:].unflatten(1, (rows, -1))
+
+
+def keep_mass(maps, share):
+    """Masks of the patches that hold `share` of each map's sum, the most attended first.
+
+    (..., R, C) -> bool (..., R, C). A patch is dropped while it and all smaller ones hold at most
+    1 - `share` (the official rule), so that what is kept holds at least `share`, and would not
+    without its smallest patch. Computed in float64, so that no device rounds its own way.
+    """
+    values, order = maps.double().flatten(-2).sort(dim=-1, stable=True)
+    held = (values / values.sum(dim=-1, keepdim=True)).cumsum(dim=-1)  # by a patch and all smaller
+    kept = held > 1 - share
+    return torch.zeros_like(kept).scatter_(-1, order, kept).view(maps.shape)
+
+
+def upsample(maps, patch_size):
+    """Every patch as P x P equal pixels: (..., R, C) -> (..., H, W)."""
+    return maps.repeat_interleave(patch_size, dim=-2).repeat_interleave(patch_size, dim=-1)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear heads and their files: how heads start, how far their run is, what a file says of one.
+
+A file of one head, such as best_linear.pth, holds its `state_dict` with clean keys and all that is
+needed to use it: see `describe_head`. `checkpoint.pth.tar`, from which a run resumes, holds the
+official entries, `epoch` (of the next epoch), `state_dict` (of the best head), `optimizer`,
+`scheduler` and `best_acc`, and beside them the same description, all `heads`, and each one's best.
+"""
+
+import copy
+import hashlib
+import textwrap
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from backbones import canonical_name, is_vit
+from checkpoints import (
+    load_exactly,
+    read,
+    restore,
+    with_prefix,
+    without_prefix,
+    write_atomically,
+)
+from distributed import is_main_process
+from errors import UserError
+
+# The flags that a head's file states, so that --evaluate needs none of them.
+HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
+PUBLISHED = "the published backbone"
+
+
+class LinearClassifier(nn.Module):
+    """A linear layer on whatever it is given, flattened: (B, *) of `dim` numbers -> (B, C)."""
+
+    def __init__(self, dim, num_labels=1000):
+        super().__init__()
+        self.num_labels = num_labels
+        self.linear = nn.Linear(dim, num_labels)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+@dataclass
+class TrainState:
+    """What is stepped together, and so saved together. The names are entries of the checkpoint."""
+
+    heads: nn.ModuleList  # one for each learning rate
+    optimizer: torch.optim.Optimizer  # with a group for each head
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+def build_state(dim, num_labels, lrs, epochs, device):
+    """Heads that start alike, and their SGD: from each of `lrs` along a cosine to 0, by epochs."""
+    first = LinearClassifier(dim, num_labels)
+    heads = nn.ModuleList(copy.deepcopy(first) for _ in lrs).to(device)
+    groups = [dict(params=head.parameters(), lr=lr) for head, lr in zip(heads, lrs, strict=True)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
+    return TrainState(heads, optimizer, scheduler)
+
+
+@dataclass
+class Progress:
+    """How far a run is. Its fields are entries of the checkpoint."""
+
+    epoch: int = 0  # epochs done
+    best_acc: float = -1.0  # top-1 in percent, of any head after any epoch
+    best_head: int = 0  # the number of the head that had it
+    head_bests: list = field(
+        default_factory=list
+    )  # of each head: its best top-1, after which epoch
+
+    def add(self, epoch, accuracies):
+        """Take the accuracy of each head after `epoch`; True if one is better than all before."""
+        self.head_bests = self.head_bests or [(-1.0, 0)] * len(accuracies)
+        self.head_bests = [
+            max(best, (accuracy, epoch), key=lambda pair: pair[0])
+            for best, accuracy in zip(self.head_bests, accuracies, strict=True)
+        ]
+        improved = max(accuracies) > self.best_acc
+        if improved:
+            self.best_acc = max(accuracies)
+            self.best_head = accuracies.index(self.best_acc)
+        return improved
+
+
+def describe_head(pretrained, classes, **flags):
+    """What a head's file says of the head: entries of plain values.
+
+    `flags`: the rest of HEAD_FLAGS, and what else is worth keeping.
+    """
+    if not is_vit(pretrained.backbone):  # to other networks these two mean nothing
+        del flags["n_last_blocks"], flags["avgpool_patchtokens"]
+    return {
+        "arch": pretrained.arch,
+        "patch_size": pretrained.patch_size,
+        "image_size": pretrained.image_size,
+        "backbone": fingerprint(pretrained.backbone),
+        "classes": classes,
+        **flags,
+    }
+
+
+def fingerprint(module):
+    """A short hash of the weights of `module`, which tells backbones apart in files of any name."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_best_and_last(folder, state, progress, description, *, accuracy, improved):
+    """Write last_linear.pth from rank 0 and, if the head is the best so far, best_linear.pth.
+
+    Both are of the learning rate that was best so far: the present head, and the one at its best.
+    """
+    if not is_main_process():
+        return
+    found = {
+        "lr": description["lr"][progress.best_head],
+        "epoch": progress.epoch - 1,
+        "accuracy": accuracy,
+    }
+    head = state.heads[progress.best_head].state_dict()
+    for name in ("best_linear.pth", "last_linear.pth")[not improved :]:
+        write_atomically({**description, **found, "state_dict": head}, Path(folder) / name)
+
+
+def load_head(checkpoint, source):
+    """The LinearClassifier in the entry `state_dict` of a file: ours, official or released."""
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    weights = without_prefix(entries.get("state_dict", {}), "module.")
+    if "linear.weight" not in weights:
+        raise UserError(
+            f"{source} holds no linear classifier; its entries are"
+            f" {', '.join(map(str, entries)) or 'none'}. Give a best_linear.pth."
+        )
+    num_labels, dim = weights["linear.weight"].shape
+    head = LinearClassifier(dim, num_labels)
+    load_exactly(head, weights, source)
+    return head
+
+
+def check_backbone(description, backbone, source, weights):
+    """UserError unless `backbone`, read from `weights`, is the one that the head was trained on."""
+    if description.get("backbone", fingerprint(backbone)) != fingerprint(backbone):
+        trained_on = description["pretrained_weights"]
+        raise UserError(
+            f"{source} was trained on the features of {trained_on or PUBLISHED}, and the weights"
+            f" of {weights or PUBLISHED} are others."
+        )
+
+
+def stated_flags(description, given, source):
+    """{flag: value} of those HEAD_FLAGS that `description` has; UserError for one that is `given`
+    another value.
+    """
+    stated = {flag: description[flag] for flag in HEAD_FLAGS if flag in description}
+    for flag, value in stated.items():
+        if flag in given and canonical_name(str(given[flag])) != str(value):
+            raise UserError(
+                f"--{flag} {given[flag]}: {source} was trained with {value}. Leave the flag out."
+            )
+    return stated
+
+
+def number_labels(labels, names, classes, num_labels, source):
+    """`labels`, which number the class folders `names`, as the head numbers them.
+
+    That is by `classes`, if its file names them, else by their order. UserError for other classes.
+    """
+    classes = classes or names
+    unknown = [name for name in names if name not in classes]
+    if unknown or len(classes) != num_labels:
+        found = f"{unknown[0]!r} is none of them" if unknown else f"there are {len(names)}"
+        raise UserError(
+            f"{source} knows {num_labels} classes, and in val/ of --data_path {found}. Give with"
+            " --classifier one that was trained on these classes, or train one without --evaluate."
+        )
+    return torch.tensor([classes.index(name) for name in names])[labels]
+
+
+def save_training(path, state, progress, description):
+    """Write `checkpoint.pth.tar` from rank 0."""
+    if is_main_process():
+        best_head = state.heads[progress.best_head].state_dict()
+        objects = {name: value.state_dict() for name, value in vars(state).items()}
+        official = {"state_dict": with_prefix(best_head, "module."), **objects, **vars(progress)}
+        write_atomically({**description, **official}, path)
+
+
+def load_training(path, state, progress, description):
+    """Restore what `save_training` wrote. UserError if it is of a run with another description."""
+    checkpoint = read(path, "resume from")
+    restore(checkpoint, path, **vars(state))
+    for name, value in description.items():
+        if name != "pretrained_weights" and checkpoint.get(name) != value:  # a file may move
+            there, here = (
+                textwrap.shorten(str(text), 60) for text in (checkpoint.get(name), value)
+            )
+            raise UserError(
+                f"resume from {path}: that run has {name} {there}, and this one {here}. Give"
+                " another --output_dir."
+            )
+    vars(progress).update({name: checkpoint[name] for name in vars(progress)})

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention maps: where [CLS] looks in the last block of a frozen ViT (Fig. 1 and 3).
+
+    python visualize_attention.py --pretrained_weights runs/photos/backbone.pth --image_path a.jpg
+    python visualize_attention.py --pretrained_weights runs/photos/backbone.pth --image_path photos/
+        --image_size 480 --threshold 0.6 --output_dir attention/     # a folder, undistorted
+
+For each image: img.png, attn-head0.png, ... and, with --threshold, mask_th0.6_head0.png, ... (the
+official names), attn-mean.png, overlay.png, and all of them on one sheet, attention.png. A folder
+of images gets a folder of pictures for each. No GPU is needed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+import plots
+from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
+from data import find_images, read_image
+from demo import open_photograph
+from distributed import Launch, choose_device, print0
+from errors import UserError, exit_on_user_error
+from flags import Parser, add_weights_arguments, given_flags, number
+
+PHOTOGRAPH = "chelsea.png"  # a cat, which scikit-image brings along
+MASK_COLOR = (255, 0, 160)  # rare in photographs
+SHEET_COLUMNS = 6
+
+
+def get_args_parser():
+    parser = Parser(prog="visualize_attention.py", description="Attention maps of the class token.")
+    add_weights_arguments(parser.add_argument_group("backbone"), patch_size=8)
+    add = parser.add_argument_group("pictures").add_argument
+    add(
+        "--image_path",
+        default=None,
+        help="a photograph, or a folder of them; without it, one that comes with scikit-image",
+    )
+    add(
+        "--image_size",
+        default=[480, 480],
+        nargs="+",
+        type=number(int, 0),
+        metavar="PIXELS",
+        help="height and width to resize to, whatever the aspect ratio; or the short side alone,"
+        " which keeps it; or 0, for images as they are",
+    )
+    add(
+        "--threshold",
+        default=None,
+        type=number(float, high=1, above=0),
+        help="draw masks too, of the patches that hold this share of the attention; the paper's"
+        " have 0.6",
+    )
+    add("--output_dir", default=".", help="folder of the pictures")
+    add(
+        "--device",
+        default="auto",
+        choices=["auto", "cuda", "cpu"],
+        help="auto takes CUDA if there is any",
+    )
+    return parser
+
+
+def visualize_attention(args, given=()):
+    """Write the pictures of every image. `given`: the flags of the command line."""
+    check_image_size(args.image_size)
+    photographs = list_photographs(args.image_path, args.output_dir)
+    device = choose_device(args.device, Launch("python"))
+    pretrained = load_vit(args, given)
+    pretrained.backbone.to(device)
+    network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
+    for path, folder in photographs:
+        name = path or PHOTOGRAPH
+        image, _ = fit_to_patches(open_upright(path), args.image_size, pretrained.patch_size, name)
+        maps = class_attention(pretrained, image).cpu()
+        groups = draw_pictures(image, maps, pretrained.patch_size, args.threshold)
+        sheet = folder / "attention.png"
+        save_pictures(groups, folder, path)
+        draw_sheet(sheet, f"{Path(name).name}: attention of [CLS], {network}", groups)
+        heads, rows, columns = maps.shape
+        print0(f"{name}: {rows} x {columns} patches, {heads} heads: {sheet}")
+
+
+def check_image_size(image_size):
+    if len(image_size) > 2 or (0 in image_size and len(image_size) == 2):
+        raise UserError(
+            f"--image_size {' '.join(map(str, image_size))}: give height and width, or the short"
+            " side alone, or 0 for images as they are."
+        )
+
+
+def list_photographs(image_path, output_dir):
+    """(path, folder of its pictures) of the image, or of each image of the folder, at any depth.
+
+    The folders of pictures are called as the images, without suffixes unless two images would
+    then share one. Without an `image_path`, the path is None.
+    """
+    output_dir = Path(output_dir)
+    if image_path is None or Path(image_path).is_file():
+        return [(image_path, output_dir)]
+    if not Path(image_path).is_dir():
+        raise UserError(
+            f"--image_path {image_path}: no such file or folder. Leave the flag out for a"
+            " photograph that comes with scikit-image."
+        )
+    paths = find_images(image_path)
+    if not paths:
+        raise UserError(f"--image_path {image_path}: no image in this folder or below it.")
+    if output_dir.resolve().is_relative_to(Path(image_path).resolve()):
+        raise UserError(
+            f"--output_dir {output_dir} is in --image_path {image_path}: the pictures would be"
+            " taken for photographs next time. Give another."
+        )
+    full_names = [Path(path).relative_to(image_path) for path in paths]
+    names = [path.with_suffix("") for path in full_names]
+    if len(set(names)) < len(names):
+        names = full_names
+    return [(path, output_dir / name) for path, name in zip(paths, names, strict=True)]
+
+
+def open_upright(path):
+    """PIL image, turned as the camera was held if the file says so."""
+    return ImageOps.exif_transpose(read_image(path)) if path else open_photograph(PHOTOGRAPH)
+
+
+@dataclass
+class Picture:
+    file: str
+    title: str
+    pixels: np.ndarray  # (H, W, 3) uint8
+
+
+def draw_pictures(image, maps, patch_size, threshold=None):
+    """Groups (lists) of Pictures: of the image as a whole, of the heads, of the heads' masks.
+
+    `image`: PIL, W x H; `maps`: (h, R, C); `threshold`: share of the attention in a mask, or None
+    for no masks.
+    """
+    photograph, mean = np.asarray(image), maps.mean(dim=0)
+    heat = color_map(upsample(mean, patch_size))
+    grey = np.asarray(image.convert("L"))[..., None]  # so that every colour is one of the map
+    groups = [
+        [
+            Picture("img.png", "image", photograph),
+            Picture("attn-mean.png", "mean of heads", heat),
+            Picture("overlay.png", "mean over the image", blend(grey, heat, 0.5)),
+        ],
+        [
+            Picture(f"attn-head{j}.png", f"head {j}", color_map(upsample(head, patch_size)))
+            for j, head in enumerate(maps)
+        ],
+    ]
+    if threshold is not None:
+
+        def draw(file, title, map_):
+            mask = keep_mass(map_, threshold)
+            title = f"{title}: {threshold:.0%} on {mask.double().mean():.0%} of the area"
+            return Picture(file, title, draw_mask(photograph, upsample(mask, patch_size).numpy()))
+
+        prefix = f"mask_th{threshold}"
+        groups[0].append(draw(f"{prefix}_mean.png", "mean", mean))
+        groups.append(
+            [draw(f"{prefix}_head{j}.png", f"head {j}", head) for j, head in enumerate(maps)]
+        )
+    return groups
+
+
+def color_map(values):
+    """matplotlib's default colours from the lowest value to the highest: (H, W) -> (H, W, 3)."""
+    low, high = values.min(), values.max()
+    scaled = (values - low) / (high - low) if high > low else values - low
+    return plt.colormaps["viridis"](scaled.numpy(), bytes=True)[..., :3]
+
+
+def blend(below, above, opacity):
+    """`above` over `below`, which broadcast to (H, W, 3) uint8."""
+    return np.rint((1 - opacity) * below + opacity * np.asarray(above)).astype(np.uint8)
+
+
+def draw_mask(photograph, mask):
+    """The photograph (H, W, 3) with the `mask` (H, W) tinted, and its contours drawn."""
+    from skimage.measure import find_contours  # a second, for those who want masks
+
+    tinted = np.where(mask[..., None], blend(photograph, MASK_COLOR, 0.5), photograph)
+    picture = Image.fromarray(tinted)
+    pen = ImageDraw.Draw(picture)
+    # A frame of zeros, so that a contour closes where the mask goes on to the image's border.
+    for contour in find_contours(np.pad(mask.astype(float), 1), 0.5):
+        points = [(x - 1, y - 1) for y, x in contour]
+        pen.line(points, fill=MASK_COLOR, width=1 + min(picture.size) // 240)
+    return np.asarray(picture)
+
+
+def save_pictures(groups, folder, source):
+    """Write the pictures as PNG to `folder`; UserError where one would replace `source`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {picture.file: picture.pixels for group in groups for picture in group}
+    for name in [*files, "attention.png"]:
+        if source and (folder / name).resolve() == Path(source).resolve():
+            raise UserError(
+                f"--image_path {source} would be overwritten by a picture of that name. Give"
+                " another --output_dir."
+            )
+    for name, pixels in files.items():
+        Image.fromarray(pixels).save(folder / name)
+
+
+def draw_sheet(path, title, groups):
+    """Contact sheet of all the pictures: each group begins a row."""
+    columns = min(SHEET_COLUMNS, max(map(len, groups)))
+    rows = [
+        group[start : start + columns]
+        for group in groups
+        for start in range(0, len(group), columns)
+    ]
+    height, width, _ = groups[0][0].pixels.shape
+    panel_width = 3.0  # inches
+    panel_height = panel_width * height / width + 0.35
+    figure, axes = plt.subplots(
+        len(rows),
+        columns,
+        figsize=(panel_width * columns, panel_height * len(rows) + 0.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row_axes, row in zip(axes, rows, strict=True):
+        for axis in row_axes:
+            axis.axis("off")
+        for axis, picture in zip(row_axes, row, strict=False):
+            axis.imshow(picture.pixels)
+            axis.set_title(picture.title, fontsize=10)
+    figure.suptitle(title, fontsize=12)
+    plots.save(figure, path)
+
+
+def main():
+    parser = get_args_parser()
+    with exit_on_user_error("visualize_attention.py"):
+        visualize_attention(parser.parse_args(), given_flags(parser))
+
+
+if __name__ == "__main__":
+    main()
