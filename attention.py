@@ -10,18 +10,21 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from backbones import canonical_name
+from distributed import Launch, choose_device
 from errors import UserError
 from pretrained import load_backbone
 from vision_transformer import ARCHITECTURES
 
 
 def load_vit(args, given):
-    """The Pretrained of `load_backbone`. UserError for a network without a map of [CLS]."""
+    """The Pretrained of `load_backbone`, on --device; UserError for what has no map of [CLS]."""
+    device = choose_device(args.device, Launch("python"))
     if not args.pretrained_weights:
         check_has_class_attention(args.arch, f"--arch {args.arch}")  # rather than download it
     pretrained = load_backbone(args, given)
-    source = args.pretrained_weights or "the published weights"
-    check_has_class_attention(pretrained.arch, f"{source} ({pretrained.arch})")
+    source = f"--pretrained_weights {args.pretrained_weights} ({pretrained.arch})"
+    check_has_class_attention(pretrained.arch, source)
+    pretrained.backbone.to(device)
     return pretrained
 
 

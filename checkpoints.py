@@ -3,15 +3,18 @@
 
 A training checkpoint holds the official entries, `student`, `teacher`, `optimizer`, `dino_loss`,
 `epoch` (of the next epoch), `args` and, with float16, `fp16_scaler`, under the official key names;
-`args` is a plain dict. Ours beside them: `rng`, the random state of each rank, and `best_knn`.
+`args` is a plain dict. Ours beside them: `rng`, the random state of each rank, and the fields of
+resume.Progress.
 
 `backbone.pth` holds the teacher's backbone alone, under `teacher`, and beside it all that is needed
 to use it.
 """
 
 import argparse
+import contextlib
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -19,7 +22,7 @@ import numpy as np
 import torch
 
 from backbones import has_batchnorms
-from distributed import gather_objects, get_rank, is_main_process
+from distributed import get_rank, get_world_size
 from errors import UserError
 
 # What official checkpoints hold besides tensors: their parsed flags, and numbers of numpy. None
@@ -33,25 +36,50 @@ SAFE_TYPES = [
 ]
 
 
-def write_atomically(payload, path):
-    """torch.save to `path`, which holds either the old content or all of the new one, whenever the
-    process dies.
+class DamagedFile(UserError):
+    """A checkpoint that is cut short, or was none to begin with."""
+
+
+def write_atomically(payload, path, keep_as=None):
+    """torch.save to `path`, which holds what it held or all of the new, whenever the power fails.
+
+    What it held becomes `keep_as`, if that is given.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            link = path.with_name(f".{keep_as.name}.tmp")
+            link.unlink(missing_ok=True)
+            try:
+                os.link(path, link)  # at no moment is there no `path`
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, link)
+            os.replace(link, keep_as)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder):
+    """Make renames in `folder` last; a file system that cannot is none to insist on."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def read(path, flag="--pretrained_weights"):
-    """The content of a checkpoint, on the CPU. Only tensors and plain values are unpickled, never
-    code.
+    """The content of a checkpoint, on the CPU. Only tensors and plain values are unpickled.
+
+    Raises UserError for a file that is absent or holds code, DamagedFile for one that is broken.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,10 +91,12 @@ def read(path, flag="--pretrained_weights"):
     except Exception as error:  # whatever a parser may raise on somebody's bytes
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            problem = f"holds code ({code[1]}) beside tensors and plain values, and is not opened"
-        else:
-            problem = f"damaged, or no checkpoint ({type(error).__name__})"
-        raise UserError(f"{flag} {path}: {problem}.") from None
+            raise UserError(
+                f"{flag} {path}: holds code ({code[1]}) beside tensors and plain values, and is not"
+                " opened."
+            ) from None
+        kind = type(error).__name__
+        raise DamagedFile(f"{flag} {path}: damaged, or no checkpoint ({kind}).") from None
 
 
 def unwrap(model):
@@ -82,19 +112,16 @@ def without_prefix(state_dict, prefix):
     return {name.removeprefix(prefix): value for name, value in state_dict.items()}
 
 
-def save_training(paths, state, progress, args):
-    """Write a training checkpoint to each of `paths` from rank 0; every rank must call it.
+def training_payload(state, progress, args, rng):
+    """What a training checkpoint holds. `progress` and `args`: dicts of plain values.
 
-    `state`: student, teacher, dino_loss, optimizer and scaler by these names; `progress` and
-    `args`: dicts of plain values.
+    `state`: student, teacher, dino_loss, optimizer and scaler by these names; `rng`: each rank's
+    random_state.
 
     The official student is always wrapped in DistributedDataParallel, the teacher only if it has
     batch norms; the keys say so here whether or not there was a wrapper, so that either code reads
     the other's file.
     """
-    rng = gather_objects(random_state())  # each rank adds its own
-    if not is_main_process():
-        return
     teacher_prefix = "module." if has_batchnorms(state["teacher"]) else ""
     payload = {
         "student": with_prefix(unwrap(state["student"]).state_dict(), "module."),
@@ -107,23 +134,21 @@ def save_training(paths, state, progress, args):
     }
     if state["scaler"].is_enabled():
         payload["fp16_scaler"] = state["scaler"].state_dict()
-    for path in paths:
-        write_atomically(payload, path)
+    return payload
 
 
-def load_training(path, state, progress):
-    """Restore `state` and `progress` from what `save_training` or the official code wrote.
+def restore_training(checkpoint, path, state):
+    """Put a training checkpoint's content, ours or official, into the objects of `state`.
 
-    A float16 scaler may be new to the run: where the checkpoint has none, it starts afresh.
+    A float16 scaler may be new to the run: where the checkpoint has none, it starts afresh. So do
+    the random states where there is another number of ranks.
     """
-    checkpoint = read(path, "resume from")
     objects = {name: value for name, value in state.items() if name != "scaler"}
     if state["scaler"].is_enabled() and "fp16_scaler" in checkpoint:
         objects["fp16_scaler"] = state["scaler"]
     restore(checkpoint, path, **objects)
-    progress.update({name: checkpoint[name] for name in progress if name in checkpoint})
     rng = checkpoint.get("rng", [])
-    if get_rank() < len(rng):
+    if len(rng) == get_world_size():
         set_random_state(rng[get_rank()])
 
 
@@ -173,26 +198,31 @@ def load_exactly(module, state_dict, what):
         for name in own
         if name in state_dict and state_dict[name].shape != own[name].shape
     ]
+    problems += [
+        f"{name} has values that are not finite"
+        for name, value in state_dict.items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{what} does not fit this network: {'; '.join(problems[:3])}{more}.")
     module.load_state_dict(state_dict)
 
 
-def save_backbone(path, teacher, *, arch, patch_size, image_size, mean, std):
-    """Write `backbone.pth` from rank 0: clean keys under `teacher`, and how to build and feed the
-    network.
-    """
-    if is_main_process():
-        payload = {
-            "teacher": unwrap(teacher).backbone.state_dict(),
-            "arch": arch,
-            "patch_size": patch_size,
-            "image_size": image_size,
-            "mean": mean,
-            "std": std,
-        }
-        write_atomically(payload, path)
+def backbone_payload(teacher, *, arch, patch_size, image_size, mean, std):
+    """What `backbone.pth` holds: clean keys under `teacher`, and how to build and feed it."""
+    return {
+        "teacher": unwrap(teacher).backbone.state_dict(),
+        "arch": arch,
+        "patch_size": patch_size,
+        "image_size": image_size,
+        "mean": mean,
+        "std": std,
+    }
+
+
+def save_backbone(path, teacher, **description):
+    write_atomically(backbone_payload(teacher, **description), path)
 
 
 def restart_from_checkpoint(ckp_path, run_variables=None, **kwargs):

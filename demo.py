@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded data set: tiles of photographs that come with scikit-image, and are the classes."""
+"""The embedded data set: tiles of photographs that come with scikit-image, a class each."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ GRID = 4  # blocks per side, of which one in each row and column is held out
 
 
 def write_demo_images(folder):
-    """Write images/, without labels, and train/ and val/, with a folder per photograph, to `folder`.
+    """Write images/, without labels, and train/ and val/, with a folder per photograph.
 
     Returns the paths (of images/, of `folder`). Rank 0 writes, and the tiles are always the same
     ones. Those of val/ come from blocks of the photograph that no other tile touches.
@@ -69,7 +69,7 @@ def write_tiles(name, blocks, count, folder, prefix, rng):
 
 
 def split_blocks(width, height):
-    """(blocks to train on, blocks held out) of a GRID x GRID division: (left, top, right, bottom)."""
+    """(to train on, held out): the blocks of a GRID x GRID division, (left, top, right, bottom)."""
     train, held_out = [], []
     for row in range(GRID):
         for column in range(GRID):

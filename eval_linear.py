@@ -63,7 +63,7 @@ def get_args_parser():
         "--n_last_blocks",
         default=4,
         type=number(int, 1),
-        help="last blocks of a ViT that give their [CLS]; the authors take 4 of a ViT-S, 1 of a ViT-B",
+        help="blocks of a ViT that give their [CLS]; the authors take 4 of a ViT-S, 1 of a ViT-B",
     )
     add(
         "--avgpool_patchtokens",

@@ -127,10 +127,10 @@ class KnnProbe:
         self.val = evaluation_loader(paths, labels, transform, **options), len(paths)
         self.device, self.amp_dtype = device, amp_dtype
 
-    def accuracy(self, backbone):
-        """Top-1 in percent."""
+    def accuracy(self, backbone, wrap=iter):
+        """Top-1 in percent. `wrap` goes around the loaders, and may raise to break off."""
         train, val = (
-            extract_features(backbone, loader, total, self.device, amp_dtype=self.amp_dtype)
+            extract_features(backbone, wrap(loader), total, self.device, amp_dtype=self.amp_dtype)
             for loader, total in (self.train, self.val)
         )
         return knn_accuracies(*train, *val, [self.k], self.temperature, len(self.classes))[self.k][

@@ -1,67 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train DINO: self-distillation with no labels (Caron et al. 2021,
-https://arxiv.org/abs/2104.14294).
+"""Train DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294).
 
-    python main_dino.py --preset demo                                      # no data, no GPU, a few
-    minutes
-    python main_dino.py --data_path photos/ --output_dir runs/photos       # one GPU
-    torchrun --standalone --nproc_per_node=8 main_dino.py --data_path imagenet/train --output_dir
-    runs/vits16
+    python main_dino.py --preset demo                                   # no data, no GPU: 3 minutes
+    python main_dino.py --data_path photos/ --output_dir runs/photos    # one GPU
+    torchrun --standalone --nproc_per_node=8 main_dino.py --data_path imagenet/train/ ...
 
-The last line is the authors' "vanilla" run: 100 epochs of ViT-S/16 on 8 GPUs took them 1.75 days
-and gave k-NN 69.3, linear 74.0 (README of the official repository). The same command again resumes
-a run.
+The last one is the authors' "vanilla" run: 100 epochs of ViT-S/16 on 8 GPUs took them 1.75 days and
+gave k-NN 69.3, linear 74.0 (README of the official repository). The same command again goes on with
+a run that was interrupted.
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import utils
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, DataAugmentationDINO
-from backbones import canonical_name
-from checkpoints import load_training, save_backbone, save_training, unwrap
+from augmentations import DataAugmentationDINO
 from data import list_training_images, training_loader
 from demo import DEMO, write_demo_images
 from dino import DINOLoss, cancel_gradients_last_layer, update_teacher
-from distributed import (
-    get_world_size,
-    init_distributed,
-    print0,
-    shut_down,
-)
+from distributed import get_world_size, init_distributed, shut_down
 from errors import Diverged, UserError, exit_on_user_error
 from flags import loader_workers
+from interruption import Interruption, StopRequested
 from knn import KnnProbe
 from networks import build_optimizer, build_student_and_teacher
-from plots import draw_first_views, draw_run
 from recorder import Recorder
 from report import report_end, report_start
+from run import Run, TrainState
+from resume import Progress
+from saving import NEWEST, Saver, find_checkpoint
 from training_flags import check_args, get_args_parser, parse_args
-
-
-@dataclass
-class TrainState:
-    """What is stepped together, and so saved together. The names are those of the checkpoint's
-    entries.
-    """
-
-    student: nn.Module
-    teacher: nn.Module
-    dino_loss: DINOLoss
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-
-
-@dataclass
-class Progress:
-    """How far a run is. Its fields are entries of the checkpoint."""
-
-    epoch: int = 0  # epochs done
-    best_knn: float = 0.0  # percent, of the best teacher so far
 
 
 def train_dino(args):
@@ -69,6 +39,7 @@ def train_dino(args):
     args = argparse.Namespace(**{**vars(get_args_parser().parse_args([])), **vars(args)})
     check_args(args)
     output_dir = Path(args.output_dir)
+    found = find_checkpoint(args.resume, output_dir)
 
     # ---- processes ----
     launch, device = init_distributed(args.device, args.dist_url)
@@ -79,17 +50,93 @@ def train_dino(args):
     # ---- data ----
     if args.data_path == DEMO:
         args.data_path, args.knn_data_path = write_demo_images(output_dir / "demo_images")
-    loader = build_loader(args, pin_memory=device.type == "cuda")
-    probe = build_probe(args, device, amp_dtype)
+    workers = loader_workers(args.num_workers)
+    loader = build_loader(args, workers, pin_memory=device.type == "cuda")
+    probe = build_probe(args, workers, device, amp_dtype)
 
-    # ---- student and teacher, loss, optimizer ----
+    # ---- student, teacher, loss, optimizer ----
+    state = build_state(args, device, amp_dtype)
+    progress = Progress(iterations_per_epoch=len(loader), global_batch=global_batch(args))
+    report_start(args, launch, device, amp_dtype, len(loader.dataset), scaled_lr(args), progress)
+    run = Run(
+        args,
+        Schedules(args, len(loader)),
+        progress,
+        Recorder(output_dir, state.dino_loss, args),
+        Saver(output_dir, args.saveckp_iters, args.saveckp_minutes, args.keep_checkpoints),
+        Interruption(),
+        amp_dtype,
+    )
+
+    # ---- begin, or resume ----
+    if found is None:
+        run.begin(state, loader.dataset, probe)
+    utils.fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
+    if found is not None:
+        run.resume(state, *found)
+
+    # ---- training ----
+    run.interruption.listen()
+    try:
+        while run.progress.epoch < args.epochs:
+            means = train_one_epoch(run, state, loader)
+            run.end_epoch(state, probe, means)
+    except StopRequested as stop:
+        run.stop(state, stop)
+    run.saver.finish()
+    report_end(probe, run.recorder.log)
+    shut_down()
+
+
+def build_loader(args, workers, pin_memory):
+    """Loader of augmented views. UserError if there are fewer images than one global batch."""
+    paths = list_training_images(args.data_path)
+    augmentation = DataAugmentationDINO(
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.local_crops_number,
+        args.global_crop_size,
+        args.local_crop_size,
+    )
+    loader = training_loader(
+        paths,
+        augmentation,
+        batch_size=args.batch_size_per_gpu,
+        num_workers=workers,
+        seed=args.seed,
+        pin_memory=pin_memory,
+        skip_bad=args.on_bad_image == "skip",
+    )
+    if len(loader) == 0:
+        raise UserError(
+            f"--data_path {args.data_path}: {len(paths)} images are fewer than one batch of"
+            f" {global_batch(args)} (--batch_size_per_gpu {args.batch_size_per_gpu} on"
+            f" {get_world_size()} processes). Lower the batch size."
+        )
+    return loader
+
+
+def build_probe(args, workers, device, amp_dtype):
+    """The k-NN measurement on --knn_data_path, or None."""
+    if args.knn_data_path is None:
+        return None
+    return KnnProbe(
+        args.knn_data_path,
+        args.global_crop_size,
+        device,
+        batch_size=max(128, args.batch_size_per_gpu),
+        num_workers=workers,
+        amp_dtype=amp_dtype,
+    )
+
+
+def build_state(args, device, amp_dtype):
+    """Everything that is trained, as it stands before the first step."""
     student, teacher = build_student_and_teacher(
         args.arch,
         device,
         patch_size=args.patch_size,
-        crop_sizes=[args.global_crop_size, args.local_crop_size][
-            : 1 + (args.local_crops_number > 0)
-        ],
+        crop_sizes=[args.global_crop_size] + [args.local_crop_size] * (args.local_crops_number > 0),
         drop_path_rate=args.drop_path_rate,
         out_dim=args.out_dim,
         use_bn_in_head=args.use_bn_in_head,
@@ -104,106 +151,11 @@ def train_dino(args):
         args.teacher_temp,
         args.warmup_teacher_temp_epochs,
         args.epochs,
-    ).to(device)
+    )
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student))
-    scaler = torch.amp.GradScaler(
-        device.type, enabled=amp_dtype == torch.float16
-    )  # else it does nothing
-    state = TrainState(student, teacher, dino_loss, optimizer, scaler)
-    schedules = Schedules(args, len(loader))
-    report_start(
-        args,
-        launch,
-        device,
-        amp_dtype,
-        images=len(loader.dataset),
-        iterations=len(loader),
-        scaled_lr=scaled_lr(args),
-    )
-
-    # ---- resume ----
-    utils.fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
-    output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint, progress = output_dir / "checkpoint.pth", Progress()
-    recorder = Recorder(
-        output_dir,
-        dino_loss,
-        freeze_last_layer=args.freeze_last_layer,
-        log_freq=args.log_freq,
-        tensorboard=args.tensorboard,
-    )
-    if checkpoint.exists():
-        load_training(checkpoint, vars(state), vars(progress))
-        recorder.log.rewind(progress.epoch, progress.epoch * len(loader))
-        print0(f"Resumed from {checkpoint}: {progress.epoch} of {args.epochs} epochs are done.")
-    else:
-        recorder.log.start(vars(args))
-        draw_first_views(output_dir / "augmentations.png", loader.dataset)
-        measure_knn(probe, state, 0, 0, recorder)
-
-    # ---- training ----
-    for epoch in range(progress.epoch, args.epochs):
-        loader.sampler.set_epoch(epoch)
-        means = train_one_epoch(state, loader, schedules, epoch, args, amp_dtype, recorder)
-        names = checkpoint_names(epoch, args.saveckp_freq)
-        progress.epoch = epoch + 1
-        if progress.epoch % args.knn_freq == 0 or progress.epoch == args.epochs:
-            knn = measure_knn(probe, state, progress.epoch, progress.epoch * len(loader), recorder)
-            means |= knn
-            if knn.get("knn_teacher", 0.0) > progress.best_knn:
-                progress.best_knn = knn["knn_teacher"]
-                names.append("checkpoint_best_knn.pth")
-        save_training(
-            [output_dir / name for name in names], vars(state), vars(progress), vars(args)
-        )
-        save_teacher(output_dir / "backbone.pth", teacher, args)
-        recorder.log.epoch(means)
-        draw_run(output_dir)
-    report_end(probe, recorder.log)
-    shut_down()
-
-
-def build_loader(args, pin_memory):
-    """Loader of augmented views. UserError if there are fewer images than one global batch."""
-    paths = list_training_images(args.data_path)
-    augmentation = DataAugmentationDINO(
-        args.global_crops_scale,
-        args.local_crops_scale,
-        args.local_crops_number,
-        args.global_crop_size,
-        args.local_crop_size,
-    )
-    loader = training_loader(
-        paths,
-        augmentation,
-        batch_size=args.batch_size_per_gpu,
-        num_workers=loader_workers(args.num_workers),
-        seed=args.seed,
-        pin_memory=pin_memory,
-    )
-    if len(loader) == 0:
-        global_batch = args.batch_size_per_gpu * get_world_size()
-        raise UserError(
-            f"--data_path {args.data_path}: {len(paths)} images are fewer than one batch of"
-            f" {global_batch}"
-            f" (--batch_size_per_gpu {args.batch_size_per_gpu} on {get_world_size()} processes)."
-            " Lower the batch size."
-        )
-    return loader
-
-
-def build_probe(args, device, amp_dtype):
-    """The k-NN measurement on --knn_data_path, or None."""
-    if args.knn_data_path is None:
-        return None
-    return KnnProbe(
-        args.knn_data_path,
-        args.global_crop_size,
-        device,
-        batch_size=max(128, args.batch_size_per_gpu),
-        num_workers=loader_workers(args.num_workers),
-        amp_dtype=amp_dtype,
-    )
+    # a scaler that is not enabled does nothing
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    return TrainState(student, teacher, dino_loss.to(device), optimizer, scaler)
 
 
 class Schedules:
@@ -219,35 +171,46 @@ class Schedules:
         self.weight_decay = cosine(args.weight_decay, args.weight_decay_end)
         self.momentum = cosine(args.momentum_teacher, 1)
 
+    def at(self, iteration):
+        return {name: values[iteration] for name, values in vars(self).items()}
+
+
+def global_batch(args):
+    """Images per step."""
+    return args.batch_size_per_gpu * get_world_size()
+
 
 def scaled_lr(args):
     """Linear scaling rule (Goyal et al. 2017)."""
-    return args.lr * args.batch_size_per_gpu * get_world_size() / 256
+    return args.lr * global_batch(args) / 256
 
 
-def train_one_epoch(state, loader, schedules, epoch, args, amp_dtype, recorder):
-    """All steps of an epoch; returns its line of log.txt, means over iterations and processes."""
-    device = state.dino_loss.center.device
-    for i, images in enumerate(recorder.steps(loader, epoch, args.epochs)):
-        it = epoch * len(loader) + i
-        scheduled = dict(
-            lr=schedules.lr[it],
-            weight_decay=schedules.weight_decay[it],
-            momentum=schedules.momentum[it],
-        )
+def train_one_epoch(run, state, loader):
+    """The steps of an epoch, or what is left of them; returns its line of log.txt.
+
+    Saves inside the epoch where that is due. Raises StopRequested, on all ranks after the same
+    step, when one of them got a signal to stop.
+    """
+    args, progress, device = run.args, run.progress, state.dino_loss.center.device
+    loader.sampler.set_position(progress.epoch, progress.steps * args.batch_size_per_gpu)
+    for images in run.recorder.steps(loader, progress, run.interruption):
+        scheduled = run.schedules.at(progress.iteration)
         loss, grad_norm = train_step(
             state,
             [view.to(device, non_blocking=True) for view in images],
             **scheduled,
-            epoch=epoch,
+            epoch=progress.epoch,
             clip_grad=args.clip_grad,
             freeze_last_layer=args.freeze_last_layer,
-            amp_dtype=amp_dtype,
+            amp_dtype=run.amp_dtype,
         )
-        teacher_temp = float(state.dino_loss.teacher_temp_schedule[epoch])
-        recorder.add(it, loss, grad_norm, **scheduled, teacher_temp=teacher_temp)
-    check_weights(state.student, epoch)
-    return recorder.end_epoch()
+        time_to_save = run.recorder.add(progress, loss, grad_norm, scheduled, run.saver.is_time())
+        progress.iteration += 1
+        if run.recorder.stop:
+            raise StopRequested(run.interruption.name)
+        if (time_to_save or run.saver.is_due(progress.iteration)) and progress.steps < len(loader):
+            run.save(state)
+    return run.recorder.end_epoch(progress, loader, state.student)
 
 
 def train_step(
@@ -258,7 +221,7 @@ def train_step(
     `images`: the V views, each (B, 3, S, S). Returns the loss and the norm of all gradients before
     clipping, both on the device: nothing here waits for it.
     """
-    set_lr_and_weight_decay(state.optimizer, lr, weight_decay)
+    utils.set_lr_and_weight_decay(state.optimizer, lr, weight_decay)
     with torch.autocast(images[0].device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
         with torch.no_grad():
             teacher_output = state.teacher(images[:2])  # (2B, K): only the global views
@@ -275,61 +238,14 @@ def train_step(
     return loss.detach(), torch.stack(norms).norm()
 
 
-def set_lr_and_weight_decay(optimizer, lr, weight_decay):
-    """Only the first of the groups of get_params_groups has weight decay."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.param_groups[0]["weight_decay"] = weight_decay
-
-
-def check_weights(student, epoch):
-    """Raise Diverged for a weight that is not finite, which a step after a finite loss can leave."""
-    norms = torch.stack(torch._foreach_norm(list(student.parameters())))
-    if not norms.isfinite().all():
-        raise Diverged(f"a weight is no longer finite at the end of epoch {epoch}")
-
-
 def explain_divergence(error, args):
     """The error, with what is saved and what to try."""
-    saved = Path(args.output_dir) / "checkpoint.pth"
-    kept = (
-        f"{saved} is as the last good epoch left it" if saved.exists() else "nothing is saved yet"
-    )
+    saved = Path(args.output_dir) / NEWEST
+    kept = f"{saved} is from before that" if saved.exists() else "nothing is saved yet"
     return Diverged(
         f"{error} (--lr {args.lr:g} for 256 images, {scaled_lr(args):.3g} for this batch); {kept}."
         " Try --use_fp16 false if the precision was not float32 already, a lower --lr, a lower"
         " --clip_grad such as 0.3, a lower --teacher_temp."
-    )
-
-
-def measure_knn(probe, state, epochs, iterations, recorder):
-    """k-NN accuracy of both backbones: {"knn_teacher": percent, "knn_student": percent}."""
-    if probe is None:
-        return {}
-    accuracies = {
-        f"knn_{name}": probe.accuracy(unwrap(getattr(state, name)).backbone)
-        for name in ("teacher", "student")
-    }
-    recorder.log.knn(epochs, iterations, accuracies)
-    return accuracies
-
-
-def checkpoint_names(epoch, saveckp_freq):
-    """The newest, and every so many epochs one that stays, by the official names."""
-    kept = saveckp_freq and epoch % saveckp_freq == 0
-    return ["checkpoint.pth", f"checkpoint{epoch:04}.pth"] if kept else ["checkpoint.pth"]
-
-
-def save_teacher(path, teacher, args):
-    """The teacher's backbone, with all that the evaluation scripts need to know of it."""
-    save_backbone(
-        path,
-        teacher,
-        arch=canonical_name(args.arch),
-        patch_size=args.patch_size,
-        image_size=args.global_crop_size,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
     )
 
 

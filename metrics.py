@@ -5,6 +5,7 @@ python metrics.py runs/a runs/b     # compares finished or running runs
 """
 
 import datetime
+import itertools
 import json
 import resource
 import statistics
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from distributed import all_reduce_sum, is_main_process, print0
+from distributed import all_reduce_sum, gather_objects, is_main_process, print0
 from errors import UserError, exit_on_user_error
 
 
@@ -105,19 +106,20 @@ class MetricLogger:
         for meter in self.meters.values():
             meter.synchronize_between_processes()
 
-    def log_every(self, iterable, print_freq, header=""):
+    def log_every(self, iterable, print_freq, header="", start=0):
         """Yield from `iterable`, and show progress on rank 0: a bar on a terminal, else lines.
 
-        A line comes after every `print_freq`-th item and after the last: progress, time left, the
-        meters, and seconds per iteration, in all and waiting for data.
+        The first item counts as number `start` of len(iterable). A line comes after every
+        `print_freq`-th item and after the last: progress, time left, the meters, and seconds per
+        iteration, in all and waiting for data.
         """
         iteration_time = SmoothedValue(fmt="{avg:.4f}")
         data_time = SmoothedValue(fmt="{avg:.4f}")
         total = len(iterable)
-        bar = tqdm(total=total, desc=header, disable=not on_terminal(), leave=False)
+        bar = tqdm(total=total, initial=start, desc=header, disable=not on_terminal(), leave=False)
         self.lap()
-        start = end = time.time()
-        for i, item in enumerate(iterable):
+        begin = end = time.time()
+        for i, item in enumerate(iterable, start):
             data_time.update(time.time() - end)
             self.waited += data_time.value
             self.lap_iterations += 1
@@ -135,9 +137,9 @@ class MetricLogger:
                     print0(self.delimiter.join(fields))
             end = time.time()
         bar.close()
-        seconds = time.time() - start
+        seconds = time.time() - begin
         took = datetime.timedelta(seconds=int(seconds))
-        print0(f"{header} Total time: {took} ({seconds / max(1, total):.4f} s / it)")
+        print0(f"{header} Total time: {took} ({seconds / max(1, total - start):.4f} s / it)")
 
     def lap(self):
         """(seconds, seconds of them spent waiting for data, iterations) since the last call."""
@@ -193,10 +195,16 @@ class RunLog:
                 (self.folder / name).write_text("")
 
     def rewind(self, epoch, iteration):
-        """Drop the lines of epochs and iterations that a resumed run is about to do again."""
+        """Drop the lines of what a run resumed after so many epochs and iterations does again."""
         if is_main_process():
             self.keep("log.txt", lambda line: line["epoch"] < epoch)
-            self.keep("metrics.jsonl", lambda line: line["iteration"] < iteration)
+            self.keep(
+                "metrics.jsonl",
+                lambda line: (
+                    line["iteration"] < iteration
+                    and not ("knn_teacher" in line and line["epoch"] > epoch)
+                ),
+            )
 
     def keep(self, name, wanted):
         path = self.folder / name
@@ -211,16 +219,27 @@ class RunLog:
         self.append("log.txt", record)
         self.to_tensorboard("epoch", record, record["epoch"])
 
-    def knn(self, epoch, iterations, accuracies):
-        """A k-NN measurement, after so many epochs and iterations."""
+    def knn(self, progress, accuracies):
+        """A k-NN measurement between two epochs."""
+        epochs = progress.iteration // progress.iterations_per_epoch
         values = ", ".join(f"{name[4:]} {value:.1f} %" for name, value in accuracies.items())
-        print0(f"k-NN accuracy after {epoch} epochs: {values}")
-        self.append("metrics.jsonl", {"iteration": iterations - 1, "epoch": epoch, **accuracies})
+        print0(f"k-NN accuracy after {epochs} epochs: {values}")
+        self.append(
+            "metrics.jsonl", {"iteration": progress.iteration - 1, "epoch": epochs, **accuracies}
+        )
 
-    def verdict(self, epoch, iterations, name, text):
+    def verdict(self, progress, name, text):
+        """What the epoch that just ended has shown."""
         print0(text)
-        position = {"iteration": iterations - 1, "epoch": epoch}
+        position = {"iteration": progress.iteration - 1, "epoch": progress.epoch + 1}
         self.append("metrics.jsonl", position | {"verdict": name, "text": text})
+
+    def bad_images(self, progress, loader):
+        """The images that were replaced since the last call, by any rank's loader."""
+        for path, reason in sorted(set(itertools.chain(*gather_objects(loader.take_skipped())))):
+            print0(f"Skipped: {reason}")
+            position = {"iteration": progress.iteration - 1, "epoch": progress.epoch + 1}
+            self.append("metrics.jsonl", position | {"bad_image": path, "text": reason})
 
     def read(self, name):
         """The lines of metrics.jsonl that have a value of this name."""
@@ -261,7 +280,7 @@ def accuracy(output, target, topk=(1,)):
 
 
 def summarise(folder):
-    """One line of figures of a run: name, epochs, last loss, entropy and KL, best k-NN, images/s."""
+    """One line of a run: name, epochs, last loss, entropy and KL, best k-NN, images/s."""
     log = RunLog(folder)
     steps, knn = log.read("loss"), log.read("knn_teacher")
     if not steps:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Is the run healthy? Figures of the logged steps, and what they mean in words.
 
-The loss is H(P_t, P_s) = h(P_t) + KL(P_t || P_s) (Sec. 5.3, Fig. 7): the teacher's entropy, and what
-the student has left to learn. A collapse shows in the two of them, and may not in their sum.
+The loss is H(P_t, P_s) = h(P_t) + KL(P_t || P_s) (Sec. 5.3, Fig. 7): the teacher's entropy, and
+what the student has left to learn. A collapse shows in the two of them, and may not in their sum.
 """
 
 import torch
@@ -78,6 +78,8 @@ class Health:
     def end_epoch(self, epoch):
         """The verdicts that are new at the end of `epoch`, as (name, text)."""
         records, self.epoch_records = self.epoch_records, []
+        if not records:  # resumed after the last step of an epoch
+            return []
         first, last = records[0]["iteration"], records[-1]["iteration"]
         loss = sum(record["loss"] for record in records) / len(records)
         verdicts = []

@@ -122,7 +122,7 @@ def trained_img_size(weights, patch_size):
     return math.isqrt(positions) * patch_size or 224
 
 
-def backbone_weights(checkpoint, key, path):
+def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
     """The backbone's state dict in any layout: ours, the official full one, or a bare backbone.
 
     The prefixes of wrappers and the weights of DINO's head are taken off.
@@ -133,7 +133,7 @@ def backbone_weights(checkpoint, key, path):
         state_dict = checkpoint
     else:
         raise UserError(
-            f"--pretrained_weights {path} has no entry {key!r}; it has"
+            f"{flag} {path} has no entry {key!r}; it has"
             f" {', '.join(map(str, checkpoint))}. Choose one with --checkpoint_key."
         )
     state_dict = without_prefix(state_dict, "module.")

@@ -10,7 +10,7 @@ from knn import raw_pixels
 from presets import PRESETS
 
 
-def report_start(args, launch, device, amp_dtype, *, images, iterations, scaled_lr):
+def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
     """Every flag with its value, and what follows from them."""
     print0(*[f"{flag}: {value}" for flag, value in sorted(vars(args).items())], sep="\n")
     if args.preset:
@@ -22,7 +22,7 @@ def report_start(args, launch, device, amp_dtype, *, images, iterations, scaled_
         place = f"CPU with {torch.get_num_threads()} threads"
     processes = "process" if launch.world_size == 1 else "processes"
     precision = str(amp_dtype).removeprefix("torch.")
-    global_batch = args.batch_size_per_gpu * launch.world_size
+    iterations, global_batch = progress.iterations_per_epoch, progress.global_batch
     print0(
         f"{launch.world_size} {processes} by {launch.launcher}, {place}, {precision},"
         f" PyTorch {torch.__version__}"

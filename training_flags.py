@@ -219,13 +219,48 @@ def add_run_arguments(group):
         f" {DEMO!r} for the photographs that come with scikit-image",
     )
     add(
-        "--output_dir", default=".", help="for checkpoints and logs; a run that is there is resumed"
+        "--on_bad_image",
+        default="error",
+        choices=["error", "skip"],
+        help="an image that cannot be read stops the run, or another one takes its place; more than"
+        " 1 %% of such images stop the run anyway",
+    )
+    add("--output_dir", default=".", help="for checkpoints and logs")
+    add(
+        "--resume",
+        default="auto",
+        metavar="{auto,never,PATH}",
+        help="auto goes on with the run in --output_dir, if there is one; never refuses such a"
+        " folder; or a checkpoint to go on from",
+    )
+    add(
+        "--init_from",
+        default=None,
+        help="a checkpoint, ours or official, whose weights a new run starts from",
     )
     add(
         "--saveckp_freq",
         default=20,
         type=number(int, 0),
-        help="epochs between two checkpoints that are kept; 0 keeps the newest alone",
+        help="epochs between two numbered checkpoints, which stay; 0 for none of them",
+    )
+    add(
+        "--saveckp_iters",
+        default=0,
+        type=number(int, 0),
+        help="iterations between two saves inside epochs; 0 saves at their ends only",
+    )
+    add(
+        "--saveckp_minutes",
+        default=0.0,
+        type=number(float, 0),
+        help="minutes between two saves inside epochs; 0 for no such saves",
+    )
+    add(
+        "--keep_checkpoints",
+        default=0,
+        type=number(int, 0),
+        help="how many of the numbered checkpoints stay, the newest ones; 0 for all of them",
     )
     add(
         "--log_freq",

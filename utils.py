@@ -42,6 +42,7 @@ __all__ = [
     "is_main_process",
     "load_pretrained_weights",
     "restart_from_checkpoint",
+    "set_lr_and_weight_decay",
     "trunc_normal_",
 ]
 
@@ -95,6 +96,13 @@ def cosine_scheduler(
     progress = iterations / max(1, len(iterations))
     cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * progress))
     return np.concatenate([warmup, cosine])
+
+
+def set_lr_and_weight_decay(optimizer, lr, weight_decay):
+    """For this step; only the first of the groups of get_params_groups has weight decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
 
 
 def get_params_groups(model):

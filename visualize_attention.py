@@ -2,12 +2,12 @@
 """Attention maps: where [CLS] looks in the last block of a frozen ViT (Fig. 1 and 3).
 
     python visualize_attention.py --pretrained_weights runs/photos/backbone.pth --image_path a.jpg
-    python visualize_attention.py --pretrained_weights runs/photos/backbone.pth --image_path photos/
-        --image_size 480 --threshold 0.6 --output_dir attention/     # a folder, undistorted
+    python visualize_attention.py --image_path photos/ --threshold 0.6     # published weights
 
 For each image: img.png, attn-head0.png, ... and, with --threshold, mask_th0.6_head0.png, ... (the
-official names), attn-mean.png, overlay.png, and all of them on one sheet, attention.png. A folder
-of images gets a folder of pictures for each. No GPU is needed.
+official names); beside them attn-mean.png, overlay.png, and everything on one sheet, attention.png.
+A folder of images gets a folder of pictures for each. As officially, images are resized to 480 x
+480 pixels; --image_size 480 keeps their aspect ratio. No GPU is needed.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import plots
 from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
 from data import find_images, read_image
 from demo import open_photograph
-from distributed import Launch, choose_device, print0
+from distributed import print0
 from errors import UserError, exit_on_user_error
 from flags import Parser, add_weights_arguments, given_flags, number
 
@@ -69,9 +69,7 @@ def visualize_attention(args, given=()):
     """Write the pictures of every image. `given`: the flags of the command line."""
     check_image_size(args.image_size)
     photographs = list_photographs(args.image_path, args.output_dir)
-    device = choose_device(args.device, Launch("python"))
     pretrained = load_vit(args, given)
-    pretrained.backbone.to(device)
     network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
     for path, folder in photographs:
         name = path or PHOTOGRAPH
@@ -158,7 +156,8 @@ def draw_pictures(image, maps, patch_size, threshold=None):
 
         def draw(file, title, map_):
             mask = keep_mass(map_, threshold)
-            title = f"{title}: {threshold:.0%} on {mask.double().mean():.0%} of the area"
+            area = 100 * mask.double().mean()
+            title = f"{title}: {100 * threshold:g} % of mass, {area:.0f} % of area"
             return Picture(file, title, draw_mask(photograph, upsample(mask, patch_size).numpy()))
 
         prefix = f"mask_th{threshold}"
@@ -233,7 +232,7 @@ def draw_sheet(path, title, groups):
         for axis, picture in zip(row_axes, row, strict=False):
             axis.imshow(picture.pixels)
             axis.set_title(picture.title, fontsize=10)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)  # a file name may have a $ in it
     plots.save(figure, path)
 
 

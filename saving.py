@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When checkpoints are written, by whom, which are kept, and which one a run goes on from.
+
+Rank 0 writes, in a thread of its own from a copy on the host, so that training goes on meanwhile. A
+write that fails, for want of space or permission, is reported and tried again at the next save.
+"""
+
+import re
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoints import DamagedFile, read, write_atomically
+from distributed import is_main_process, print0
+from errors import UserError
+
+NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+
+
+class Saver:
+    """Writes checkpoints into a run's folder.
+
+    `iterations` and `minutes` are the intervals inside epochs, 0 for none. `keep` is how many of
+    the numbered checkpoints stay, 0 for all of them.
+    """
+
+    def __init__(self, output_dir, *, iterations=0, minutes=0.0, keep=0):
+        self.folder = Path(output_dir)
+        self.iterations, self.seconds, self.keep = iterations, 60 * minutes, keep
+        self.last_time = time.monotonic()
+        self.thread = None
+        self.failure = None  # of the last write
+
+    def is_due(self, iterations_done):
+        """Whether --saveckp_iters asks for a checkpoint now; the same on every rank."""
+        return self.iterations > 0 and iterations_done % self.iterations == 0
+
+    def is_time(self):
+        """Whether --saveckp_minutes does, by this process's clock."""
+        return self.seconds > 0 and time.monotonic() - self.last_time >= self.seconds
+
+    def save(self, payloads):
+        """Write {name: payload}, in order. Returns once the payloads are copied to the host."""
+        self.last_time = time.monotonic()
+        if not is_main_process():
+            return
+        self.wait()
+        copies = {}  # a payload that goes to two files is copied once
+        for payload in payloads.values():
+            if id(payload) not in copies:
+                copies[id(payload)] = on_host(payload)
+        files = {name: copies[id(payload)] for name, payload in payloads.items()}
+        self.thread = threading.Thread(target=self.write, args=(files,))
+        self.thread.start()
+
+    def write(self, files):
+        self.failure = None
+        try:
+            for name, payload in files.items():
+                write_atomically(payload, self.folder / name, keep_as=self.previous(name))
+            self.drop_old()
+        except OSError as error:
+            self.failure = error
+            print0(
+                f"{self.folder}: a checkpoint could not be written ({error.strerror or error})."
+                " The run goes on, and tries again at the next save."
+            )
+
+    def previous(self, name):
+        return self.folder / PREVIOUS if name == NEWEST else None
+
+    def drop_old(self):
+        """Delete all but the newest `keep` of the numbered checkpoints."""
+        numbered = sorted(self.folder.glob("checkpoint[0-9]*.pth"), key=number_in)
+        for path in numbered[: -self.keep] if self.keep else []:
+            path.unlink()
+
+    def wait(self):
+        """Let the write under way end."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def finish(self):
+        """Wait for the last write. UserError if it failed: then the end of the run is lost."""
+        self.wait()
+        if self.failure is not None:
+            raise UserError(
+                f"--output_dir {self.folder}: the last checkpoint could not be written"
+                f" ({self.failure.strerror or self.failure}), so the end of this run is lost."
+                " Make room or give another folder, and run the same command again."
+            )
+
+
+def number_in(path):
+    return int(re.search(r"\d+", path.name)[0])
+
+
+def on_host(value):
+    """A copy of nested dicts and lists whose tensors are on the CPU, and change no more."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: on_host(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(on_host(item) for item in value)
+    return value
+
+
+def find_checkpoint(resume, output_dir):
+    """(path, content) of the checkpoint to go on from, or None for a new run.
+
+    `resume` is --resume: auto takes the newest one in `output_dir` that is whole, with a notice for
+    each damaged one; never wants a folder without any; else it is a path.
+    """
+    folder = Path(output_dir)
+    if resume not in ("auto", "never"):
+        return resume, read(resume, "--resume")
+    candidates = [folder / NEWEST, folder / PREVIOUS]
+    candidates += sorted(folder.glob("checkpoint[0-9]*.pth"), key=number_in, reverse=True)
+    candidates = [path for path in candidates if path.exists()]
+    if resume == "never":
+        if candidates:
+            raise UserError(
+                f"--resume never: {candidates[0]} belongs to another run, which would be lost. Give"
+                " another --output_dir, or leave the flag out to go on with that run."
+            )
+        return None
+    for path in candidates:
+        try:
+            return path, read(path, "resume from")
+        except DamagedFile as error:
+            print0(f"{error} Looking for an older one.")
+    if candidates:
+        raise UserError(
+            f"--output_dir {folder}: none of its {len(candidates)} checkpoints can be read. Restore"
+            " one, or give another folder."
+        )
+    return None

@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention maps and masks against the rule written out, the two scripts as a user runs them."""
+
+import json
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from conftest import photograph, run_script
+from PIL import Image
+from torch import nn
+from torchvision.transforms import functional as F
+
+import eval_attention
+import visualize_attention
+from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import build_backbone
+from checkpoints import save_backbone
+from dino import MultiCropWrapper
+from errors import UserError
+from eval_attention import jaccard, patch_of_pixels
+from pretrained import Pretrained
+from segmentation import SegmentedImages
+from visualize_attention import color_map, draw_mask
+
+RANDOM_MAPS = torch.from_numpy(np.random.default_rng(0).gamma(0.3, size=(5, 6, 9)))
+
+
+def save_random_backbone(path, arch):
+    torch.manual_seed(0)
+    backbone, _ = build_backbone(arch, 8, img_size=32)
+    fields = dict(patch_size=8, image_size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    save_backbone(path, MultiCropWrapper(backbone, nn.Identity()), arch=arch, **fields)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_random_backbone(tmp_path_factory.mktemp("nano") / "backbone.pth", "vit_nano")
+
+
+def parse(module, *flags):
+    return module.get_args_parser().parse_args([*map(str, flags), "--device", "cpu"])
+
+
+def visualize(checkpoint, output_dir, *flags):
+    flags = ("--pretrained_weights", checkpoint, "--output_dir", output_dir, *flags)
+    visualize_attention.visualize_attention(parse(visualize_attention, *flags))
+
+
+# ---- maps and masks ----
+
+
+@pytest.mark.parametrize("size", [(64, 40), (40, 64), (24, 24)])
+def test_maps_equal_the_first_row_of_the_last_blocks_map(checkpoint, size):
+    pretrained = load_vit(parse(eval_attention, "--pretrained_weights", checkpoint), {})
+    image = photograph().resize(size)
+    maps = class_attention(pretrained, image)
+    pixels = F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)[None]
+    whole = pretrained.backbone.get_last_selfattention(pixels)[0]  # (h, N, N)
+    assert maps.shape == (3, size[1] // 8, size[0] // 8)
+    torch.testing.assert_close(maps.flatten(1), whole[:, 0, 1:])
+    assert (maps.sum(dim=(1, 2)) < 1).all(), "[CLS] keeps some for itself"
+
+
+def kept_by_the_rule(values, threshold):
+    """F56 of one map, patch by patch: sorted upwards, kept from where the sum passes."""
+    flat = np.asarray(values, np.float64).ravel() / np.asarray(values, np.float64).sum()
+    kept, total = np.zeros(flat.size, bool), 0.0
+    for patch in np.argsort(flat, kind="stable"):
+        total += flat[patch]
+        kept[patch] = total > 1 - threshold
+    return kept.reshape(np.shape(values))
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.6, 0.8, 0.999])
+def test_masks_equal_the_rule_head_by_head(threshold):
+    masks = keep_mass(RANDOM_MAPS, threshold)
+    assert 0 < masks.sum() < masks.numel()
+    for mask, values in zip(masks, RANDOM_MAPS, strict=True):
+        np.testing.assert_array_equal(mask, kept_by_the_rule(values, threshold))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_mask_holds_the_share_and_would_not_without_its_smallest_patch(share):
+    for values, mask in zip(RANDOM_MAPS, keep_mass(RANDOM_MAPS, share), strict=True):
+        held = values[mask].sum() / values.sum()
+        assert held >= share
+        assert held - values[mask].min() / values.sum() < share
+        assert values[mask].min() >= values[~mask].max()
+
+
+def test_upsampled_patches_are_squares_of_equal_pixels():
+    values = RANDOM_MAPS[0]
+    np.testing.assert_array_equal(upsample(values, 8), np.kron(values, np.ones((8, 8))))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "resized", "whole"),
+    [
+        ([0], (45, 61), (40, 56)),
+        ([45, 30], (45, 30), (40, 24)),
+        ([90], (90, 122), (88, 120)),  # the short side
+    ],
+)
+def test_images_keep_their_aspect_ratio_unless_two_numbers_are_given(image_size, resized, whole):
+    image, size = fit_to_patches(photograph().resize((61, 45)), image_size, 8, "name")
+    assert size == resized
+    assert (image.height, image.width) == whole
+
+
+def test_rows_and_columns_are_cut_at_the_bottom_and_on_the_right():
+    image = photograph().resize((61, 45))
+    np.testing.assert_array_equal(fit_to_patches(image, [0], 8, "")[0], np.asarray(image)[:40, :56])
+
+
+def test_an_image_smaller_than_a_patch_is_refused_by_name():
+    with pytest.raises(UserError, match=r"a\.png: 7 x 30 pixels do not hold a patch of 8 x 8"):
+        fit_to_patches(photograph().resize((30, 7)), [0], 8, "a.png")
+
+
+# ---- pictures ----
+
+
+def test_official_flags_have_official_defaults():
+    args = vars(visualize_attention.get_args_parser().parse_args([]))
+    official = dict(arch="vit_small", patch_size=8, pretrained_weights="", checkpoint_key="teacher")
+    official |= dict(image_path=None, image_size=[480, 480], output_dir=".", threshold=None)
+    assert args == official | {"device": "auto"}
+
+
+@pytest.mark.parametrize("module", [visualize_attention, eval_attention])
+def test_help_is_shown(module, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        module.get_args_parser().parse_args(["--help"])
+    assert stopped.value.code == 0
+    assert "80 %%" not in capsys.readouterr().out
+
+
+PICTURES = ["attention.png", "attn-mean.png", "img.png", "overlay.png"]
+PICTURES += [f"attn-head{j}.png" for j in range(3)]
+MASKS = [f"mask_th0.6_{name}.png" for name in ("head0", "head1", "head2", "mean")]
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "pixels"),
+    [
+        ((90, 60), ("--image_size", 64), (96, 64)),
+        ((60, 90), ("--image_size", 64), (64, 96)),
+        ((60, 90), ("--image_size", 64, 40), (40, 64)),  # height, width
+        ((19, 9), ("--image_size", 0), (16, 8)),
+        ((5, 3), ("--image_size", 16), (24, 16)),
+    ],
+)
+def test_pictures_have_official_names_and_the_size_of_the_whole_patches(
+    checkpoint, tmp_path, size, flags, pixels
+):
+    photograph().resize(size).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    visualize(checkpoint, out, "--image_path", tmp_path / "a.png", *flags, "--threshold", 0.6)
+    assert sorted(path.name for path in out.iterdir()) == sorted(PICTURES + MASKS)
+    for path in out.iterdir():
+        if path.name != "attention.png":
+            assert Image.open(path).size == pixels, path.name
+
+
+def test_without_a_threshold_there_are_no_masks(checkpoint, tmp_path):
+    visualize(checkpoint, tmp_path, "--image_size", 48)  # of scikit-image's photograph
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PICTURES)
+    expected, _ = fit_to_patches(photograph("chelsea.png"), [48], 8, "")
+    np.testing.assert_array_equal(Image.open(tmp_path / "img.png"), expected)
+
+
+def test_images_of_a_folder_do_not_overwrite_each_other(checkpoint, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (photos / "b").mkdir(parents=True)
+    names = ["a.png", "b/a.png", "b/c.png"]
+    for number, name in enumerate(names):
+        photograph().crop((number, 0, number + 40, 24)).save(photos / name)
+    visualize(checkpoint, out, "--image_path", photos, "--image_size", 0)
+    for name in names:
+        picture = out / name.removesuffix(".png") / "img.png"
+        np.testing.assert_array_equal(Image.open(picture), Image.open(photos / name))
+    photograph().resize((40, 24)).save(photos / "a.jpg")
+    visualize(checkpoint, tmp_path / "again", "--image_path", photos, "--image_size", 0)
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {"a.png", "a.jpg", "b"}
+
+
+def test_a_photograph_is_turned_as_its_file_says(checkpoint, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    photograph().crop((0, 0, 80, 40)).save(tmp_path / "a.jpg", exif=exif)
+    visualize(checkpoint, tmp_path / "out", "--image_path", tmp_path / "a.jpg", "--image_size", 0)
+    assert Image.open(tmp_path / "out" / "img.png").size == (40, 80)
+
+
+def test_colours_are_those_of_matplotlibs_imsave(tmp_path):
+    values = upsample(RANDOM_MAPS[0].float(), 4)
+    plt.imsave(tmp_path / "official.png", values.numpy(), format="png")
+    expected = np.asarray(Image.open(tmp_path / "official.png").convert("RGB"))
+    np.testing.assert_array_equal(color_map(values), expected)
+    assert (color_map(torch.ones(2, 2)) == color_map(torch.zeros(2, 2))).all()
+
+
+def test_a_mask_is_tinted_inside_its_contour_and_nowhere_else():
+    pixels = np.full((48, 64, 3), 100, np.uint8)
+    mask = np.zeros((48, 64), bool)
+    mask[8:24, 16:40] = True
+    mask[40:, 56:] = True  # in the corner
+    picture = draw_mask(pixels, mask).astype(int)
+    changed = (picture != 100).any(axis=-1)
+    np.testing.assert_array_equal(changed[10:22, 18:38], True)
+    around = np.zeros_like(mask)
+    around[7:25, 15:41] = around[39:, 55:] = True  # a contour may reach one pixel outside
+    assert not changed[~around].any()
+    outline = (picture == visualize_attention.MASK_COLOR).all(axis=-1)
+    assert outline[7:9, 20:36].any(axis=0).all(), "the upper edge is drawn"
+    assert not outline[12:20, 20:36].any()
+    assert outline[46:, 58:62].any(), "contours close along the border of the image"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--image_path", "nowhere.jpg"), "--image_path nowhere.jpg: no such file or folder"),
+        (("--image_size", 1, 2, 3), "--image_size 1 2 3: give height and width"),
+        (("--image_size", 0, 48), "--image_size 0 48: give height and width"),
+        (("--image_path", "{tmp}/empty"), "no image in this folder"),
+        (("--image_path", "{tmp}/broken.png"), "broken.png: cannot be read as an image"),
+    ],
+)
+def test_wrong_flags_are_refused(checkpoint, tmp_path, flags, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.png").write_text("no image")
+    flags = [str(flag).replace("{tmp}", str(tmp_path)) for flag in flags]
+    with pytest.raises(UserError, match=message):
+        visualize(checkpoint, tmp_path / "out", *flags)
+
+
+def test_no_photograph_is_overwritten(checkpoint, tmp_path):
+    photograph().resize((40, 24)).save(tmp_path / "img.png")
+    before = (tmp_path / "img.png").read_bytes()
+    with pytest.raises(UserError, match="would be overwritten"):
+        visualize(checkpoint, tmp_path, "--image_path", tmp_path / "img.png")
+    with pytest.raises(UserError, match="taken for photographs next time"):
+        visualize(checkpoint, tmp_path / "out", "--image_path", tmp_path)
+    assert (tmp_path / "img.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arch", "reason"),
+    [
+        ("resnet50", "no class token"),
+        ("xcit_small_12_p16", "from channel to channel"),
+        ("timm:vit_tiny_patch16_224", "do not hand out"),
+    ],
+)
+def test_networks_without_a_map_are_refused_before_a_download(arch, reason):
+    with pytest.raises(UserError, match=rf"--arch {arch}: .*{reason}.*vit_small"):
+        load_vit(parse(visualize_attention, "--arch", arch), {"arch": arch})
+
+
+def test_a_checkpoint_of_a_resnet_is_refused_by_name(tmp_path):
+    path = save_random_backbone(tmp_path / "backbone.pth", "resnet18")
+    for script in ("visualize_attention.py", "eval_attention.py"):
+        flags = ("--pretrained_weights", path, "--device", "cpu")
+        if script == "eval_attention.py":
+            flags += ("--data_path", write_voc(tmp_path / "voc", {"a": np.ones((32, 32))}))
+        result = run_script(script, *flags)
+        assert result.returncode == 2
+        assert f"--pretrained_weights {path} (resnet18): " in result.stderr
+        assert "--arch vit_nano or vit_tiny" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+# ---- Jaccard similarity ----
+
+
+def test_jaccard_of_itself_is_one_of_the_complement_zero_and_of_an_overlap_its_share():
+    masks = torch.zeros(2, 6, 10, dtype=torch.bool)
+    masks[0, :4, :5] = True  # 20 pixels
+    masks[1, 2:, 3:9] = True  # 24 pixels, 2 x 2 of them in the first
+    first, second = masks.flatten(1)
+    found = jaccard(torch.stack([first, ~first]), torch.stack([first, second]))
+    np.testing.assert_allclose(found, [[1, 4 / 40], [0, 20 / 44]])
+
+
+@pytest.mark.parametrize(("pixels", "size", "patch"), [(375, 480, 16), (500, 640, 16), (61, 45, 8)])
+def test_pixels_of_a_mask_take_the_patch_under_their_centre(pixels, size, patch):
+    """Pillow's nearest neighbour, from the resized image to the mask, is the judge."""
+    resized = np.arange(size, dtype=np.int32) // patch
+    expected = np.asarray(Image.fromarray(resized[None]).resize((pixels, 1), Image.NEAREST))[0]
+    expected = expected[expected < size // patch]
+    found = patch_of_pixels(pixels, size, patch).numpy()
+    assert found.shape == expected.shape
+    # Of a centre between two patches, Pillow's rounding decides at whim: ours is in the second.
+    between = (2 * np.arange(len(found)) + 1) * size % (2 * pixels * patch) == 0
+    np.testing.assert_array_equal(found[~between], expected[~between])
+    np.testing.assert_array_equal(np.diff(found)[between[1:]], 1)
+
+
+def with_palette(labels):
+    mask = Image.fromarray(np.asarray(labels, np.uint8))
+    mask.putpalette([*range(256)] * 3)
+    return mask
+
+
+def write_voc(root, labels, folder="SegmentationObject"):
+    """A VOC2012 folder of 32 x 32 pixels per image, with these {name: labels}."""
+    for name in ("JPEGImages", folder, "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    for name, values in labels.items():
+        photograph().resize((32, 32)).save(root / "JPEGImages" / f"{name}.jpg")
+        with_palette(values).save(root / folder / f"{name}.png")
+    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(labels) + "\n")
+    return root
+
+
+# 32 x 32 pixels, 4 x 4 patches of 8.
+TWO_OBJECTS = np.zeros((32, 32))
+TWO_OBJECTS[:, :16] = 1  # the left half
+TWO_OBJECTS[24:, 24:] = 2  # the last patch
+OBJECT_AND_VOID = np.zeros((32, 32))
+OBJECT_AND_VOID[:16, :16], OBJECT_AND_VOID[16:, :16] = 1, 255
+ONLY_VOID = np.full((32, 32), 255)
+
+
+@pytest.fixture
+def two_known_heads(monkeypatch):
+    """Head 0 sees the left half, head 1 the lower right quarter, whatever the image."""
+    maps = torch.full((2, 4, 4), 1e-9)
+    maps[0, :, :2] = 1 / 8
+    maps[1, 2:, 2:] = 1 / 4
+    monkeypatch.setattr(eval_attention, "class_attention", lambda pretrained, image: maps)
+    pretrained = Pretrained(nn.Identity(), 96, "vit_nano", 8)
+    monkeypatch.setattr(eval_attention, "load_vit", lambda args, given: pretrained)
+
+
+def test_voc_scores_each_object_with_the_head_that_fits_it_best(two_known_heads, tmp_path, capsys):
+    labels = {"a": TWO_OBJECTS, "b": OBJECT_AND_VOID, "c": ONLY_VOID}
+    flags = ("--data_path", write_voc(tmp_path, labels), "--image_size", 0, "--threshold", 0.95)
+    output = tmp_path / "figures" / "all.json"
+    summary = eval_attention.eval_attention(parse(eval_attention, *flags, "--output", output))[0.95]
+    # a: (1 + 64/256) / 2; b: 256/512, as void counts for background; c has no object
+    assert summary["best_head"] == pytest.approx(100 * (0.625 + 0.5) / 2)
+    # head 0: (1 + 0) / 2 and 1/2; head 1: (0 + 64/256) / 2 and 0
+    assert summary["heads"] == pytest.approx([50, 100 * 0.125 / 2])
+    assert summary["best_single_head"] == {"head": 0, "jaccard": pytest.approx(50)}
+    # mean: all 12 patches, 768 pixels. (512/768 + 64/768) / 2, and 256/768
+    assert summary["mean_of_heads"] == pytest.approx(100 * (0.375 + 1 / 3) / 2)
+    shown = capsys.readouterr().out
+    assert "2 images with 3 true masks (objects); 1 without any are left out" in shown
+    assert "DINO 45.9" in shown
+    written = json.loads(output.read_text())
+    assert written["thresholds"]["0.95"] == summary
+    assert written["images"]["a"]["0.95"]["best_head"] == pytest.approx(62.5)
+    assert written["ground_truth"] == "objects"
+
+
+def test_as_foreground_all_objects_are_one_and_void_is_left_out(two_known_heads, tmp_path):
+    root = write_voc(tmp_path, {"a": TWO_OBJECTS, "b": OBJECT_AND_VOID}, "SegmentationClass")
+    flags = ("--data_path", root, "--image_size", 0, "--threshold", 0.95)
+    with pytest.raises(UserError, match="SegmentationObject, which --ground_truth objects needs"):
+        eval_attention.eval_attention(parse(eval_attention, *flags))
+    args = parse(eval_attention, *flags, "--ground_truth", "foreground")
+    summary = eval_attention.eval_attention(args)[0.95]
+    assert summary["best_head"] == pytest.approx(100 * (512 / 576 + 1) / 2)
+
+
+def test_white_is_foreground_in_a_grey_mask_and_void_in_one_with_a_palette(tmp_path):
+    for name in ("images", "masks/sub"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "images" / "sub").mkdir()
+    photograph().resize((32, 32)).save(tmp_path / "images" / "sub" / "a.jpg")
+    mask = tmp_path / "masks" / "sub" / "a.png"
+    grey = Image.fromarray(OBJECT_AND_VOID.astype(np.uint8))
+    transparent = Image.merge("LA", [grey, Image.new("L", grey.size, 255)])
+    for kind in (grey, grey.convert("RGB"), transparent, grey.point(lambda v: v > 0, "1")):
+        kind.save(mask)
+        ((name, _, objects, counted),) = SegmentedImages(tmp_path)
+        assert name == "sub/a"
+        np.testing.assert_array_equal(objects[0], OBJECT_AND_VOID > 0)
+        assert counted.all()
+    with_palette(OBJECT_AND_VOID).save(mask)
+    ((_, _, objects, counted),) = SegmentedImages(tmp_path)
+    np.testing.assert_array_equal(objects[0], OBJECT_AND_VOID == 1)
+    np.testing.assert_array_equal(counted, OBJECT_AND_VOID != 255)
+
+
+def test_wrong_data_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"JPEGImages.*images/ and masks/"):
+        SegmentedImages(tmp_path)
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="no images to measure"):
+        SegmentedImages(tmp_path)
+    photograph().resize((32, 32)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: no counterpart in .*masks"):
+        SegmentedImages(tmp_path)
+    photograph().resize((32, 32)).save(tmp_path / "masks" / "a.jpg")
+    with pytest.raises(UserError, match="JPEG blurs"):
+        list(SegmentedImages(tmp_path))
+    with pytest.raises(UserError, match="does not tell objects apart"):
+        SegmentedImages(tmp_path, "objects")
+    photograph().resize((32, 32)).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(UserError, match="same name but for the suffix"):
+        SegmentedImages(tmp_path)
+    voc = write_voc(tmp_path / "voc", {"a": TWO_OBJECTS})
+    photograph().resize((32, 32)).save(voc / "SegmentationObject" / "a.png")
+    with pytest.raises(UserError, match="not labels with a palette"):
+        list(SegmentedImages(voc))
+    (voc / "JPEGImages" / "a.jpg").unlink()
+    with pytest.raises(UserError, match=r"a\.jpg: no such file"):
+        SegmentedImages(voc)
+
+
+def test_a_mask_of_another_shape_than_its_image_is_refused(two_known_heads, tmp_path):
+    root = write_voc(tmp_path, {"a": np.ones((32, 40))})
+    with pytest.raises(UserError, match="32 x 32 pixels, its mask 40 x 32"):
+        eval_attention.eval_attention(parse(eval_attention, "--data_path", root))
+
+
+def test_the_script_measures_a_checkpoint(checkpoint, tmp_path):
+    """Of one head's mask as an object, that head is the best, with 100 %."""
+    pretrained = load_vit(parse(eval_attention, "--pretrained_weights", checkpoint), {})
+    root = write_voc(tmp_path, {"a": TWO_OBJECTS})
+    image, _ = fit_to_patches(Image.open(root / "JPEGImages" / "a.jpg"), [64], 8, "")
+    mask = upsample(keep_mass(class_attention(pretrained, image), 0.6)[1], 4)  # 32 x 32
+    with_palette(mask).save(root / "SegmentationObject" / "a.png")
+    result = run_script(
+        *("eval_attention.py", "--pretrained_weights", checkpoint, "--data_path", root),
+        *("--image_size", 64, "--device", "cpu"),
+    )
+    assert result.returncode == 0, result.stderr
+    values = {line[:42].strip(): line[42:].split() for line in result.stdout.splitlines()}
+    assert values["Jaccard similarity (%) of masks that hold"] == ["60", "%", "80", "%"]
+    assert values["best head for each true mask"][0] == "100.0"
+    assert values["best single head"][:3] == ["100.0", "(head", "1)"]
