@@ -28,8 +28,8 @@ from knn import KnnProbe
 from networks import build_optimizer, build_student_and_teacher
 from recorder import Recorder
 from report import report_end, report_start
-from run import Run, TrainState
 from resume import Progress
+from run import Run, TrainState
 from saving import NEWEST, Saver, find_checkpoint
 from training_flags import check_args, get_args_parser, parse_args
 

@@ -26,7 +26,7 @@ class Saver:
     the numbered checkpoints stay, 0 for all of them.
     """
 
-    def __init__(self, output_dir, *, iterations=0, minutes=0.0, keep=0):
+    def __init__(self, output_dir, iterations=0, minutes=0.0, keep=0):
         self.folder = Path(output_dir)
         self.iterations, self.seconds, self.keep = iterations, 60 * minutes, keep
         self.last_time = time.monotonic()
