@@ -4,47 +4,60 @@
 import difflib
 
 import torch
+import torchvision.models
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 import vision_transformer as vits
 from errors import UserError
 
-# Architectures of torchvision that cannot serve, and what can.
+# The official names, which are those of torch.hub facebookresearch/xcit; timm has the networks.
+XCIT_NAMES = [
+    f"xcit_{size}_p{patch}"
+    for size in ("nano_12", "tiny_12", "tiny_24", "small_12", "small_24", "medium_24", "large_24")
+    for patch in (16, 8)
+]
+
+# Classifiers of torchvision that cannot serve, by how their names begin, and why.
 REFUSED = {
-    "vit_": "torchvision's ViT takes one image size only, so not crops of two; take --arch"
-    " vit_tiny, vit_small,"
-    " vit_base or vit_large with --patch_size",
+    "vit_": "torchvision's ViT takes one image size only, so not crops of two; ours are vit_tiny,"
+    " vit_small, vit_base and vit_large, with --patch_size",
     "maxvit": "it takes one image size only, so not crops of two",
-    "squeezenet": "it classifies by a convolution and has no feature vector; take --arch"
-    " shufflenet_v2_x1_0",
+    "squeezenet": "it classifies by a convolution and has no feature vector; shufflenet_v2_x1_0 is"
+    " as small and has one",
 }
 
 
 def build_backbone(arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_rate=0.0):
-    """(backbone, embed_dim): a randomly initialised module (B, C, H, W) -> (B, embed_dim), and
-    that width.
+    """(backbone, embed_dim): a module (B, C, H, W) -> (B, embed_dim) with random weights.
 
     `arch` is one of vision_transformer's, `deit_*` for these by their old name, a classifier of
-    torchvision, the official `xcit_*`, or `timm:NAME`. `patch_size` and `img_size` matter to our
-    ViTs only, `in_chans` to these and timm's. Raises UserError for any other name, with those that
-    are close.
+    torchvision, an official `xcit_*`, or `timm:NAME`. `patch_size` and `img_size` matter to our
+    ViTs only, `in_chans` to these and timm's. Raises UserError for any other name.
     """
+    check_arch(arch)
     arch = canonical_name(arch)
     if arch in vits.ARCHITECTURES:
-        backbone = vits.build_vit(
-            arch, patch_size, img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path_rate
-        )
+        options = dict(img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
+        backbone = vits.build_vit(arch, patch_size, **options)
         return backbone, backbone.embed_dim
-    if arch.startswith(("timm:", "xcit_")):
-        return build_timm(arch, in_chans, drop_path_rate)
-    if arch in torchvision_classifiers():
-        return build_torchvision(arch, drop_path_rate)
-    raise UserError(unknown_arch(arch))
+    if is_timm(arch):
+        return build_timm(timm_name(arch), in_chans, drop_path_rate)
+    return build_torchvision(arch, drop_path_rate)
 
 
 def canonical_name(arch):
     """The ViT that the official code means by `deit_small`; other names as they are."""
-    return arch.replace("deit_", "vit_") if arch.startswith("deit_") else arch
+    return f"vit_{arch.removeprefix('deit_')}" if arch.startswith("deit_") else arch
+
+
+def is_timm(arch):
+    return arch.startswith(("timm:", "xcit_"))
+
+
+def timm_name(arch):
+    """timm's name of `arch`; its XCiT called 224 takes any size."""
+    return f"{arch}_224" if arch in XCIT_NAMES else arch.removeprefix("timm:")
 
 
 def is_vit(backbone):
@@ -52,81 +65,63 @@ def is_vit(backbone):
     return isinstance(backbone, vits.VisionTransformer)
 
 
-def torchvision_classifiers():
-    import torchvision.models
+def check_arch(arch):
+    """Raise UserError for a name that `build_backbone` does not take, with those that are close."""
+    arch = canonical_name(arch)
+    if arch in vits.ARCHITECTURES:
+        return
+    if is_timm(arch):
+        import timm  # a second or two: only for those who ask
 
-    return torchvision.models.list_models(module=torchvision.models)
+        if not timm.is_model(timm_name(arch)):
+            close = close_names(timm_name(arch), timm.list_models())
+            raise UserError(f"--arch {arch}: unknown to timm. {close}")
+        return
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    if arch not in classifiers:
+        close = close_names(arch, [*vits.ARCHITECTURES, *XCIT_NAMES, *classifiers])
+        raise UserError(f"--arch {arch}: unknown. {close} Any model of timm is --arch timm:NAME.")
+    for prefix, reason in REFUSED.items():
+        if arch.startswith(prefix):
+            raise UserError(f"--arch {arch}: {reason}.")
 
 
-def unknown_arch(arch):
-    names = [*vits.ARCHITECTURES, *XCIT_NAMES, *torchvision_classifiers()]
-    close = difflib.get_close_matches(arch, names, n=4, cutoff=0.5)
-    hint = (
-        f"Close to it: {', '.join(close)}."
-        if close
-        else f"Our ViTs are {', '.join(vits.ARCHITECTURES)}."
+def close_names(name, names):
+    close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    return (
+        f"Close to it: {', '.join(close)}." if close else f"Ours: {', '.join(vits.ARCHITECTURES)}."
     )
-    return f"--arch {arch}: unknown. {hint} Any model of timm is --arch timm:NAME."
 
 
-# The official names, which are those of torch.hub facebookresearch/xcit.
-XCIT_NAMES = [
-    f"xcit_{size}_p{patch}"
-    for size in ("nano_12", "tiny_12", "tiny_24", "small_12", "small_24", "medium_24", "large_24")
-    for patch in (16, 8)
-]
+def build_timm(name, in_chans, drop_path_rate):
+    import timm
 
-
-def build_timm(arch, in_chans, drop_path_rate):
-    import timm  # a second or two: only for those who ask
-
-    name = arch.removeprefix("timm:")
-    if name in XCIT_NAMES:
-        name += "_224"  # timm's name for the same network; it takes any size
-    if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        raise UserError(
-            f"--arch {arch}: timm has no model {name!r}. Close to it: {', '.join(close) or 'none'}."
-        )
-    options = dict(
-        pretrained=False, num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate
-    )
+    options = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)
     try:
         backbone = timm.create_model(name, dynamic_img_size=True, **options)  # crops of two sizes
     except TypeError:
         backbone = timm.create_model(name, **options)
-    return (
-        backbone,
-        backbone.head_hidden_size,
-    )  # num_features is the width before a last hidden layer
+    # not num_features, the width before a last hidden layer
+    return backbone, backbone.head_hidden_size
 
 
 def build_torchvision(arch, drop_path_rate):
-    import torchvision.models
-
-    for prefix, reason in REFUSED.items():
-        if arch.startswith(prefix):
-            raise UserError(f"--arch {arch}: {reason}.")
-    options = (
-        {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-    )
+    auxiliary = arch in ("googlenet", "inception_v3")  # which have classifiers inside too
+    options = dict(aux_logits=False, init_weights=True) if auxiliary else {}
     backbone = torchvision.models.get_model(arch, weights=None, **options)
-    # The classifier is the last linear layer, whatever its name; what pools or normalises before
-    # it stays.
-    name, classifier = [
-        item for item in backbone.named_modules() if isinstance(item[1], nn.Linear)
-    ][-1]
+    linear = [item for item in backbone.named_modules() if isinstance(item[1], nn.Linear)]
+    # the classifier is the last of them, by whatever name; what pools or normalises before it stays
+    name, classifier = linear[-1]
     backbone.set_submodule(name, nn.Identity())
     set_dropout_rates(backbone, drop_path_rate)
     return backbone, classifier.in_features
 
 
 def set_dropout_rates(backbone, drop_path_rate):
-    """Stochastic depth that rises to `drop_path_rate`, and no dropout: the teacher, in train mode
-    too, has neither.
-    """
-    from torchvision.ops import StochasticDepth
+    """Stochastic depth that rises to `drop_path_rate`, and no dropout.
 
+    The teacher, which is in train mode too, has neither: its targets must not be noisy.
+    """
     branches = [module for module in backbone.modules() if isinstance(module, StochasticDepth)]
     highest = max((branch.p for branch in branches), default=0.0)
     for branch in branches:
@@ -144,9 +139,7 @@ def has_batchnorms(model):
 
 @torch.no_grad()
 def check_takes_sizes(backbone, arch, sizes, in_chans=3):
-    """Raise UserError unless `backbone` gives one feature vector for square images of each of
-    `sizes`.
-    """
+    """Raise UserError unless `backbone` makes one vector of a square image of each of `sizes`."""
     training = backbone.training
     backbone.eval()
     for size in sizes:
@@ -154,12 +147,10 @@ def check_takes_sizes(backbone, arch, sizes, in_chans=3):
             features = backbone(torch.zeros(1, in_chans, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(
-                f"--arch {arch} does not take crops of {size} pixels: {error}."
+                f"--arch {arch} does not take crops of {size} pixels: {error}"
             ) from None
         features = features[0] if isinstance(features, tuple) else features
         if features.ndim != 2:
             shape = tuple(features.shape)
-            raise UserError(
-                f"--arch {arch} gives features of shape {shape}, not one vector per image."
-            )
+            raise UserError(f"--arch {arch} makes {shape} of an image, not one vector.")
     backbone.train(training)

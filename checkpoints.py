@@ -49,7 +49,7 @@ def write_atomically(payload, path, keep_as=None):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(payload, file)
+            save_to(file, payload)
             file.flush()
             os.fsync(file.fileno())
         if keep_as is not None and path.exists():
@@ -64,6 +64,16 @@ def write_atomically(payload, path, keep_as=None):
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_to(file, payload):
+    """torch.save whose complaint about a full disk is the OSError that it was."""
+    try:
+        torch.save(payload, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def sync_folder(folder):
@@ -191,7 +201,13 @@ def set_random_state(state):
 def load_exactly(module, state_dict, what):
     """load_state_dict that names the first keys and shapes that differ, in a UserError."""
     own = module.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in state_dict]
+    problems = [
+        f"{name} is a {type(value).__name__}, not a tensor"
+        for name, value in state_dict.items()
+        if not isinstance(value, torch.Tensor)
+    ]
+    state_dict = {name: v for name, v in state_dict.items() if isinstance(v, torch.Tensor)}
+    problems += [f"{name} is missing" for name in own if name not in state_dict]
     problems += [f"{name} is not expected" for name in state_dict if name not in own]
     problems += [
         f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(own[name].shape)}"

@@ -257,8 +257,9 @@ class ImageLoader(DataLoader):
                     delivered, deaths = delivered + 1, 0
                     yield self.readable(batch)
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                # the last three come from a tensor whose worker died while it was handed over
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                     raise
                 deaths += 1
                 self.after_death(error, deaths)

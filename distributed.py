@@ -7,6 +7,7 @@ A process alone needs no process group: every function here then answers for a w
 import datetime
 import os
 import re
+import time
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import UserError
+
+# A group for heartbeats on gloo, which notices a dead peer at once, where NCCL waits for it.
+_heart = None
 
 # A rank that waits longer than this for the others raises; gloo's own limit is 30 minutes.
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -73,6 +77,8 @@ def init_distributed(device="auto", dist_url="env://"):
         world_size=launch.world_size,
         timeout=TIMEOUT,
     )
+    global _heart
+    _heart = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return launch, device
 
 
@@ -123,6 +129,27 @@ def print0(*values, **options):
         print(*values, flush=True, **options)
 
 
+def heartbeat():
+    """Raise RuntimeError unless all processes come here: before a wait that would have no end."""
+    if get_world_size() > 1:
+        dist.monitored_barrier(_heart)
+
+
+def lost_ranks(seconds=15):
+    """The ranks that do not report within some seconds after a collective has failed."""
+    store = dist.distributed_c10d._get_default_store()
+    lost = list(range(get_world_size()))
+    end = time.monotonic() + seconds
+    try:
+        store.set(f"survivor {get_rank()}", "")
+        while lost and time.monotonic() < end:
+            lost = [rank for rank in lost if not store.check([f"survivor {rank}"])]
+            time.sleep(0.1)
+    except RuntimeError:  # the store lives in rank 0
+        return [0]
+    return lost
+
+
 def barrier():
     if get_world_size() > 1:
         dist.barrier()
@@ -145,15 +172,18 @@ def gather_objects(value):
 
 
 def gather_interleaved(rows, total):
-    """All rows of a set of `total` of which rank r holds numbers r, r + world_size, ...: (n_r, *)
-    -> (total, *).
+    """All rows of a set of `total` of which rank r holds numbers r, r + world_size, ...
+
+    (n_r, *) -> (total, *); a rank that holds none gives None.
     """
     world_size = get_world_size()
     if world_size == 1:
         return rows
-    longest = -(-total // world_size)
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows
+    kinds = gather_objects(None if rows is None else (rows.shape[1:], rows.dtype, rows.device.type))
+    shape, dtype, device = next(kind for kind in kinds if kind is not None)
+    padded = torch.zeros(-(-total // world_size), *shape, dtype=dtype, device=device)
+    if rows is not None:
+        padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]

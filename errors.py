@@ -24,6 +24,12 @@ class Diverged(UserError):
     exit_code = 1
 
 
+class LostRank(UserError):
+    """Another process of the run is gone."""
+
+    exit_code = 1
+
+
 @contextlib.contextmanager
 def exit_on_user_error(program):
     """Turn a UserError into `program: error: ...` on stderr and its exit code.

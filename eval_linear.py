@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear classifier on a frozen backbone (Sec. 4.1): trains it, or evaluates one that is trained.
+r"""Linear classifier on a frozen backbone (Sec. 4.1): trains it, or evaluates one that is trained.
 
     python eval_linear.py --pretrained_weights runs/photos/backbone.pth --data_path photos/ \
         --lr 0.001 0.01 0.1 --output_dir runs/photos/linear
@@ -252,7 +252,7 @@ def train_heads(args, given, device):
     )
     print0(
         f"{len(paths)} training and {len(val_paths)} test images of {len(classes)} classes,"
-        f" features of {features.dim} dimensions, learning rate x {global_batch} / 256 ="
+        f" features of {features.dim} dimensions, --lr x {global_batch} / 256 ="
         f" {', '.join(f'{lr:.3g}' for lr in scaled_lrs)}"
     )
 
@@ -282,8 +282,9 @@ def train_heads(args, given, device):
             improved = progress.add(epoch, [result["acc1"] for result in results])
             result = results[progress.best_head]
             print_validation(result, progress, len(val_paths))
-            accuracy = dict(accuracy=result["acc1"], improved=improved)
-            save_best_and_last(output_dir, state, progress, description, **accuracy)
+            save_best_and_last(
+                output_dir, state, progress, description, accuracy=result["acc1"], improved=improved
+            )
         log.epoch(log_line(epoch, args.lr, lrs, losses, results, progress.best_head))
         save_training(checkpoint, state, progress, description)
     print_table(args.lr, progress)

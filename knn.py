@@ -33,7 +33,9 @@ def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, k
         features.append(output if keep_on_device else output.cpu())
         labels.append(targets.to(features[-1].device))
     model.train(training)
-    return [gather_interleaved(torch.cat(rows), total) for rows in (features, labels)]
+    return [
+        gather_interleaved(torch.cat(rows) if rows else None, total) for rows in (features, labels)
+    ]
 
 
 def knn_classifier(

@@ -73,9 +73,7 @@ class Progress:
     epoch: int = 0  # epochs done
     best_acc: float = -1.0  # top-1 in percent, of any head after any epoch
     best_head: int = 0  # the number of the head that had it
-    head_bests: list = field(
-        default_factory=list
-    )  # of each head: its best top-1, after which epoch
+    head_bests: list = field(default_factory=list)  # (best top-1, after which epoch) of each
 
     def add(self, epoch, accuracies):
         """Take the accuracy of each head after `epoch`; True if one is better than all before."""

@@ -20,8 +20,8 @@ from augmentations import DataAugmentationDINO
 from data import list_training_images, training_loader
 from demo import DEMO, write_demo_images
 from dino import DINOLoss, cancel_gradients_last_layer, update_teacher
-from distributed import get_world_size, init_distributed, shut_down
-from errors import Diverged, UserError, exit_on_user_error
+from distributed import get_world_size, init_distributed, lost_ranks, shut_down
+from errors import Diverged, LostRank, UserError, exit_on_user_error
 from flags import loader_workers
 from interruption import Interruption, StopRequested
 from knn import KnnProbe
@@ -256,6 +256,15 @@ def main():
             train_dino(args)
         except Diverged as error:
             raise explain_divergence(error, args) from None
+        except RuntimeError as error:
+            lost = lost_ranks() if get_world_size() > 1 else []
+            if not lost:
+                raise
+            raise LostRank(
+                f"rank {', '.join(map(str, lost))} is gone, so this one ends too. Its log says why,"
+                " or the system's if it was killed. The same command goes on from the last"
+                f" checkpoint. ({str(error).splitlines()[0]})"
+            ) from None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 python metrics.py runs/a runs/b     # compares finished or running runs
 """
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -189,27 +190,33 @@ class RunLog:
 
     def start(self, args):
         """Begin a run: its flags, and no figures."""
-        if is_main_process():
-            (self.folder / "args.json").write_text(json.dumps(args, indent=1) + "\n")
-            for name in ("metrics.jsonl", "log.txt"):
-                (self.folder / name).write_text("")
+        self.write("args.json", json.dumps(args, indent=1) + "\n")
+        for name in ("metrics.jsonl", "log.txt"):
+            self.write(name, "")
 
-    def rewind(self, epoch, iteration):
-        """Drop the lines of what a run resumed after so many epochs and iterations does again."""
-        if is_main_process():
-            self.keep("log.txt", lambda line: line["epoch"] < epoch)
-            self.keep(
-                "metrics.jsonl",
-                lambda line: (
-                    line["iteration"] < iteration
-                    and not ("knn_teacher" in line and line["epoch"] > epoch)
-                ),
-            )
+    def rewind(self, args, epoch, iteration):
+        """Go on after so many epochs and iterations: drop the lines of what is done again."""
+        self.write("args.json", json.dumps(args, indent=1) + "\n")
+        self.keep("log.txt", lambda line: line["epoch"] < epoch)
+        self.keep(
+            "metrics.jsonl",
+            lambda line: (
+                line["iteration"] < iteration
+                and not ("knn_teacher" in line and line["epoch"] > epoch)
+            ),
+        )
 
     def keep(self, name, wanted):
-        path = self.folder / name
-        lines = [line for line in read_json_lines(path) if wanted(line)]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        lines = [line for line in read_json_lines(self.folder / name) if wanted(line)]
+        self.write(name, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def write(self, name, text):
+        """All of a file, or what it was before."""
+        if is_main_process():
+            temporary = self.folder / f".{name}.tmp"
+            with best_effort(self.folder / name):
+                temporary.write_text(text)
+                temporary.replace(self.folder / name)
 
     def iteration(self, record):
         self.append("metrics.jsonl", record)
@@ -247,7 +254,7 @@ class RunLog:
 
     def append(self, name, record):
         if is_main_process():
-            with (self.folder / name).open("a") as file:
+            with best_effort(self.folder / name), (self.folder / name).open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def to_tensorboard(self, group, record, step):
@@ -255,6 +262,15 @@ class RunLog:
             for name, value in record.items():
                 self.writer.add_scalar(f"{group}/{name}", value, step)
             self.writer.flush()
+
+
+@contextlib.contextmanager
+def best_effort(path):
+    """Let the run go on, with a notice, where a file beside its checkpoints cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        print0(f"{path} could not be written ({error.strerror or error}). The run goes on.")
 
 
 def read_json_lines(path):

@@ -12,9 +12,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from data import UnreadableImage
+from data import Replaced, UnreadableImage
 from distributed import is_main_process
-from metrics import RunLog
+from metrics import RunLog, best_effort
 
 
 def draw_augmentations(path, views, names):
@@ -60,18 +60,21 @@ def draw_first_views(path, dataset, images=4):
     if not is_main_process():
         return
     indices = sorted({i * len(dataset) // images for i in range(images)})
-    views = [dataset[0, index] for index in indices]
-    for item in views:
+    views = []
+    for item in (dataset[0, index] for index in indices):
         if isinstance(item, UnreadableImage):
             raise item
+        views.append(item.item if isinstance(item, Replaced) else item)
     local = [f"local {i + 1}" for i in range(len(views[0]) - 2)]
     draw_augmentations(path, views, ["global 1", "global 2", *local])
 
 
 def draw_run(folder):
     """curves.png in a run's folder."""
+    path = Path(folder) / "curves.png"
     if is_main_process():
-        draw_curves(Path(folder) / "curves.png", [Run(folder)])
+        with best_effort(path):
+            draw_curves(path, [Run(folder)])
 
 
 class Run:

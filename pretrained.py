@@ -3,6 +3,7 @@
 
 import argparse
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -77,8 +78,13 @@ def load_backbone(args, given):
     A checkpoint that says what it holds decides; one of the flags `given` on the command line that
     says otherwise is an error. Without --pretrained_weights: the published weights.
     """
-    checkpoint = read(args.pretrained_weights) if args.pretrained_weights else {}
-    described = describe(checkpoint)
+    if args.pretrained_weights:
+        source = f"--pretrained_weights {args.pretrained_weights}"
+        checkpoint = read(args.pretrained_weights)
+        weights = backbone_weights(checkpoint, args.checkpoint_key, args.pretrained_weights)
+        described = vit_in(weights) | describe(checkpoint)
+    else:
+        described = {}
     for flag in ("arch", "patch_size"):
         stated = str(described.get(flag))
         if flag in given and flag in described and canonical_name(str(given[flag])) != stated:
@@ -88,10 +94,7 @@ def load_backbone(args, given):
             )
     options = {"arch": canonical_name(args.arch), "patch_size": args.patch_size, **described}
     arch, patch_size = options["arch"], options["patch_size"]
-    if args.pretrained_weights:
-        weights = backbone_weights(checkpoint, args.checkpoint_key, args.pretrained_weights)
-        source = f"--pretrained_weights {args.pretrained_weights}"
-    else:
+    if not args.pretrained_weights:
         weights, source = published_weights(arch, patch_size), f"the published weights of {arch}"
     img_size = trained_img_size(weights, patch_size) if arch in ARCHITECTURES else 224
     backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size)
@@ -116,6 +119,25 @@ def describe(checkpoint):
     return described
 
 
+def vit_in(weights):
+    """{"arch", "patch_size"} of one of our ViTs, which its shapes tell, or {}."""
+    try:
+        width, depth = weights["cls_token"].shape[-1], 1 + max(map(block_number, weights))
+        patch_size = weights["patch_embed.proj.weight"].shape[-1]
+    except (KeyError, AttributeError, IndexError):
+        return {}
+    for arch, sizes in ARCHITECTURES.items():
+        if (sizes["embed_dim"], sizes["depth"]) == (width, depth):
+            return {"arch": arch, "patch_size": patch_size}
+    return {}
+
+
+def block_number(name):
+    """N of the weights of `blocks.N`, -1 for other weights."""
+    match = re.match(r"blocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
 def trained_img_size(weights, patch_size):
     """Side in pixels of the images whose patches the position embeddings of a ViT are for."""
     positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else 0
@@ -127,7 +149,10 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
 
     The prefixes of wrappers and the weights of DINO's head are taken off.
     """
-    if key in checkpoint:
+    if not isinstance(checkpoint, dict):
+        kind = type(checkpoint).__name__
+        raise UserError(f"{flag} {path} holds a {kind}, not the weights of a network by name.")
+    if isinstance(checkpoint.get(key), dict):
         state_dict = checkpoint[key]
     elif checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         state_dict = checkpoint

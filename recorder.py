@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from distributed import all_reduce_sum, get_world_size
+from distributed import all_reduce_sum, get_world_size, heartbeat
 from errors import Diverged
 from metrics import MetricLogger, RunLog, SmoothedValue, is_due, peak_memory_mb
 from monitor import Health, Monitor
@@ -61,6 +61,7 @@ class Recorder:
         self.logger.update(lr=scheduled["lr"], wd=scheduled["weight_decay"])
         if not self.monitor.watching:
             return False
+        heartbeat()
         wishes = torch.tensor(
             [float(self.interruption.requested), float(time_to_save)], device=loss.device
         )

@@ -64,7 +64,7 @@ class Run:
         check_same_run(path, checkpoint.get("args", {}), vars(self.args))
         restore_training(checkpoint, path, vars(state))
         restore_progress(self.progress, checkpoint)
-        self.recorder.log.rewind(self.progress.epoch, self.progress.iteration)
+        self.recorder.log.rewind(vars(self.args), self.progress.epoch, self.progress.iteration)
         inside = f" and {self.progress.steps} iterations" if self.progress.steps else ""
         done = f"{self.progress.epoch} of {self.args.epochs} epochs{inside}"
         print0(f"Resumed from {path}: {done} are done.")
@@ -119,8 +119,6 @@ class Run:
         """Save, and exit with the code of the signal."""
         self.save(state)
         self.saver.finish()
-        print0(
-            f"Stopped by {why} after iteration {self.progress.iteration}. The same command goes on."
-        )
+        print0(f"Stopped by {why}: {self.progress.iteration} iterations are done and saved.")
         shut_down()
         raise SystemExit(self.interruption.exit_code)

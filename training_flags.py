@@ -4,8 +4,9 @@ cannot go together.
 """
 
 import argparse
+from pathlib import Path
 
-from backbones import canonical_name
+from backbones import canonical_name, check_arch
 from demo import DEMO
 from errors import UserError
 from flags import Parser, add_launch_arguments, given_flags, number
@@ -306,9 +307,10 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Raise UserError for flags that exclude each other, with their values, before anything is
-    opened.
-    """
+    """Raise UserError for flags that cannot be, or be together, before anything is opened."""
+    check_arch(args.arch)
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise UserError(f"--output_dir {args.output_dir}: this is a file. Give a folder.")
     for warmup in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
         epochs = getattr(args, warmup)
         if epochs > args.epochs:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from backbones import build_backbone, check_takes_sizes, has_batchnorms, torchvision_classifiers
+from backbones import build_backbone, check_takes_sizes, has_batchnorms
 from dino import MultiCropWrapper
 from errors import UserError
 from vision_transformer import DINOHead
@@ -78,6 +78,8 @@ def test_deit_is_the_old_name_of_the_same_vit():
         ("get_model", "timm:NAME"),
         ("nn", "timm:NAME"),
         ("vit_b_16", "vit_base"),
+        ("list_models", "timm:NAME"),
+        ("resnet", "resnet50"),
         ("squeezenet1_0", "no feature vector"),
         ("maxvit_t", "one image size only"),
     ],
@@ -91,11 +93,6 @@ def test_a_network_of_one_size_is_refused_before_training():
     backbone, _ = build_backbone("timm:mixer_s32_224")
     with pytest.raises(UserError, match="timm:mixer_s32_224 does not take crops of 96 pixels"):
         check_takes_sizes(backbone, "timm:mixer_s32_224", [224, 96])
-
-
-def test_helpers_of_torchvision_are_no_architectures():
-    assert "resnet50" in torchvision_classifiers()
-    assert not {"get_model", "list_models", "resnet"} & set(torchvision_classifiers())
 
 
 def test_batch_norms_are_found_in_backbone_and_head():

@@ -11,7 +11,14 @@ from conftest import ROOT
 
 import utils
 from backbones import build_backbone
-from checkpoints import load_training, read, save_backbone, save_training, write_atomically
+from checkpoints import (
+    backbone_payload,
+    random_state,
+    read,
+    restore_training,
+    training_payload,
+    write_atomically,
+)
 from dino import DINOLoss, MultiCropWrapper
 from errors import UserError
 from pretrained import backbone_weights, describe, load_backbone
@@ -40,9 +47,19 @@ def training_objects(seed=0, use_bn=False):
     )
 
 
-def save(objects, *paths, epoch=3):
+def save(objects, path, epoch=3):
     args = dict(arch="vit_nano", patch_size=8, global_crop_size=32)
-    save_training(paths, **objects, epoch=epoch, args=args, knn={0: 50.0})
+    write_atomically(training_payload(objects, {"epoch": epoch}, args, [random_state()]), path)
+
+
+def restore(objects, path):
+    checkpoint = read(path, "resume from")
+    restore_training(checkpoint, path, objects)
+    return checkpoint["epoch"]
+
+
+def save_backbone(path, model, **description):
+    write_atomically(backbone_payload(model, **description), path)
 
 
 def official_checkpoint(objects, path):
@@ -81,7 +98,7 @@ def test_what_is_saved_is_restored_bit_for_bit_with_the_random_state(tmp_path):
     save(saved, tmp_path / "checkpoint.pth")
     drawn = torch.rand(3)
     restored = training_objects(seed=1)
-    assert load_training(tmp_path / "checkpoint.pth", **restored) == (3, {0: 50.0})
+    assert restore(restored, tmp_path / "checkpoint.pth") == 3
     assert torch.equal(torch.rand(3), drawn)
     expected, found = states(saved), states(restored)
     assert expected.keys() == found.keys()
@@ -103,7 +120,7 @@ def test_entries_and_keys_are_the_official_ones_and_plain_values(tmp_path):
 def test_an_official_training_checkpoint_is_resumed(tmp_path):
     saved, restored = training_objects(seed=0), training_objects(seed=1)
     official_checkpoint(saved, tmp_path / "checkpoint.pth")
-    assert load_training(tmp_path / "checkpoint.pth", **restored)[0] == 7
+    assert restore(restored, tmp_path / "checkpoint.pth") == 7
     assert restored["optimizer"].param_groups[0]["lr"] == 0.02
     expected, found = states(saved), states(restored)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -133,6 +150,20 @@ def test_a_backbone_is_found_in_every_layout(tmp_path, key):
         found = pretrained.backbone.state_dict()
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
         assert not pretrained.backbone.training
+
+
+@pytest.mark.parametrize(("build", "patch_size"), [(vit_nano, 8), (vit_tiny, 16)])
+def test_the_shapes_of_a_bare_vit_say_what_it_is(tmp_path, build, patch_size):
+    torch.save(build(patch_size).state_dict(), tmp_path / "bare.pth")
+    pretrained = load_backbone(weights_flags(tmp_path / "bare.pth", patch_size=4), given={})
+    assert (pretrained.arch, pretrained.patch_size) == (build.__name__, patch_size)
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), [1, 2], {"teacher": 3}, {}, {"teacher": {}}])
+def test_a_file_with_something_else_in_it_is_an_error(tmp_path, content):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"--pretrained_weights .*odd\.pth"):
+        load_backbone(weights_flags(tmp_path / "odd.pth"), given={})
 
 
 def test_an_official_checkpoint_says_its_architecture_by_its_old_name(tmp_path):
@@ -243,10 +274,22 @@ def test_a_misfit_names_the_first_keys_and_shapes(tmp_path):
     larger = training_objects() | {"student": network(out_dim=32)}
     message = r"student does not fit .*last_layer\.weight_g is \(16, 1\), expected \(32, 1\)"
     with pytest.raises(UserError, match=message):
-        load_training(tmp_path / "checkpoint.pth", **larger)
-    torch.save(vit_tiny(8).state_dict(), tmp_path / "tiny.pth")
-    with pytest.raises(UserError, match=r"--arch vit_small.* and \d+ more"):
-        load_backbone(weights_flags(tmp_path / "tiny.pth", patch_size=8), given={})
+        restore(larger, tmp_path / "checkpoint.pth")
+    weights = vit_tiny(8).state_dict()
+    for name in list(weights)[-6:]:
+        weights[f"other.{name}"] = weights.pop(name)
+    torch.save(weights, tmp_path / "tiny.pth")
+    with pytest.raises(UserError, match=r"--arch vit_tiny.* fc1\.bias is missing.* and 9 more"):
+        load_backbone(weights_flags(tmp_path / "tiny.pth"), given={})
+
+
+def test_a_weight_that_is_not_finite_is_an_error(tmp_path):
+    broken = training_objects()
+    with torch.no_grad():
+        broken["teacher"].backbone.cls_token[0, 0, 3] = torch.nan
+    save(broken, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"cls_token has values that are not finite"):
+        load_backbone(weights_flags(tmp_path / "checkpoint.pth"), given={})
 
 
 def test_a_wrong_key_names_those_that_there_are(tmp_path):

@@ -128,7 +128,8 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(finished, class_folders, tmp
     shutil.copy(folder / "checkpoint0000.pth", tmp_path / "checkpoint.pth")
     result = train(class_folders / "train", tmp_path, *flags, "--out_dim", 32)
     assert result.returncode == 2
-    assert "checkpoint.pth: student does not fit this network" in result.stderr
+    assert "--out_dim 32: " in result.stderr
+    assert "checkpoint.pth is of a run with 64" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -143,7 +144,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
     assert result.returncode == 1
     assert "epoch 1, iteration" in result.stderr
     assert "--lr 1e+30" in result.stderr
-    assert "Try --use_fp16 false, a lower --lr" in result.stderr
+    assert "Try --use_fp16 false" in result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "checkpoint.pth").read_bytes() == good
 
@@ -187,7 +188,7 @@ def test_a_step_equals_algorithm_1_written_out_in_its_order():
         torch.manual_seed(step)
         images = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16)]
         epoch, lr, weight_decay, momentum = min(step, 1), 0.1, 0.1, 0.9
-        loss = main_dino.train_step(
+        loss, _ = main_dino.train_step(
             ours,
             images,
             lr=lr,
