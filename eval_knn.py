@@ -14,7 +14,7 @@ import torch
 
 from augmentations import eval_transform
 from checkpoints import read, write_atomically
-from data import evaluation_loader, list_labelled_images
+from data import list_labelled_images
 from distributed import init_distributed, is_main_process, print0, shut_down
 from errors import UserError, exit_on_user_error
 from flags import (
@@ -26,6 +26,7 @@ from flags import (
     number,
 )
 from knn import extract_features, knn_accuracies, knn_classifier
+from loading import evaluation_loader
 from metrics import progress_bar
 from pretrained import load_backbone
 from utils import bool_flag

@@ -22,7 +22,7 @@ import torch
 from augmentations import LinearProbeAugmentation, eval_transform
 from backbones import check_takes_sizes, is_vit
 from checkpoints import read
-from data import evaluation_loader, list_labelled_images, training_loader
+from data import list_labelled_images
 from distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
 from errors import Diverged, UserError, exit_on_user_error
 from flags import (
@@ -47,6 +47,7 @@ from linear_heads import (
     save_training,
     stated_flags,
 )
+from loading import evaluation_loader, training_loader
 from metrics import RunLog, read_json_lines
 from pretrained import load_backbone, published_head
 from utils import bool_flag, choose_amp_dtype, fix_random_seeds

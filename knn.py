@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from augmentations import eval_transform
-from data import evaluation_loader, list_labelled_images
+from data import list_labelled_images
 from distributed import all_reduce_sum, gather_interleaved, get_rank, get_world_size
+from loading import evaluation_loader
 
 SIMILARITY_BYTES = 256 * 2**20  # of a chunk of similarities, which is as many test images as fit
 

@@ -17,7 +17,7 @@ import torch
 
 import utils
 from augmentations import DataAugmentationDINO
-from data import list_training_images, training_loader
+from data import list_training_images
 from demo import DEMO, write_demo_images
 from dino import DINOLoss, cancel_gradients_last_layer, update_teacher
 from distributed import get_world_size, init_distributed, lost_ranks, shut_down
@@ -25,6 +25,7 @@ from errors import Diverged, LostRank, UserError, exit_on_user_error
 from flags import loader_workers
 from interruption import Interruption, StopRequested
 from knn import KnnProbe
+from loading import training_loader
 from networks import build_optimizer, build_student_and_teacher
 from recorder import Recorder
 from report import report_end, report_start

@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from data import Replaced, UnreadableImage
+from data import UnreadableImage
 from distributed import is_main_process
+from loading import Replaced
 from metrics import RunLog, best_effort
 
 

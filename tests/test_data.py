@@ -9,17 +9,9 @@ from conftest import photograph
 from torchvision.datasets import ImageFolder
 
 from augmentations import DataAugmentationDINO
-from data import (
-    EpochSampler,
-    LabelledImages,
-    TrainingImages,
-    UnreadableImage,
-    list_labelled_images,
-    list_training_images,
-    read_image,
-    training_loader,
-)
+from data import UnreadableImage, list_labelled_images, list_training_images, read_image
 from errors import UserError
+from loading import EpochSampler, LabelledImages, TrainingImages, training_loader
 
 
 def test_class_folders_are_listed_in_the_order_of_image_folder(class_folders):

@@ -12,8 +12,9 @@ from conftest import run_processes, run_script, run_torchrun
 import knn
 from augmentations import eval_transform
 from backbones import build_backbone
-from data import evaluation_loader, list_labelled_images
+from data import list_labelled_images
 from eval_knn import knn_classifier
+from loading import evaluation_loader
 
 
 def clusters(count, classes, seed, dim=16):

@@ -12,10 +12,11 @@ from torchvision.transforms import functional as F
 
 from augmentations import LinearProbeAugmentation, draw_views
 from backbones import build_backbone
-from data import EpochSampler, list_labelled_images, read_image, training_loader
+from data import list_labelled_images, read_image
 from eval_linear import LinearClassifier
 from linear import FrozenFeatures, evaluate, train_step
 from linear_heads import build_state
+from loading import EpochSampler, training_loader
 
 CPU = torch.device("cpu")
 

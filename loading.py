@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images on their way to the network: datasets, the order of a pass, and a loader that outlives its
+workers.
+"""
+
+import contextlib
+import itertools
+import signal
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from data import UnreadableImage, printable, read_image
+from distributed import get_rank, get_world_size
+from errors import UserError
+from interruption import leave_signals_to_parent
+
+# What --on_bad_image skip puts up with: this share of the images, this many for one place.
+MOST_BAD, MOST_ATTEMPTS = 0.01, 10
+
+
+class TrainingImages(Dataset):
+    """Augmented views, by (epoch, number of the image): a function of these and the seed alone.
+
+    An unreadable image gives its UnreadableImage as the item, or with `skip_bad` a Replaced: raised
+    inside a loader worker it would come out as a traceback of the worker.
+    """
+
+    def __init__(self, paths, augmentation, seed=0, skip_bad=False):
+        self.paths, self.augmentation = paths, augmentation
+        self.seed, self.skip_bad = seed, skip_bad
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, epoch_and_index):
+        epoch, index = epoch_and_index
+        bad = []
+        others = np.random.default_rng((self.seed, epoch, index, 1))  # not the views' generator
+        for number in (index, *others.integers(len(self), size=MOST_ATTEMPTS).tolist()):
+            try:
+                image = read_image(self.paths[number])
+            except UnreadableImage as error:
+                bad.append((printable(self.paths[number]), str(error)))
+                if not self.skip_bad:
+                    return error
+            else:
+                views = self.augmentation(image, key=(self.seed, epoch, index))
+                return Replaced(views, bad) if bad else views
+        return UnreadableImage(bad[0][1])
+
+
+@dataclass
+class Replaced:
+    """An item in the place of unreadable images, or a batch with such items."""
+
+    item: object
+    bad: list  # (path, why it could not be read)
+
+
+class LabelledTrainingImages(TrainingImages):
+    """(augmented image, label), by (epoch, number of the image); else as TrainingImages."""
+
+    def __init__(self, paths, labels, augmentation, seed=0):
+        super().__init__(paths, augmentation, seed)
+        self.labels = labels
+
+    def __getitem__(self, epoch_and_index):
+        image = super().__getitem__(epoch_and_index)
+        if isinstance(image, UnreadableImage):
+            return image
+        return image, self.labels[epoch_and_index[1]]
+
+
+class LabelledImages(Dataset):
+    """(transformed image, label); an unreadable image gives its UnreadableImage."""
+
+    def __init__(self, paths, labels, transform):
+        self.paths, self.labels, self.transform = paths, labels, transform
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        try:
+            return self.transform(read_image(self.paths[index])), self.labels[index]
+        except UnreadableImage as error:
+            return error
+
+
+def collate_readable(items):
+    """torch's default collation; an UnreadableImage makes the batch one, a Replaced likewise."""
+    bad = []
+    for i, item in enumerate(items):
+        if isinstance(item, UnreadableImage):
+            return item
+        if isinstance(item, Replaced):
+            items[i] = item.item
+            bad += item.bad
+    batch = torch.utils.data.default_collate(items)
+    return Replaced(batch, bad) if bad else batch
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader that raises the UnreadableImage that comes instead of a batch.
+
+    It keeps account of Replaced images, and replaces a worker that the system has killed: it starts
+    anew from the batch that is due. It draws a seed for its workers, which nothing here uses, from
+    a generator of its own: torch's global one would move on, and with it stochastic depth.
+    """
+
+    def __init__(self, dataset, **options):
+        self.skipped, self.new_skipped = set(), set()
+        super().__init__(
+            dataset,
+            collate_fn=collate_readable,
+            generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_parent,
+            **options,
+        )
+
+    def __iter__(self):
+        delivered, deaths = 0, 0
+        while True:
+            try:
+                for batch in self.batches(delivered):
+                    delivered, deaths = delivered + 1, 0
+                    yield self.readable(batch)
+                return
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                # the last three come from a tensor whose worker died while it was handed over
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                    raise
+                deaths += 1
+                self.after_death(error, deaths)
+
+    def batches(self, delivered):
+        """An iterator over the batches of a pass after the first `delivered` ones."""
+        if delivered and isinstance(self.sampler, EpochSampler):
+            with self.sampler.further(delivered * self.batch_size):
+                iterator = super().__iter__()
+        else:
+            iterator = itertools.islice(super().__iter__(), delivered, None)
+        # torch raises from this signal wherever the main thread is, in the middle of a step too;
+        # without it the loader finds out by itself, when it waits for a batch
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return iterator
+
+    def after_death(self, error, deaths):
+        """Say what killed a worker, have a new iterator made; UserError the third time."""
+        advice = (
+            "The system kills them for want of memory, or of shared memory (in Docker --shm-size):"
+            " lower --num_workers or --batch_size_per_gpu."
+        )
+        if deaths > 2:
+            raise UserError(f"Loader processes died three times in a row ({error}). {advice}")
+        print(f"A loader process died, and is replaced ({error}). {advice}", flush=True)
+        self._iterator = None  # of persistent workers
+
+    def readable(self, batch):
+        if isinstance(batch, UnreadableImage):
+            raise batch
+        if not isinstance(batch, Replaced):
+            return batch
+        self.new_skipped |= set(batch.bad) - self.skipped
+        self.skipped |= self.new_skipped
+        if len(self.skipped) > MOST_BAD * len(self.dataset):
+            _, reason = min(self.skipped)
+            raise UserError(
+                f"--on_bad_image skip: {len(self.skipped)} of {len(self.dataset)} images could not"
+                f" be read, more than {MOST_BAD:.0%}. The first: {reason} For all of them:"
+                " python data.py PATH."
+            )
+        return batch.item
+
+    def take_skipped(self):
+        """[(path, reason)] of the images replaced since the last call."""
+        taken, self.new_skipped = sorted(self.new_skipped), set()
+        return taken
+
+
+class EpochSampler(DistributedSampler):
+    """The official order, torch's DistributedSampler, as (epoch, index): workers need the epoch."""
+
+    start = 0
+
+    def set_position(self, epoch, start=0):
+        """The next pass is over `epoch`, without this rank's first `start` images of it."""
+        self.set_epoch(epoch)
+        self.start = start
+
+    @contextlib.contextmanager
+    def further(self, count):
+        """A pass that begins here leaves out `count` more images."""
+        self.start += count
+        yield
+        self.start -= count
+
+    def __iter__(self):
+        indices = list(super().__iter__())[self.start :]
+        return iter([(self.epoch, index) for index in indices])
+
+
+def training_loader(
+    paths,
+    augmentation,
+    *,
+    batch_size,
+    num_workers,
+    seed,
+    pin_memory,
+    labels=None,
+    skip_bad=False,
+):
+    """Loader of lists of V view tensors (B, 3, S, S), without the last, smaller batch of an epoch.
+
+    With `labels`: of pairs (images, labels), and no batch is dropped. `skip_bad`: other images take
+    the places of those that cannot be read.
+    """
+    if labels is None:
+        dataset = TrainingImages(paths, augmentation, seed, skip_bad)
+    else:
+        dataset = LabelledTrainingImages(paths, labels, augmentation, seed)
+    return ImageLoader(
+        dataset,
+        sampler=EpochSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=seed),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        drop_last=labels is None,
+        persistent_workers=num_workers > 0,
+    )
+
+
+def evaluation_loader(paths, labels, transform, *, batch_size, num_workers, pin_memory):
+    """Loader of (images, labels), in order, of every world_size-th image from this rank's on."""
+    share = slice(get_rank(), None, get_world_size())
+    return ImageLoader(
+        LabelledImages(paths[share], labels[share], transform),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
