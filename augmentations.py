@@ -8,6 +8,7 @@ generator, into arrays with one row per view; what applies them draws nothing.
 
 import random
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,9 +43,11 @@ class View:
     solarize_p: float = 0.0
 
 
-@dataclass
-class ViewParameters:
-    """All that is random about the V views of one image; each array has V rows."""
+class ViewParameters(NamedTuple):
+    """All that is random about the V views of one image; each array has V rows.
+
+    Of a batch, the arrays are tensors and have a dimension of B before that.
+    """
 
     boxes: np.ndarray  # (V, 4) int: top, left, height, width, in pixels of the image
     flip: np.ndarray  # (V,) bool
@@ -141,10 +144,14 @@ class DataAugmentationDINO:
         ]
 
     def __call__(self, image, key=None):
+        parameters = self.draw(image, key)
+        return [self.apply(image, number, parameters) for number in range(len(self.views))]
+
+    def draw(self, image, key=None):
+        """The ViewParameters of an image under a key."""
         if key is None:
             key = (torch.randint(2**62, ()).item(),)
-        parameters = draw_views(np.random.default_rng(key), self.views, *image.size)
-        return [self.apply(image, number, parameters) for number in range(len(self.views))]
+        return draw_views(np.random.default_rng(key), self.views, *image.size)
 
     def apply(self, image, number, parameters):
         """View `number` of a PIL image, (3, S, S): crop, flip, jitter, greyscale, blur, solarise,

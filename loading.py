@@ -111,8 +111,10 @@ class ImageLoader(DataLoader):
     a generator of its own: torch's global one would move on, and with it stochastic depth.
     """
 
-    def __init__(self, dataset, **options):
+    def __init__(self, dataset, finish=None, **options):
+        """`finish`: what still happens to a batch, in this process, such as DeviceStage."""
         self.skipped, self.new_skipped = set(), set()
+        self.finish = finish or (lambda batch: batch)
         super().__init__(
             dataset,
             collate_fn=collate_readable,
@@ -127,7 +129,7 @@ class ImageLoader(DataLoader):
             try:
                 for batch in self.batches(delivered):
                     delivered, deaths = delivered + 1, 0
-                    yield self.readable(batch)
+                    yield self.finish(self.readable(batch))
                 return
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
                 # the last three come from a tensor whose worker died while it was handed over
@@ -175,6 +177,10 @@ class ImageLoader(DataLoader):
             )
         return batch.item
 
+    def batch_of(self, keys):
+        """What the loader would yield for these items of the data set, made here and now."""
+        return self.finish(self.readable(collate_readable([self.dataset[key] for key in keys])))
+
     def take_skipped(self):
         """[(path, reason)] of the images replaced since the last call."""
         taken, self.new_skipped = sorted(self.new_skipped), set()
@@ -213,11 +219,12 @@ def training_loader(
     pin_memory,
     labels=None,
     skip_bad=False,
+    finish=None,
 ):
     """Loader of lists of V view tensors (B, 3, S, S), without the last, smaller batch of an epoch.
 
     With `labels`: of pairs (images, labels), and no batch is dropped. `skip_bad`: other images take
-    the places of those that cannot be read.
+    the places of those that cannot be read. `finish` is the ImageLoader's.
     """
     if labels is None:
         dataset = TrainingImages(paths, augmentation, seed, skip_bad)
@@ -225,6 +232,7 @@ def training_loader(
         dataset = LabelledTrainingImages(paths, labels, augmentation, seed)
     return ImageLoader(
         dataset,
+        finish,
         sampler=EpochSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=seed),
         batch_size=batch_size,
         num_workers=num_workers,

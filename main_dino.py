@@ -18,7 +18,8 @@ import torch
 import utils
 from augmentations import DataAugmentationDINO
 from data import list_training_images
-from demo import DEMO, write_demo_images
+from demo import DEMO, IMAGES, write_demo_images
+from device_augmentation import CropsDINO, DeviceStage
 from dino import DINOLoss, cancel_gradients_last_layer, update_teacher
 from distributed import get_world_size, init_distributed, lost_ranks, shut_down
 from errors import Diverged, LostRank, UserError, exit_on_user_error
@@ -50,9 +51,10 @@ def train_dino(args):
 
     # ---- data ----
     if args.data_path == DEMO:
+        check_batch(args, IMAGES)
         args.data_path, args.knn_data_path = write_demo_images(output_dir / "demo_images")
     workers = loader_workers(args.num_workers)
-    loader = build_loader(args, workers, pin_memory=device.type == "cuda")
+    loader = build_loader(args, workers, device)
     probe = build_probe(args, workers, device, amp_dtype)
 
     # ---- student, teacher, loss, optimizer ----
@@ -71,7 +73,7 @@ def train_dino(args):
 
     # ---- begin, or resume ----
     if found is None:
-        run.begin(state, loader.dataset, probe)
+        run.begin(state, loader, probe)
     utils.fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
     if found is not None:
         run.resume(state, *found)
@@ -89,10 +91,11 @@ def train_dino(args):
     shut_down()
 
 
-def build_loader(args, workers, pin_memory):
-    """Loader of augmented views. UserError if there are fewer images than one global batch."""
+def build_loader(args, workers, device):
+    """Loader of views on `device`. UserError if there are fewer images than one global batch."""
     paths = list_training_images(args.data_path)
-    augmentation = DataAugmentationDINO(
+    on_device = args.augment == "device" or (args.augment == "auto" and device.type == "cuda")
+    augmentation = (CropsDINO if on_device else DataAugmentationDINO)(
         args.global_crops_scale,
         args.local_crops_scale,
         args.local_crops_number,
@@ -105,16 +108,22 @@ def build_loader(args, workers, pin_memory):
         batch_size=args.batch_size_per_gpu,
         num_workers=workers,
         seed=args.seed,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         skip_bad=args.on_bad_image == "skip",
+        finish=DeviceStage(device),
     )
-    if len(loader) == 0:
+    check_batch(args, len(paths))
+    return loader
+
+
+def check_batch(args, images):
+    """UserError if the ranks' equal shares of so many images are no batch each."""
+    if -(-images // get_world_size()) < args.batch_size_per_gpu:
         raise UserError(
-            f"--data_path {args.data_path}: {len(paths)} images are fewer than one batch of"
+            f"--data_path {args.data_path}: {images} images are fewer than one batch of"
             f" {global_batch(args)} (--batch_size_per_gpu {args.batch_size_per_gpu} on"
             f" {get_world_size()} processes). Lower the batch size."
         )
-    return loader
 
 
 def build_probe(args, workers, device, amp_dtype):
@@ -128,6 +137,7 @@ def build_probe(args, workers, device, amp_dtype):
         batch_size=max(128, args.batch_size_per_gpu),
         num_workers=workers,
         amp_dtype=amp_dtype,
+        flag="--knn_data_path",
     )
 
 
@@ -192,13 +202,13 @@ def train_one_epoch(run, state, loader):
     Saves inside the epoch where that is due. Raises StopRequested, on all ranks after the same
     step, when one of them got a signal to stop.
     """
-    args, progress, device = run.args, run.progress, state.dino_loss.center.device
+    args, progress = run.args, run.progress
     loader.sampler.set_position(progress.epoch, progress.steps * args.batch_size_per_gpu)
     for images in run.recorder.steps(loader, progress, run.interruption):
         scheduled = run.schedules.at(progress.iteration)
         loss, grad_norm = train_step(
             state,
-            [view.to(device, non_blocking=True) for view in images],
+            images,
             **scheduled,
             epoch=progress.epoch,
             clip_grad=args.clip_grad,

@@ -12,9 +12,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from data import UnreadableImage
 from distributed import is_main_process
-from loading import Replaced
 from metrics import RunLog, best_effort
 
 
@@ -56,16 +54,12 @@ def save(figure, path):
     temporary.replace(path)
 
 
-def draw_first_views(path, dataset, images=4):
+def draw_first_views(path, loader, images=4):
     """`draw_augmentations` of a few images from all over the data set, as epoch 0 will see them."""
     if not is_main_process():
         return
-    indices = sorted({i * len(dataset) // images for i in range(images)})
-    views = []
-    for item in (dataset[0, index] for index in indices):
-        if isinstance(item, UnreadableImage):
-            raise item
-        views.append(item.item if isinstance(item, Replaced) else item)
+    indices = sorted({i * len(loader.dataset) // images for i in range(images)})
+    views = [[view[0].cpu() for view in loader.batch_of([(0, index)])] for index in indices]
     local = [f"local {i + 1}" for i in range(len(views[0]) - 2)]
     draw_augmentations(path, views, ["global 1", "global 2", *local])
 

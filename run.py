@@ -11,6 +11,7 @@ from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import canonical_name
 from checkpoints import (
     backbone_payload,
+    flags_in,
     random_state,
     restore_training,
     training_payload,
@@ -50,18 +51,18 @@ class Run:
     interruption: Interruption
     amp_dtype: torch.dtype
 
-    def begin(self, state, dataset, probe):
+    def begin(self, state, loader, probe):
         """A new run: weights to start from, empty logs, the picture of its views, a first k-NN."""
-        self.saver.folder.mkdir(parents=True, exist_ok=True)
         if self.args.init_from:
             initialise_from(self.args.init_from, state.student, state.teacher, state.dino_loss)
+        self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.start(vars(self.args))
-        draw_first_views(self.saver.folder / "augmentations.png", dataset)
+        draw_first_views(self.saver.folder / "augmentations.png", loader)
         self.measure_knn(state, probe)
 
     def resume(self, state, path, checkpoint):
         """An interrupted run: everything as the checkpoint has it, or a UserError."""
-        check_same_run(path, checkpoint.get("args", {}), vars(self.args))
+        check_same_run(path, flags_in(checkpoint), vars(self.args))
         restore_training(checkpoint, path, vars(state))
         restore_progress(self.progress, checkpoint)
         self.recorder.log.rewind(vars(self.args), self.progress.epoch, self.progress.iteration)

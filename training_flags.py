@@ -9,7 +9,14 @@ from pathlib import Path
 from backbones import canonical_name, check_arch
 from demo import DEMO
 from errors import UserError
-from flags import Parser, add_launch_arguments, given_flags, number
+from flags import (
+    LARGEST_SEED,
+    Parser,
+    add_launch_arguments,
+    check_output_folder,
+    given_flags,
+    number,
+)
 from presets import PRESETS
 from utils import bool_flag
 from vision_transformer import ARCHITECTURES
@@ -203,6 +210,13 @@ def add_view_arguments(group):
         type=number(int, 1),
         help="pixels to which a local crop is resized",
     )
+    add(
+        "--augment",
+        default="auto",
+        choices=["auto", "cpu", "device"],
+        help="where views get their colours: cpu is Pillow in the loader's processes; device does"
+        " it for whole batches, which asks a fifth of the loader; auto is device on a GPU",
+    )
 
 
 def add_run_arguments(group):
@@ -272,7 +286,7 @@ def add_run_arguments(group):
     add(
         "--seed",
         default=0,
-        type=number(int, 0),
+        type=number(int, 0, LARGEST_SEED),
         help="of the initial weights, the order of images, crops and stochastic depth",
     )
     add(
@@ -309,8 +323,17 @@ def parse_args(argv=None):
 def check_args(args):
     """Raise UserError for flags that cannot be, or be together, before anything is opened."""
     check_arch(args.arch)
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        raise UserError(f"--output_dir {args.output_dir}: this is a file. Give a folder.")
+    check_output_folder(args.output_dir)
+    if (Path(args.output_dir) / "checkpoint.pth.tar").exists():
+        raise UserError(
+            f"--output_dir {args.output_dir}: holds a run of eval_linear.py, whose log.txt would be"
+            " lost. Give another folder."
+        )
+    if args.init_from and args.resume not in ("auto", "never"):
+        raise UserError(
+            f"--init_from {args.init_from} and --resume {args.resume} exclude each other: the one"
+            " starts a run, the other goes on with one."
+        )
     for warmup in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
         epochs = getattr(args, warmup)
         if epochs > args.epochs:

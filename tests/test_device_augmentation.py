@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The augmentation in two stages against Pillow's, given the same draws."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import photograph
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import functional as F
+
+import device_augmentation as stages
+from augmentations import IMAGENET_MEAN, IMAGENET_STD, DataAugmentationDINO
+from device_augmentation import CropsDINO, DeviceStage
+from loading import TrainingImages, collate_readable
+
+NAMES = ("astronaut.png", "coffee.png", "chelsea.png")
+SETTINGS = ((0.4, 1.0), (0.05, 0.4), 3, 64, 32)
+
+
+def levels(image):
+    """PIL image -> (1, 3, H, W) of 0 to 255."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+
+
+def differences(ours, image):
+    return (ours - levels(image)).abs()
+
+
+OPERATIONS = {
+    # name: ours, Pillow's, amounts, most levels apart, most levels apart on average
+    "brightness": (stages.adjust_brightness, F.adjust_brightness, (0.6, 0.93, 1.2, 1.4), 1, 0.02),
+    # where the exact product is a whole number, such as 1.2 * 5, rounding decides which level it is
+    "contrast": (stages.adjust_contrast, F.adjust_contrast, (0.6, 0.93, 1.2, 1.4), 1, 0.06),
+    "saturation": (stages.adjust_saturation, F.adjust_saturation, (0.8, 0.93, 1.2), 1, 0.06),
+    # one step of its 255 is up to 255 * 6 / 255 levels; few pixels are at the edge of a step
+    "hue": (stages.adjust_hue, F.adjust_hue, (-0.1, -0.03, 0, 0.05, 0.1), 6, 0.01),
+    # Pillow rounds after each of its six passes, the product of matrices only at its end
+    "blur": (
+        stages.gaussian_blur,
+        lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
+        (0.1, 0.3, 0.7, 1.3, 2.0),
+        3,
+        0.7,
+    ),
+    "greyscale": (stages.to_greyscale, lambda image, _: F.rgb_to_grayscale(image, 3), (1,), 0, 0),
+    "solarisation": (stages.solarize, lambda image, _: ImageOps.solarize(image), (1,), 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_agrees_with_pillow_to_a_few_levels(name):
+    ours, pillow, amounts, most, most_on_average = OPERATIONS[name]
+    for image in (photograph(photo).crop((40, 30, 264, 254)) for photo in NAMES):
+        for amount in amounts:
+            found = ours(levels(image), torch.tensor(float(amount)).view(1, 1, 1, 1))
+            apart = differences(found, pillow(image, amount))
+            assert apart.max() <= most
+            assert apart.mean() <= most_on_average
+
+
+def test_crops_and_flips_agree_with_pillow_to_one_level():
+    crops, reference = CropsDINO(*SETTINGS), DataAugmentationDINO(*SETTINGS)
+    for number, image in enumerate(map(photograph, NAMES)):
+        cropped = crops(image, key=number)
+        drawn = reference.draw(image, key=number)
+        for found, expected in zip(cropped.parameters, drawn, strict=True):
+            np.testing.assert_array_equal(found, expected)
+        for view, found in enumerate((*cropped.global_crops, *cropped.local_crops)):
+            top, left, height, width = drawn.boxes[view].tolist()
+            box = image.crop((left, top, left + width, top + height))
+            expected = box.resize(found.shape[-2:], Image.BICUBIC)
+            expected = ImageOps.mirror(expected) if drawn.flip[view] else expected
+            assert differences(found.float(), expected).max() <= 1
+
+
+def test_both_stages_together_agree_with_the_reference():
+    """A level of 255 here can be a step of hue there: 1 level on average, 99 % within 8."""
+    device = torch.device("cpu")
+    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    apart = []
+    for key in range(8):
+        images = [photograph(name) for name in NAMES]
+        batch = collate_readable([CropsDINO(*SETTINGS)(image, key) for image in images])
+        found = DeviceStage(device)(batch)
+        expected = [DataAugmentationDINO(*SETTINGS)(image, key) for image in images]
+        for view in range(5):
+            reference = torch.stack([views[view] for views in expected])
+            assert found[view].shape == reference.shape
+            apart.append(((found[view] - reference) * std * 255).abs().flatten())
+    apart = torch.cat(apart)
+    assert apart.mean() < 1
+    assert apart.quantile(0.99) < 8
+
+
+def test_an_image_does_not_depend_on_the_others_of_its_batch():
+    stage = DeviceStage(torch.device("cpu"))
+    items = [CropsDINO(*SETTINGS)(photograph(name), key=7) for name in NAMES]
+    together = stage(collate_readable(items))
+    for row, item in enumerate(items):
+        for view, alone in zip(together, stage(collate_readable([item])), strict=True):
+            torch.testing.assert_close(view[row], alone[0], atol=1e-6, rtol=0)  # sums in any order
+
+
+def test_no_local_crops_are_no_views():
+    item = CropsDINO((0.14, 1.0), (0.05, 0.4), 0, 32, 16)(photograph(), key=0)
+    views = DeviceStage(torch.device("cpu"))(collate_readable([item]))
+    assert [tuple(view.shape) for view in views] == [(1, 3, 32, 32)] * 2
+
+
+def test_finished_views_pass_the_device_stage_unchanged(class_folders):
+    paths = [str(path) for path in sorted((class_folders / "train").rglob("*.png"))[:2]]
+    dataset = TrainingImages(paths, DataAugmentationDINO(*SETTINGS))
+    batch = collate_readable([dataset[0, 0], dataset[0, 1]])
+    for found, expected in zip(DeviceStage(torch.device("cpu"))(batch), batch, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_black_and_a_white_image_stay_finite():
+    for level in (0, 255):
+        image = Image.new("RGB", (40, 40), (level,) * 3)
+        for key in range(5):
+            views = DeviceStage(torch.device("cpu"))(
+                collate_readable([CropsDINO(*SETTINGS)(image, key)])
+            )
+            mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+            for view in views:
+                values = view * std + mean
+                assert values.min() > -1e-5
+                assert values.max() < 1 + 1e-5
+
+
+@pytest.mark.cuda
+def test_the_device_stage_on_cuda_agrees_with_the_cpu_and_never_waits():
+    """One level: multiply and add are one rounding on CUDA."""
+    batch = collate_readable([CropsDINO(*SETTINGS)(photograph(name), key=3) for name in NAMES])
+    expected = DeviceStage(torch.device("cpu"))(batch)
+    stage = DeviceStage(torch.device("cuda", 0))
+    stage(batch)  # makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = stage(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, reference in zip(found, expected, strict=True):
+        apart = (ours.cpu() - reference).abs() * 255 * min(IMAGENET_STD)
+        assert apart.mean() < 0.05
+        assert apart.quantile(0.99) <= 1
