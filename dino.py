@@ -55,7 +55,7 @@ class DINOLoss(nn.Module):
     Each global view teaches every *other* view, 2 (V - 1) pairs; Eq. 3 sums them, the official
     code and this one average. The teacher's temperature goes linearly from `warmup_teacher_temp`
     to `teacher_temp` over the first `warmup_teacher_temp_epochs` epochs, and changes between
-    epochs only.
+    epochs only. With `accum_steps` the center moves after so many calls, by all of them.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class DINOLoss(nn.Module):
         nepochs,
         student_temp=0.1,
         center_momentum=0.9,
+        accum_steps=1,
     ):
         super().__init__()
         if warmup_teacher_temp_epochs > nepochs:
@@ -78,6 +79,9 @@ class DINOLoss(nn.Module):
         self.ncrops = ncrops
         self.student_temp = student_temp
         self.center_momentum = center_momentum
+        self.accum_steps = accum_steps  # calls that make up one batch
+        self.part_sums = []  # of the teacher's logits, (1, K) each, of the calls so far
+        self.view_functions = view_cross_entropy, view_gradient
         self.register_buffer("center", torch.zeros(1, out_dim))
         warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         constant = np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)
@@ -90,7 +94,9 @@ class DINOLoss(nn.Module):
         So the loss of a step uses the center of the batches before it.
         """
         teacher_probs = self.teacher_probs(teacher_output, epoch)
-        loss = ViewCrossEntropy.apply(student_output, teacher_probs, self.ncrops, self.student_temp)
+        loss = ViewCrossEntropy.apply(
+            student_output, teacher_probs, self.ncrops, self.student_temp, *self.view_functions
+        )
         self.update_center(teacher_output)
         return loss
 
@@ -107,10 +113,19 @@ class DINOLoss(nn.Module):
         """C <- m C + (1 - m) mean of the teacher's logits over both global views of all processes
         (Eq. 4).
         """
-        batch_center = teacher_output.float().sum(dim=0, keepdim=True)
+        self.part_sums.append(teacher_output.float().sum(dim=0, keepdim=True))
+        if len(self.part_sums) < self.accum_steps:
+            return
+        batch_center, self.part_sums = sum(self.part_sums), []
         all_reduce_sum(batch_center)
-        batch_center /= len(teacher_output) * get_world_size()
+        batch_center /= len(teacher_output) * self.accum_steps * get_world_size()
         self.center.lerp_(batch_center, 1 - self.center_momentum)
+
+    def compile_views(self):
+        """Fuse what is done to each logit of a view into one kernel, forward and backward."""
+        self.view_functions = tuple(
+            torch.compile(function, dynamic=False) for function in self.view_functions
+        )
 
 
 class ViewCrossEntropy(torch.autograd.Function):
@@ -122,28 +137,38 @@ class ViewCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student_output, teacher_probs, ncrops, student_temp):
+    def forward(ctx, student_output, teacher_probs, ncrops, student_temp, cross_entropy, gradient):
         ctx.save_for_backward(student_output, teacher_probs)
-        ctx.ncrops, ctx.student_temp = ncrops, student_temp
+        ctx.ncrops, ctx.student_temp, ctx.gradient = ncrops, student_temp, gradient
         total = teacher_probs.new_zeros(())
-        for logits, target, num_teachers in student_views(student_output, teacher_probs, ncrops):
-            logits = logits.float() / student_temp
-            # log P = logits - logsumexp, and the targets sum to 1 for each teacher
-            total += num_teachers * logits.logsumexp(dim=-1).sum() - (target * logits).sum()
+        for view in student_views(student_output, teacher_probs, ncrops):
+            total += cross_entropy(*view, student_temp)
         return total / num_terms(teacher_probs, ncrops)
 
     @staticmethod
     def backward(ctx, grad_loss):
         student_output, teacher_probs = ctx.saved_tensors
         grad = torch.empty_like(student_output)
-        scale = grad_loss / (ctx.student_temp * num_terms(teacher_probs, ctx.ncrops))
+        scale = grad_loss / num_terms(teacher_probs, ctx.ncrops)
         views = student_views(student_output, teacher_probs, ctx.ncrops)
-        for grad_view, (logits, target, num_teachers) in zip(
-            grad.chunk(ctx.ncrops), views, strict=True
-        ):
-            probs = (logits.float() / ctx.student_temp).softmax(dim=-1)
-            grad_view.copy_(probs.mul_(num_teachers).sub_(target).mul_(scale))
-        return grad, None, None, None
+        for grad_view, view in zip(grad.chunk(ctx.ncrops), views, strict=True):
+            grad_view.copy_(ctx.gradient(*view, ctx.student_temp, scale))
+        return grad, None, None, None, None, None
+
+
+def view_cross_entropy(logits, target, num_teachers, student_temp):
+    """Sum over images of -sum_k P_t log P_s, for one view of the student's: a scalar.
+
+    log P_s is logits - logsumexp, and `target` (B, K) sums to `num_teachers` for each image.
+    """
+    logits = logits.float() / student_temp
+    return num_teachers * logits.logsumexp(dim=-1).sum() - (target * logits).sum()
+
+
+def view_gradient(logits, target, num_teachers, student_temp, scale):
+    """The gradient (B, K) of `scale` times view_cross_entropy by `logits`."""
+    probs = (logits.float() / student_temp).softmax(dim=-1)
+    return (num_teachers * probs - target) * (scale / student_temp)
 
 
 def student_views(student_output, teacher_probs, ncrops):

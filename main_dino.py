@@ -27,7 +27,7 @@ from flags import loader_workers
 from interruption import Interruption, StopRequested
 from knn import KnnProbe
 from loading import training_loader
-from networks import build_optimizer, build_student_and_teacher
+from networks import build_optimizer, build_student_and_teacher, compile_networks
 from recorder import Recorder
 from report import report_end, report_start
 from resume import Progress
@@ -154,6 +154,7 @@ def build_state(args, device, amp_dtype):
         norm_last_layer=args.norm_last_layer,
         hidden_dim=args.head_hidden_dim,
         bottleneck_dim=args.head_bottleneck_dim,
+        grad_checkpointing=args.grad_checkpointing,
     )
     dino_loss = DINOLoss(
         args.out_dim,
@@ -162,7 +163,10 @@ def build_state(args, device, amp_dtype):
         args.teacher_temp,
         args.warmup_teacher_temp_epochs,
         args.epochs,
+        accum_steps=args.accum_steps,
     )
+    if args.compile:
+        compile_networks(student, teacher, dino_loss)
     optimizer = build_optimizer(args.optimizer, utils.get_params_groups(student))
     # a scaler that is not enabled does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -214,6 +218,7 @@ def train_one_epoch(run, state, loader):
             clip_grad=args.clip_grad,
             freeze_last_layer=args.freeze_last_layer,
             amp_dtype=run.amp_dtype,
+            accum_steps=args.accum_steps,
         )
         time_to_save = run.recorder.add(progress, loss, grad_norm, scheduled, run.saver.is_time())
         progress.iteration += 1
@@ -225,28 +230,45 @@ def train_one_epoch(run, state, loader):
 
 
 def train_step(
-    state, images, *, lr, weight_decay, momentum, epoch, clip_grad, freeze_last_layer, amp_dtype
+    state,
+    images,
+    *,
+    lr,
+    weight_decay,
+    momentum,
+    epoch,
+    clip_grad,
+    freeze_last_layer,
+    amp_dtype,
+    accum_steps=1,
 ):
     """One update of student, center and teacher: Algorithm 1 with multi-crop.
 
-    `images`: the V views, each (B, 3, S, S). Returns the loss and the norm of all gradients before
-    clipping, both on the device: nothing here waits for it.
+    `images`: the V views, each (B, 3, S, S), which pass the networks in `accum_steps` parts.
+    Returns the loss and the norm of all gradients before clipping, both on the device: nothing here
+    waits for it.
     """
     utils.set_lr_and_weight_decay(state.optimizer, lr, weight_decay)
-    with torch.autocast(images[0].device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-        with torch.no_grad():
-            teacher_output = state.teacher(images[:2])  # (2B, K): only the global views
-        student_output = state.student(images)  # (VB, K): every view
-        loss = state.dino_loss(student_output, teacher_output, epoch)  # moves the center too
+    autocast = torch.autocast(
+        images[0].device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32
+    )
     state.optimizer.zero_grad()
-    state.scaler.scale(loss).backward()
+    losses = []
+    for views in utils.in_parts(state.student, images, accum_steps):
+        with autocast:
+            with torch.no_grad():
+                teacher_output = state.teacher(views[:2])  # (2B, K): only the global views
+            student_output = state.student(views)  # (VB, K): every view
+            loss = state.dino_loss(student_output, teacher_output, epoch)  # moves the center too
+        state.scaler.scale(loss / accum_steps).backward()
+        losses.append(loss.detach())
     state.scaler.unscale_(state.optimizer)
     norms = utils.clip_gradients(state.student, clip_grad)
     cancel_gradients_last_layer(epoch, state.student, freeze_last_layer)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     update_teacher(state.student, state.teacher, momentum)
-    return loss.detach(), torch.stack(norms).norm()
+    return torch.stack(losses).mean(), torch.stack(norms).norm()
 
 
 def explain_divergence(error, args):

@@ -24,7 +24,7 @@ class Monitor:
 
     def __init__(self, dino_loss):
         self.watching = False
-        self.figures = {}
+        self.parts = []  # of the batch under way: one, unless gradients are accumulated
         dino_loss.register_forward_pre_hook(self.look)
 
     @torch.no_grad()
@@ -34,15 +34,27 @@ class Monitor:
         student_output, teacher_output, epoch = inputs
         teacher_probs = dino_loss.teacher_probs(teacher_output, epoch)  # (2B, K)
         batch = len(teacher_probs) // 2
-        mean_probs = all_reduce_sum(teacher_probs.mean(dim=0)) / get_world_size()
         # each global view's teacher, and the student on the other global view of the image
         choices = teacher_probs.argmax(dim=-1), student_output[: 2 * batch].argmax(dim=-1)
-        self.figures = {
+        figures = {
             "teacher_entropy": entropy(teacher_probs).mean(),
-            "outputs_used": entropy(mean_probs).exp(),
             "agreement": (choices[0] == choices[1].roll(batch)).float().mean(),
             "center_norm": dino_loss.center.norm(),
         }
+        self.parts.append(figures | {"mean_probs": teacher_probs.mean(dim=0)})
+
+    def take(self):
+        """The figures of the batch as scalars on the device.
+
+        `outputs_used`, exp of the entropy of the mean distribution, is over the images of all
+        processes, the others over this one's.
+        """
+        figures = {
+            name: sum(part[name] for part in self.parts) / len(self.parts) for name in self.parts[0]
+        }
+        self.parts = []
+        mean_probs = all_reduce_sum(figures.pop("mean_probs")) / get_world_size()
+        return figures | {"outputs_used": entropy(mean_probs).exp()}
 
 
 def entropy(probs):

@@ -5,8 +5,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from backbones import build_backbone, check_takes_sizes, has_batchnorms, is_vit
+from checkpoints import unwrap
 from dino import MultiCropWrapper
 from distributed import get_world_size, sync_batchnorms
+from errors import UserError
 from utils import LARS
 from vision_transformer import DINOHead
 
@@ -23,6 +25,7 @@ def build_student_and_teacher(
     norm_last_layer,
     hidden_dim,
     bottleneck_dim,
+    grad_checkpointing=False,
 ):
     """(student, teacher) on `device`, with equal weights; no gradient ever reaches the teacher.
 
@@ -33,6 +36,8 @@ def build_student_and_teacher(
     options = dict(patch_size=patch_size, img_size=crop_sizes[0])
     student_backbone, embed_dim = build_backbone(arch, drop_path_rate=drop_path_rate, **options)
     teacher_backbone, _ = build_backbone(arch, **options)
+    if grad_checkpointing:
+        checkpoint_gradients(student_backbone, arch)
     if not is_vit(teacher_backbone):
         check_takes_sizes(teacher_backbone, arch, crop_sizes)
     widths = dict(use_bn=use_bn_in_head, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
@@ -45,9 +50,34 @@ def build_student_and_teacher(
         if has_batchnorms(student):
             student, teacher = sync_batchnorms(student, device), sync_batchnorms(teacher, device)
             teacher = DistributedDataParallel(teacher, device_ids=device_ids)
-        student = DistributedDataParallel(student, device_ids=device_ids)
+        # gradients are views of what is reduced: no second copy of them
+        student = DistributedDataParallel(
+            student, device_ids=device_ids, gradient_as_bucket_view=True
+        )
     teacher.requires_grad_(False)
     return student, teacher
+
+
+def checkpoint_gradients(backbone, arch):
+    """Keep the activations between blocks only, and compute the others again for the gradients."""
+    if not hasattr(backbone, "set_grad_checkpointing"):
+        raise UserError(
+            f"--grad_checkpointing: --arch {arch} does not offer it; ViTs and timm's models do."
+            " Use --accum_steps to save memory."
+        )
+    backbone.set_grad_checkpointing(True)
+
+
+def compile_networks(student, teacher, dino_loss):
+    """Compile backbones, heads and the loss in place: names of weights do not change.
+
+    Once for each crop size, in each of student and teacher: shapes are fixed, which is faster than
+    code for any shape.
+    """
+    for network in map(unwrap, (student, teacher)):
+        network.backbone.compile(dynamic=False)
+        network.head.compile(dynamic=False)
+    dino_loss.compile_views()
 
 
 def build_optimizer(name, params_groups):

@@ -65,7 +65,7 @@ class Recorder:
         wishes = torch.tensor(
             [float(self.interruption.requested), float(time_to_save)], device=loss.device
         )
-        figures = self.monitor.figures | {"grad_norm": grad_norm}
+        figures = self.monitor.take() | {"grad_norm": grad_norm}
         losses, figures, (stop, save) = fetch_means(self.losses, figures, wishes)
         self.losses, self.stop = [], stop > 0
         for back, value in enumerate(losses, start=1 - len(losses)):

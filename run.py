@@ -63,7 +63,8 @@ class Run:
     def resume(self, state, path, checkpoint):
         """An interrupted run: everything as the checkpoint has it, or a UserError."""
         check_same_run(path, flags_in(checkpoint), vars(self.args))
-        restore_training(checkpoint, path, vars(state))
+        flag = "--output_dir" if self.args.resume == "auto" else "--resume"
+        restore_training(checkpoint, f"{flag} {path}", vars(state))
         restore_progress(self.progress, checkpoint)
         self.recorder.log.rewind(vars(self.args), self.progress.epoch, self.progress.iteration)
         inside = f" and {self.progress.steps} iterations" if self.progress.steps else ""
@@ -92,12 +93,13 @@ class Run:
         if probe is None:
             return {}
         self.saver.wait()  # the probe forks loader workers: better while no other thread runs
-        accuracies = {
-            f"knn_{name}": probe.accuracy(
-                unwrap(getattr(state, name)).backbone, self.interruption.unless_asked
-            )
-            for name in ("teacher", "student")
-        }
+        with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
+            accuracies = {
+                f"knn_{name}": probe.accuracy(
+                    unwrap(getattr(state, name)).backbone, self.interruption.unless_asked
+                )
+                for name in ("teacher", "student")
+            }
         self.recorder.log.knn(self.progress, accuracies)
         return accuracies
 

@@ -59,7 +59,7 @@ def add_network_arguments(group):
     add(
         "--out_dim",
         default=65536,
-        type=number(int, 2),
+        type=number(int, 2, 2**24),
         help="K, the outputs of the head; thousands are enough for small data",
     )
     add(
@@ -78,13 +78,13 @@ def add_network_arguments(group):
     add(
         "--head_hidden_dim",
         default=2048,
-        type=number(int, 1),
+        type=number(int, 1, 2**16),
         help="width of the head's hidden layers",
     )
     add(
         "--head_bottleneck_dim",
         default=256,
-        type=number(int, 1),
+        type=number(int, 1, 2**16),
         help="width of what the head normalises",
     )
 
@@ -120,8 +120,20 @@ def add_teacher_arguments(group):
 
 def add_optimisation_arguments(group):
     add = group.add_argument
-    add("--epochs", default=100, type=number(int, 1), help="passes over the images")
+    add("--epochs", default=100, type=number(int, 1, 10**5), help="passes over the images")
     add("--batch_size_per_gpu", default=64, type=number(int, 1), help="images per process and step")
+    add(
+        "--accum_steps",
+        default=1,
+        type=number(int, 1),
+        help="parts in which a process's images pass the networks, for less memory: the same step,"
+        " except that batch norms see the parts",
+    )
+    add(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute activations again instead of keeping them: less memory, more time",
+    )
     add("--optimizer", default="adamw", choices=["adamw", "sgd", "lars"], help="adamw for a ViT")
     add(
         "--lr",
@@ -172,6 +184,11 @@ def add_optimisation_arguments(group):
         choices=["auto", "bfloat16", "float16", "float32"],
         help="type of mixed precision; auto is bfloat16 or else float16 on a GPU, float32 on a CPU",
     )
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile for networks and loss: minutes at the start, then shorter steps",
+    )
 
 
 def add_view_arguments(group):
@@ -194,20 +211,20 @@ def add_view_arguments(group):
     add(
         "--local_crops_number",
         default=8,
-        type=number(int, 0),
+        type=number(int, 0, 1000),
         help="local crops per image; 0 for none",
     )
     add(
         "--global_crop_size",
         default=224,
-        type=number(int, 1),
+        type=number(int, 1, 2**13),
         help="pixels to which a global crop is resized; also the grid of a ViT's position"
         " embeddings",
     )
     add(
         "--local_crop_size",
         default=96,
-        type=number(int, 1),
+        type=number(int, 1, 2**13),
         help="pixels to which a local crop is resized",
     )
     add(
@@ -356,6 +373,11 @@ def check_args(args):
                     f"--{name} {size} is not a multiple of --patch_size {args.patch_size}: take"
                     f" {max(1, round(size / args.patch_size)) * args.patch_size}."
                 )
+    if args.batch_size_per_gpu % args.accum_steps:
+        raise UserError(
+            f"--accum_steps {args.accum_steps} does not divide --batch_size_per_gpu"
+            f" {args.batch_size_per_gpu}: the parts must be equal."
+        )
     if not args.use_fp16 and args.amp_dtype not in ("auto", "float32"):
         raise UserError(
             f"--use_fp16 false and --amp_dtype {args.amp_dtype} exclude each other: leave one out."

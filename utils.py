@@ -7,10 +7,12 @@ these names stay.
 """
 
 import argparse
+import contextlib
 import random
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from augmentations import GaussianBlur, Solarization
 from backbones import has_batchnorms
@@ -39,6 +41,7 @@ __all__ = [
     "get_rank",
     "get_world_size",
     "has_batchnorms",
+    "in_parts",
     "is_main_process",
     "load_pretrained_weights",
     "restart_from_checkpoint",
@@ -96,6 +99,18 @@ def cosine_scheduler(
     progress = iterations / max(1, len(iterations))
     cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(np.pi * progress))
     return np.concatenate([warmup, cosine])
+
+
+def in_parts(model, images, accum_steps):
+    """Yield `images`, views (B, ...), in `accum_steps` equal parts of the batch.
+
+    Under DistributedDataParallel only the backward pass of the last part averages the gradients.
+    """
+    parts = zip(*[view.chunk(accum_steps) for view in images], strict=True)
+    for number, part in enumerate(parts, start=1):
+        waits = number < accum_steps and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if waits else contextlib.nullcontext():
+            yield list(part)
 
 
 def set_lr_and_weight_decay(optimizer, lr, weight_decay):

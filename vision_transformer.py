@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # DeiT's sizes (Table 1 of the paper has small and base): 64 dimensions per head, MLP of 4x.
 # vit_nano is ours, for runs on a CPU; it is no size of the paper.
@@ -243,6 +244,7 @@ class VisionTransformer(nn.Module):
             )
             for rate in drop_path_rates
         )
+        self.grad_checkpointing = False
         self.norm = norm_layer(embed_dim)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
@@ -256,8 +258,15 @@ class VisionTransformer(nn.Module):
         """(B, C, H, W) -> [CLS] after the last block and the final norm, (B, D)."""
         x = self.prepare_tokens(x)
         for block in self.blocks:
-            x = block(x)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return self.norm(x)[:, 0]
+
+    def set_grad_checkpointing(self, enable=True):
+        """Whether `forward` keeps for the gradients only what passes between blocks."""
+        self.grad_checkpointing = enable
 
     def prepare_tokens(self, x):
         """(B, C, H, W) -> tokens (B, N, D): [CLS] and the patches, with positions added."""

@@ -38,7 +38,7 @@ def test_figures_equal_those_computed_from_the_logits():
             if i != j:
                 divergences.append((target * (target.log() - log_probs)).sum(1).mean().item())
     mean = targets.mean(0)
-    found = {name: figure.item() for name, figure in monitor.figures.items()}
+    found = {name: figure.item() for name, figure in monitor.take().items()}
     assert found["teacher_entropy"] == pytest.approx(entropy, rel=1e-5)
     assert value - found["teacher_entropy"] == pytest.approx(np.mean(divergences), rel=1e-5)
     assert found["outputs_used"] == pytest.approx(math.exp(-(mean * mean.log()).sum()), rel=1e-5)
