@@ -138,19 +138,21 @@ def has_batchnorms(model):
 
 
 @torch.no_grad()
-def check_takes_sizes(backbone, arch, sizes, in_chans=3):
-    """Raise UserError unless `backbone` makes one vector of a square image of each of `sizes`."""
+def check_takes_sizes(backbone, arch, sizes, in_chans=3, source=None):
+    """Raise UserError unless `backbone` makes one vector of a square image of each of `sizes`.
+
+    The error begins with `source`, or else with the arch as the flag that is to blame.
+    """
+    source = source or f"--arch {arch}"
     training = backbone.training
     backbone.eval()
     for size in sizes:
         try:
             features = backbone(torch.zeros(1, in_chans, size, size))
         except (RuntimeError, ValueError, AssertionError) as error:
-            raise UserError(
-                f"--arch {arch} does not take crops of {size} pixels: {error}"
-            ) from None
+            raise UserError(f"{source} does not take crops of {size} pixels: {error}") from None
         features = features[0] if isinstance(features, tuple) else features
         if features.ndim != 2:
             shape = tuple(features.shape)
-            raise UserError(f"--arch {arch} makes {shape} of an image, not one vector.")
+            raise UserError(f"{source} makes {shape} of an image, not one vector.")
     backbone.train(training)

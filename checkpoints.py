@@ -93,7 +93,8 @@ def read(path, flag="--pretrained_weights"):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file.")
+        found = "this is a folder. Give a file in it" if path.is_dir() else "no such file"
+        raise UserError(f"{flag} {path}: {found}.")
     try:
         with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of other writers
@@ -107,6 +108,15 @@ def read(path, flag="--pretrained_weights"):
             ) from None
         kind = type(error).__name__
         raise DamagedFile(f"{flag} {path}: damaged, or no checkpoint ({kind}).") from None
+
+
+def flags_in(checkpoint):
+    """The flags of the run that wrote a checkpoint, as a dict; {} where it does not say.
+
+    Official ones are a Namespace.
+    """
+    args = checkpoint.get("args", {}) if isinstance(checkpoint, dict) else {}
+    return vars(args) if isinstance(args, argparse.Namespace) else args
 
 
 def unwrap(model):
@@ -147,34 +157,36 @@ def training_payload(state, progress, args, rng):
     return payload
 
 
-def restore_training(checkpoint, path, state):
+def restore_training(checkpoint, source, state):
     """Put a training checkpoint's content, ours or official, into the objects of `state`.
 
+    `source` names the flag and the file, for errors.
     A float16 scaler may be new to the run: where the checkpoint has none, it starts afresh. So do
     the random states where there is another number of ranks.
     """
     objects = {name: value for name, value in state.items() if name != "scaler"}
     if state["scaler"].is_enabled() and "fp16_scaler" in checkpoint:
         objects["fp16_scaler"] = state["scaler"]
-    restore(checkpoint, path, **objects)
+    restore(checkpoint, source, **objects)
     rng = checkpoint.get("rng", [])
     if len(rng) == get_world_size():
         set_random_state(rng[get_rank()])
 
 
-def restore(checkpoint, path, **objects):
+def restore(checkpoint, source, **objects):
     """Load each object from the entry of its name, in any wrapper. UserError for what is absent or
     does not fit.
     """
-    missing = [name for name in [*objects, "epoch"] if name not in checkpoint]
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [name for name in [*objects, "epoch"] if name not in entries]
     if missing:
         raise UserError(
-            f"resume from {path}: no entry {missing[0]!r}, so this is not a training checkpoint"
-            " of such a run; it has"
-            f" {', '.join(map(str, checkpoint))}. Move it away, or give another --output_dir."
+            f"{source}: no entry {missing[0]!r}, so this is not a training checkpoint"
+            f" of such a run; it has {', '.join(map(str, entries)) or 'none'}. Move it away, or"
+            " give another --output_dir."
         )
     for name, value in objects.items():
-        what = f"resume from {path}: {name}"
+        what = f"{source}: {name}"
         if isinstance(value, torch.nn.Module):
             load_exactly(unwrap(value), without_prefix(checkpoint[name], "module."), what)
             continue
@@ -251,7 +263,9 @@ def restart_from_checkpoint(ckp_path, run_variables=None, **kwargs):
         return
     checkpoint = read(ckp_path, "resume from")
     restore(
-        checkpoint, ckp_path, **{name: value for name, value in kwargs.items() if value is not None}
+        checkpoint,
+        f"resume from {ckp_path}",
+        **{name: value for name, value in kwargs.items() if value is not None},
     )
     for name in run_variables or {}:
         run_variables[name] = checkpoint.get(name, run_variables[name])

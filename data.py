@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images on disk: finding them, refusing a wrong --data_path helpfully, reading one."""
+"""Images on disk: finding them, refusing a wrong --data_path helpfully, reading one.
+
+python data.py photos/    # looks at all of them before a long run does: see check_data.py
+"""
 
 import os
 import warnings
@@ -33,77 +36,88 @@ def find_images(folder):
     return found
 
 
-def list_training_images(data_path):
+def list_training_images(data_path, flag="--data_path"):
     """Paths of the images to train on: of a folder, with or without class folders, or of a text
     file of paths.
 
     A relative path in the file starts from the file's folder. Raises UserError where there is no
-    image.
+    image; `flag` is where `data_path` is from.
     """
-    path = Path(data_path)
+    path = given_path(data_path, flag)
     if path.is_dir():
         images = find_images(path)
         if not images:
             raise UserError(
-                f"--data_path {data_path}: no image in this folder or below it (looked for"
+                f"{flag} {data_path}: no image in this folder or below it (looked for"
                 f" {', '.join(IMG_EXTENSIONS)})."
             )
         return images
     if path.is_file():
-        return read_list(path)
+        return read_list(path, flag)
     raise UserError(
-        f"--data_path {data_path}: no such folder or file. Give a folder of images (with or"
-        " without class"
-        " folders), or a text file with the path of one image per line. --preset demo needs no"
-        " images."
+        f"{flag} {data_path}: no such folder or file. Give a folder of images (with or without"
+        " class folders), or a text file with the path of one image per line. --preset demo needs"
+        " no images."
     )
 
 
-def read_list(path):
+def given_path(data_path, flag="--data_path"):
+    """The Path; UserError for "", which would be the present folder: an unset shell variable."""
+    if not str(data_path):
+        raise UserError(f"{flag} '' is empty. Give a folder, or . for this one.")
+    return Path(data_path)
+
+
+def read_list(path, flag):
     """The paths in a text file, one per line; UserError names the first that does not exist."""
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except UnicodeDecodeError:
         raise UserError(
-            f"--data_path {path}: this file is not text. Give a folder of images, or a text file"
-            " with the path"
-            " of one image per line."
+            f"{flag} {path}: this file is not text. Give a folder of images, or a text file with"
+            " the path of one image per line."
         ) from None
     images = [os.path.join(path.parent, line) for line in lines if line]
     if not images:
-        raise UserError(f"--data_path {path}: this list of images is empty.")
+        raise UserError(f"{flag} {path}: this list of images is empty.")
     for number, image in enumerate(images, start=1):
         if not os.path.isfile(image):
-            raise UserError(
-                f"--data_path {path}: line {number} names {image}, which is not a file."
-            )
+            raise UserError(f"{flag} {path}: line {number} names {image}, which is not a file.")
     return images
 
 
-def list_labelled_images(data_path, split, classes=None):
+def list_labelled_images(data_path, split, classes=None, flag="--data_path"):
     """(paths, labels, class names) of `data_path`/`split`, which holds one folder per class.
 
     Classes are numbered in the order of their names or, where `classes` is given, as there, so
-    that training and validation agree even if one lacks a class.
+    that training and validation agree even if one lacks a class. `flag` is where `data_path` is
+    from.
     """
-    folder = Path(data_path) / split
+    folder = given_path(data_path, flag) / split
     if not folder.is_dir():
         raise UserError(
-            f"--data_path {data_path}: no folder {split}/ in it. It must hold train/ and val/,"
-            " each with one folder"
-            " of images per class."
+            f"{flag} {data_path}: no folder {split}/ in it. It must hold train/ and val/, each with"
+            " one folder of images per class."
         )
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if not names:
-        raise UserError(f"{folder}: no class folders. It must hold one folder of images per class.")
+        raise UserError(
+            f"{flag} {data_path}: no class folders in {split}/. It must hold one folder of images"
+            " per class."
+        )
     if classes is None:
         classes = names
     unknown = sorted(set(names) - set(classes))
     if unknown:
-        raise UserError(f"{folder}: class folder {unknown[0]!r} has no counterpart in train/.")
+        raise UserError(
+            f"{flag} {data_path}: class folder {unknown[0]!r} of {split}/ has no counterpart in"
+            " train/."
+        )
     images = [(path, classes.index(name)) for name in names for path in find_images(folder / name)]
     if not images:
-        raise UserError(f"{folder}: its {len(names)} class folders hold no image.")
+        raise UserError(
+            f"{flag} {data_path}: the {len(names)} class folders of {split}/ hold no image."
+        )
     paths, labels = zip(*images, strict=True)
     return list(paths), torch.tensor(labels), classes
 
@@ -125,7 +139,7 @@ def read_image(path):
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever a decoder may raise on somebody's bytes
         reason = str(error) or type(error).__name__
         raise UnreadableImage(
             printable(f"{path}: cannot be read as an image ({reason}). Repair or remove it.")
@@ -135,3 +149,9 @@ def read_image(path):
 def printable(text):
     """`text` with the bytes of a file name that is not UTF-8 written out."""
     return text.encode(errors="backslashreplace").decode()
+
+
+if __name__ == "__main__":
+    from check_data import main  # which needs this module
+
+    main()

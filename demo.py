@@ -30,6 +30,7 @@ PHOTOGRAPHS = (
 TILE = 32  # pixels
 # Tiles of each photograph: many without a label to train on, few with one for the k-NN.
 UNLABELLED, LABELLED, HELD_OUT = 200, 50, 80
+IMAGES = len(PHOTOGRAPHS) * UNLABELLED  # to train on
 GRID = 4  # blocks per side, of which one in each row and column is held out
 
 

@@ -24,7 +24,7 @@ from attention import class_attention, fit_to_patches, keep_mass, load_vit
 from data import read_image
 from distributed import print0
 from errors import UserError, exit_on_user_error
-from flags import Parser, add_weights_arguments, given_flags, number
+from flags import Parser, add_weights_arguments, check_output_file, given_flags, number
 from metrics import progress_bar
 from segmentation import SegmentedImages
 
@@ -78,9 +78,9 @@ def get_args_parser():
 
 def eval_attention(args, given=()):
     """Print and return {threshold: summary}, see `summarise`. `given`: the command line's flags."""
-    images = SegmentedImages(args.data_path, args.ground_truth)
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        check_output_file(args.output)
+    images = SegmentedImages(args.data_path, args.ground_truth)
     pretrained = load_vit(args, given)
     scores = {}  # name of the image: {threshold: Jaccard (h + 1, n)}
     for name, path, objects, counted in progress_bar(images, "attention masks"):
@@ -202,6 +202,7 @@ def write_json(path, protocol, summaries, scores):
         for name, image in scores.items()
     }
     content = {**protocol, "thresholds": summaries, "images": images}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -21,6 +21,7 @@ from flags import (
     Parser,
     add_launch_arguments,
     add_weights_arguments,
+    check_output_folder,
     given_flags,
     loader_workers,
     number,
@@ -28,7 +29,7 @@ from flags import (
 from knn import extract_features, knn_accuracies, knn_classifier
 from loading import evaluation_loader
 from metrics import progress_bar
-from pretrained import load_backbone
+from pretrained import check_image_size, load_backbone
 from utils import bool_flag
 
 __all__ = ["eval_knn", "get_args_parser", "knn_classifier"]
@@ -59,7 +60,7 @@ def get_args_parser():
         type=number(int, 1),
         help="numbers of neighbours; 20 is usually best",
     )
-    add("--temperature", default=0.07, type=number(float, above=0), help="of the votes")
+    add("--temperature", default=0.07, type=number(float, 0.012), help="of the votes")
     add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per forward pass")
     add(
         "--use_cuda",
@@ -75,6 +76,7 @@ def get_args_parser():
 
 def eval_knn(args, given=()):
     """Print and return {k: (top-1, top-5)} in percent. `given`: the flags of the command line."""
+    check_args(args)
     _, device = init_distributed(args.device, args.dist_url)
     if args.load_features:
         features = load_features(args.load_features)
@@ -107,14 +109,25 @@ def eval_knn(args, given=()):
     return accuracies
 
 
+def check_args(args):
+    """Raise UserError for flags that cannot be served, before anything is opened."""
+    if args.dump_features and args.load_features:
+        raise UserError(
+            f"--dump_features {args.dump_features} and --load_features {args.load_features} exclude"
+            " each other: leave one out."
+        )
+    if args.dump_features:
+        check_output_folder(args.dump_features, "--dump_features")
+
+
 def compute_features(args, given, device):
     """Features and labels of train/ and val/, in the order of FEATURE_FILES."""
     train_paths, train_labels, classes = list_labelled_images(args.data_path, "train")
     test_paths, test_labels, _ = list_labelled_images(args.data_path, "val", classes)
     pretrained = load_backbone(args, given)
-    transform = eval_transform(
-        args.image_size or pretrained.image_size, pretrained.mean, pretrained.std
-    )
+    pretrained.image_size = args.image_size or pretrained.image_size
+    check_image_size(pretrained)
+    transform = eval_transform(pretrained.image_size, pretrained.mean, pretrained.std)
     features = []
     for paths, labels in ((train_paths, train_labels), (test_paths, test_labels)):
         loader = evaluation_loader(
@@ -144,10 +157,30 @@ def dump_features(folder, features):
 def load_features(folder):
     """What dump_features, or the official script, wrote to `folder`."""
     features = [read(Path(folder) / name, "--load_features") for name in FEATURE_FILES]
-    for name, tensor, labels in zip(FEATURE_FILES[::2], features[::2], features[1::2], strict=True):
-        if not isinstance(tensor, torch.Tensor) or len(tensor) != len(labels):
-            raise UserError(f"--load_features {folder}: {name} is no table with a row per label.")
+    for i in (0, 2):
+        problem = problem_with(*features[i : i + 2], *FEATURE_FILES[i : i + 2])
+        if problem:
+            raise UserError(f"--load_features {folder}: {problem}.")
+    widths = features[0].shape[1], features[2].shape[1]
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"--load_features {folder}: {widths[0]} numbers in a row of {FEATURE_FILES[0]} and"
+            f" {widths[1]} in one of {FEATURE_FILES[2]}: these are of two networks."
+        )
     return features
+
+
+def problem_with(table, labels, table_name, labels_name):
+    """Why these are no features (n, D) and labels (n,) from 0 on, or None."""
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        return f"{labels_name} is no row of whole numbers"
+    if len(labels) and labels.min() < 0:
+        return f"{labels_name} is no row of whole numbers from 0 on"
+    if not isinstance(table, torch.Tensor) or table.ndim != 2 or not table.is_floating_point():
+        return f"{table_name} is no table of numbers"
+    if len(table) != len(labels) or len(table) == 0:
+        return f"{table_name} is no table with a row per label"
+    return None if table.isfinite().all() else f"{table_name} has values that are not finite"
 
 
 def clip_ks(ks, num_train):

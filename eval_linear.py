@@ -14,21 +14,22 @@ give several, they train side by side in the time of one. The first command agai
 
 import argparse
 import math
-import os
 from pathlib import Path
 
 import torch
 
 from augmentations import LinearProbeAugmentation, eval_transform
-from backbones import check_takes_sizes, is_vit
+from backbones import is_vit
 from checkpoints import read
 from data import list_labelled_images
 from distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
 from errors import Diverged, UserError, exit_on_user_error
 from flags import (
+    LARGEST_SEED,
     Parser,
     add_launch_arguments,
     add_weights_arguments,
+    check_output_folder,
     given_flags,
     loader_workers,
     number,
@@ -49,7 +50,7 @@ from linear_heads import (
 )
 from loading import evaluation_loader, training_loader
 from metrics import RunLog, read_json_lines
-from pretrained import load_backbone, published_head
+from pretrained import check_image_size, load_backbone, published_head
 from utils import bool_flag, choose_amp_dtype, fix_random_seeds
 
 __all__ = ["LinearClassifier", "eval_linear", "get_args_parser"]
@@ -96,7 +97,12 @@ def get_args_parser():
         " global batch. Each trains a classifier of its own, and the best is reported",
     )
     add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per process, step")
-    add("--seed", default=0, type=number(int, 0), help="of the classifier, order of images, crops")
+    add(
+        "--seed",
+        default=0,
+        type=number(int, 0, LARGEST_SEED),
+        help="of the classifier, order of images, crops",
+    )
     add(
         "--data_path",
         default="/path/to/imagenet/",
@@ -140,10 +146,8 @@ def check_args(args):
         raise UserError(f"--lr {' '.join(map(str, args.lr))}: give each rate once.")
     if args.evaluate:
         return  # nothing is written
+    check_output_folder(args.output_dir)
     folder = Path(args.output_dir)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {folder}: {existing} is no folder that can be written to.")
     if any("train_wd" in line for line in read_json_lines(folder / "log.txt")):
         raise UserError(
             f"--output_dir {folder}: log.txt there is of a run of main_dino.py, and would be lost."
@@ -197,7 +201,7 @@ def build_features(args, given, pretrained, device):
                 f"--{flag} {given[flag]}: {pretrained.arch} is no ViT of ours, and a classifier"
                 " sees its output. Leave the flag out."
             )
-    check_takes_sizes(pretrained.backbone, pretrained.arch, [pretrained.image_size])
+    check_image_size(pretrained)
     return FrozenFeatures(
         pretrained.backbone,
         pretrained.embed_dim,

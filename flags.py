@@ -6,8 +6,12 @@ really given.
 import argparse
 import math
 import os
+from pathlib import Path
 
 from distributed import print0
+from errors import UserError
+
+LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,8 +35,8 @@ def given_flags(parser, argv=None):
 
 
 def number(kind, low=-math.inf, high=math.inf, *, above=None):
-    """An argparse type: `kind` (int or float) in [low, high], and greater than `above` if that is
-    given.
+    """An argparse type: `kind` (int or float), finite, in [low, high], and greater than `above` if
+    that is given.
     """
 
     def parse(text):
@@ -42,6 +46,8 @@ def number(kind, low=-math.inf, high=math.inf, *, above=None):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'a whole' if kind is int else 'a'} number"
             ) from None
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not low <= value <= high or (above is not None and value <= above):
             lowest = f"above {above}" if above is not None else f"at least {low}"
             highest = f" and at most {high}" if high != math.inf else ""
@@ -51,6 +57,28 @@ def number(kind, low=-math.inf, high=math.inf, *, above=None):
         return value
 
     return parse
+
+
+def check_output_folder(folder, flag="--output_dir"):
+    """Raise UserError unless `folder` is one, or could be made, and can be written to."""
+    if not str(folder):
+        raise UserError(f"{flag} '' is empty. Give a folder, or . for this one.")
+    check_can_be_made(Path(folder), f"{flag} {folder}")
+
+
+def check_output_file(path, flag="--output"):
+    """Raise UserError unless a file can be written to `path`, whose folder may not exist yet."""
+    if os.path.isdir(path):
+        raise UserError(f"{flag} {path} is a folder. Give the name of a file.")
+    check_can_be_made(Path(path).parent, f"{flag} {path}")
+
+
+def check_can_be_made(folder, given):
+    folders = (folder, *folder.parents, *folder.absolute().parents)
+    existing = next(path for path in folders if os.path.exists(path))
+    effective = os.access in os.supports_effective_ids
+    if not existing.is_dir() or not os.access(existing, os.W_OK, effective_ids=effective):
+        raise UserError(f"{given}: {existing} is no folder that can be written to.")
 
 
 def add_launch_arguments(group):

@@ -118,15 +118,16 @@ class KnnProbe:
         amp_dtype=torch.float32,
         k=20,
         temperature=0.07,
+        flag="--data_path",
     ):
         options = dict(
             batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
         )
         transform = eval_transform(image_size)
-        paths, labels, self.classes = list_labelled_images(data_path, "train")
+        paths, labels, self.classes = list_labelled_images(data_path, "train", flag=flag)
         self.data_path, self.k, self.temperature = data_path, min(k, len(paths)), temperature
         self.train = evaluation_loader(paths, labels, transform, **options), len(paths)
-        paths, labels, _ = list_labelled_images(data_path, "val", self.classes)
+        paths, labels, _ = list_labelled_images(data_path, "val", self.classes, flag)
         self.val = evaluation_loader(paths, labels, transform, **options), len(paths)
         self.device, self.amp_dtype = device, amp_dtype
 

@@ -196,15 +196,15 @@ def save_training(path, state, progress, description):
 
 def load_training(path, state, progress, description):
     """Restore what `save_training` wrote. UserError if it is of a run with another description."""
-    checkpoint = read(path, "resume from")
-    restore(checkpoint, path, **vars(state))
+    checkpoint = read(path, "--output_dir")
+    restore(checkpoint, f"--output_dir {path}", **vars(state))
     for name, value in description.items():
         if name != "pretrained_weights" and checkpoint.get(name) != value:  # a file may move
             there, here = (
                 textwrap.shorten(str(text), 60) for text in (checkpoint.get(name), value)
             )
             raise UserError(
-                f"resume from {path}: that run has {name} {there}, and this one {here}. Give"
+                f"--output_dir {path}: that run has {name} {there}, and this one {here}. Give"
                 " another --output_dir."
             )
     vars(progress).update({name: checkpoint[name] for name in vars(progress)})

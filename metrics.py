@@ -160,9 +160,9 @@ def on_terminal():
     return is_main_process() and sys.stderr.isatty()
 
 
-def progress_bar(iterable, description):
+def progress_bar(iterable, description, total=None):
     """tqdm around `iterable` where a person watches, for loops that print nothing."""
-    return tqdm(iterable, description, leave=False, disable=not on_terminal())
+    return tqdm(iterable, description, total, leave=False, disable=not on_terminal())
 
 
 def peak_memory_mb():
@@ -182,11 +182,7 @@ class RunLog:
 
     def __init__(self, output_dir, tensorboard=False):
         self.folder = Path(output_dir)
-        self.writer = None
-        if tensorboard and is_main_process():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        self.tensorboard, self.writer = tensorboard, None
 
     def start(self, args):
         """Begin a run: its flags, and no figures."""
@@ -248,6 +244,13 @@ class RunLog:
             position = {"iteration": progress.iteration - 1, "epoch": progress.epoch + 1}
             self.append("metrics.jsonl", position | {"bad_image": path, "text": reason})
 
+    def flags(self):
+        """args.json, as a dict. OSError where there is none, UserError where it is damaged."""
+        try:
+            return json.loads((self.folder / "args.json").read_text())
+        except json.JSONDecodeError:
+            raise UserError(f"{self.folder / 'args.json'} is damaged.") from None
+
     def read(self, name):
         """The lines of metrics.jsonl that have a value of this name."""
         return [line for line in read_json_lines(self.folder / "metrics.jsonl") if name in line]
@@ -258,10 +261,15 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
 
     def to_tensorboard(self, group, record, step):
-        if self.writer is not None:
-            for name, value in record.items():
-                self.writer.add_scalar(f"{group}/{name}", value, step)
-            self.writer.flush()
+        if not self.tensorboard or not is_main_process():
+            return
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+        for name, value in record.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+        self.writer.flush()
 
 
 @contextlib.contextmanager
@@ -278,7 +286,7 @@ def read_json_lines(path):
     records = []
     if not Path(path).exists():
         return records
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -300,7 +308,8 @@ def summarise(folder):
     log = RunLog(folder)
     steps, knn = log.read("loss"), log.read("knn_teacher")
     if not steps:
-        raise UserError(f"{folder}: no metrics.jsonl with steps in it, so not the folder of a run.")
+        found = "no metrics.jsonl with steps in it, so not the folder of a run"
+        raise UserError(f"RUN {folder}: {found if Path(folder).is_dir() else 'no such folder'}.")
     last = steps[-1]
     best = f"{max(line['knn_teacher'] for line in knn):.1f}" if knn else "-"
     rate = statistics.median(step["images_per_s"] for step in steps)
@@ -317,7 +326,7 @@ def summarise(folder):
 
 def main():
     """Print and draw what runs have logged, one beside the other."""
-    from flags import Parser
+    from flags import Parser, check_output_file
     from plots import Run, draw_curves
 
     parser = Parser(prog="metrics.py", description="Compare runs: a table, and a picture.")
@@ -325,6 +334,7 @@ def main():
     parser.add_argument("--output", default="comparison.png", help="where to draw their curves")
     args = parser.parse_args()
     with exit_on_user_error("metrics.py"):
+        check_output_file(args.output)
         header = ("run", "epochs", "loss", "h % ln K", "KL % ln K", "best k-NN %", "images/s")
         table = [header, *map(summarise, args.runs)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a run: what the network sees, and its curves. Drawn without a screen."""
 
-import json
 import math
 from pathlib import Path
 
@@ -78,8 +77,8 @@ class Run:
     def __init__(self, folder):
         folder = Path(folder)
         self.name = folder.resolve().name
-        self.ln_k = math.log(json.loads((folder / "args.json").read_text())["out_dim"])
         log = RunLog(folder)
+        self.ln_k = math.log(log.flags()["out_dim"])
         self.steps, self.knn, self.verdicts = map(log.read, ("loss", "knn_teacher", "verdict"))
         for step in self.steps:
             step["1 - momentum"] = 1 - step["momentum"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A frozen backbone: from a checkpoint of any layout, or the weights that the authors published."""
 
-import argparse
 import math
 import re
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ import torch
 from torch import nn
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import build_backbone, canonical_name
-from checkpoints import SAFE_TYPES, load_exactly, read, without_prefix
+from backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
+from checkpoints import SAFE_TYPES, flags_in, load_exactly, read, without_prefix
 from distributed import print0
 from errors import UserError
 from vision_transformer import ARCHITECTURES
@@ -102,14 +101,19 @@ def load_backbone(args, given):
     return Pretrained(backbone.eval(), embed_dim, **options)
 
 
+def check_image_size(pretrained):
+    """Raise UserError unless the backbone takes images of its `image_size`."""
+    arch, size = pretrained.arch, pretrained.image_size
+    check_takes_sizes(pretrained.backbone, arch, [size], source=f"--image_size {size}: {arch}")
+
+
 def describe(checkpoint):
     """What a checkpoint says of its backbone: a dict with some of the fields of Pretrained.
 
     `backbone.pth` says it in entries of its own, a training checkpoint, ours or official, in
     `args`.
     """
-    args = checkpoint.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = flags_in(checkpoint)
     names = {name: name for name in ("arch", "patch_size", "image_size", "mean", "std")}
     described = {field: checkpoint[name] for field, name in names.items() if name in checkpoint}
     names = {"arch": "arch", "patch_size": "patch_size", "image_size": "global_crop_size"}
@@ -171,6 +175,7 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
 
 def published_weights(arch, patch_size):
     """State dict of the released backbone, downloaded once into torch.hub's folder."""
+    check_arch(arch)
     file = PUBLISHED_BACKBONES.get((arch, patch_size)) or PUBLISHED_BACKBONES.get((arch, None))
     if file is None:
         raise UserError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from backbones import canonical_name
 from checkpoints import load_exactly, read, unwrap, without_prefix
 from distributed import print0
 from errors import UserError
@@ -56,7 +57,7 @@ def check_same_run(path, saved, args):
     changed = {
         name: (saved[name], value)
         for name, value in args.items()
-        if name in saved and name not in INDIFFERENT and not same(saved[name], value)
+        if name in saved and name not in INDIFFERENT and not same(name, saved[name], value)
     }
     for name in FIXED:
         if name in changed:
@@ -69,8 +70,10 @@ def check_same_run(path, saved, args):
         print0(f"--{name} was {before} when {path} was written; from here it is {now}.")
 
 
-def same(a, b):
-    """Equal, also as a list and a tuple of the same numbers."""
+def same(name, a, b):
+    """Whether the flag means the same twice; a list is as good as a tuple, an old name as a new."""
+    if name == "arch":
+        return canonical_name(a) == canonical_name(b)
     return list(a) == list(b) if isinstance(a, list | tuple) else a == b
 
 
@@ -108,7 +111,7 @@ def initialise_from(path, student, teacher, dino_loss):
     checkpoint = read(path, "--init_from")
     taken = []
     for name, network in (("student", unwrap(student)), ("teacher", unwrap(teacher))):
-        key = name if name in checkpoint else "teacher"
+        key = name if isinstance(checkpoint, dict) and name in checkpoint else "teacher"
         weights = backbone_weights(checkpoint, key, path, flag="--init_from")
         load_backbone(network.backbone, weights, f"--init_from {path}: {key}")
         taken.append(f"backbone of the {name}")

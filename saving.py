@@ -130,7 +130,7 @@ def find_checkpoint(resume, output_dir):
         return None
     for path in candidates:
         try:
-            return path, read(path, "resume from")
+            return path, read(path, "--output_dir")
         except DamagedFile as error:
             print0(f"{error} Looking for an older one.")
     if candidates:

@@ -37,7 +37,7 @@ class SegmentedImages:
         for _, *paths in self.samples:
             for path in paths:
                 if not Path(path).is_file():
-                    raise UserError(f"{path}: no such file, but {data_path} lists it.")
+                    raise UserError(f"--data_path {data_path} lists {path}, which is no file.")
 
     def __len__(self):
         return len(self.samples)
@@ -97,7 +97,8 @@ def find_pairs(data_path, ground_truth):
     images, masks = map(by_name, folders)
     for name in sorted(images.keys() ^ masks.keys()):
         other = folders[1] if name in images else folders[0]
-        raise UserError(f"{images.get(name) or masks[name]}: no counterpart in {other}.")
+        alone = images.get(name) or masks[name]
+        raise UserError(f"--data_path {data_path}: {alone} has no counterpart in {other}.")
     return [(name, images[name], masks[name]) for name in images]
 
 

@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw, ImageOps
 
 import plots
 from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
-from data import find_images, read_image
+from data import UnreadableImage, find_images, read_image
 from demo import open_photograph
 from distributed import print0
 from errors import UserError, exit_on_user_error
-from flags import Parser, add_weights_arguments, given_flags, number
+from flags import Parser, add_weights_arguments, check_output_folder, given_flags, number
 
 PHOTOGRAPH = "chelsea.png"  # a cat, which scikit-image brings along
 MASK_COLOR = (255, 0, 160)  # rare in photographs
@@ -68,6 +68,7 @@ def get_args_parser():
 def visualize_attention(args, given=()):
     """Write the pictures of every image. `given`: the flags of the command line."""
     check_image_size(args.image_size)
+    check_output_folder(args.output_dir)
     photographs = list_photographs(args.image_path, args.output_dir)
     pretrained = load_vit(args, given)
     network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
@@ -122,7 +123,12 @@ def list_photographs(image_path, output_dir):
 
 def open_upright(path):
     """PIL image, turned as the camera was held if the file says so."""
-    return ImageOps.exif_transpose(read_image(path)) if path else open_photograph(PHOTOGRAPH)
+    if not path:
+        return open_photograph(PHOTOGRAPH)
+    try:
+        return ImageOps.exif_transpose(read_image(path))
+    except UnreadableImage as error:
+        raise UserError(f"--image_path {error}") from None
 
 
 @dataclass

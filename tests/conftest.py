@@ -69,11 +69,11 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def run_script(*command, timeout=300, **environ):
-    """`python command ...` in the project's folder, as a user would."""
+def run_script(*command, timeout=300, cwd=ROOT, **environ):
+    """`python command ...`, by default in the project's folder, as a user would."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
         capture_output=True,
         text=True,

@@ -279,7 +279,7 @@ def test_a_misfit_names_the_first_keys_and_shapes(tmp_path):
     for name in list(weights)[-6:]:
         weights[f"other.{name}"] = weights.pop(name)
     torch.save(weights, tmp_path / "tiny.pth")
-    with pytest.raises(UserError, match=r"--arch vit_tiny.* fc1\.bias is missing.* and 9 more"):
+    with pytest.raises(UserError, match=r"--arch vit_tiny.*fc1\.bias is missing.* and 9 more"):
         load_backbone(weights_flags(tmp_path / "tiny.pth"), given={})
 
 
