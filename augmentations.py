@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to an image: DINO's multi-crop augmentation (Sec. 3.2, App.; official
-probabilities) and evaluation.
+"""What happens to an image: DINO's multi-crop augmentation (Sec. 3.2), and evaluation.
 
 Drawing is apart from applying. Everything random about an image is drawn at once, from its own
 generator, into arrays with one row per view; what applies them draws nothing.
@@ -33,9 +32,7 @@ CROP_ATTEMPTS = 10
 
 @dataclass(frozen=True)
 class View:
-    """One kind of crop: its size in pixels, its share of the image's area, and what it alone may
-    undergo.
-    """
+    """One kind of crop: pixels, range of its share of the image, and what it alone may undergo."""
 
     size: int
     scale: tuple[float, float]
@@ -121,8 +118,7 @@ ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_
 
 
 class DataAugmentationDINO:
-    """Multi-crop: a PIL image -> [global 1, global 2, local 1, ...], normalised float tensors (3,
-    S, S).
+    """Multi-crop: a PIL image -> [global 1, global 2, local 1, ...], normalised, each (3, S, S).
 
     With a `key` (integers, such as seed, epoch and number of the image) the result is a function
     of image and key alone. Without, the key comes from torch's global generator.
@@ -154,9 +150,7 @@ class DataAugmentationDINO:
         return draw_views(np.random.default_rng(key), self.views, *image.size)
 
     def apply(self, image, number, parameters):
-        """View `number` of a PIL image, (3, S, S): crop, flip, jitter, greyscale, blur, solarise,
-        in this order.
-        """
+        """View `number` of a PIL image, (3, S, S): the official operations in their order."""
         size = self.views[number].size
         view = F.resized_crop(
             image, *parameters.boxes[number].tolist(), [size, size], InterpolationMode.BICUBIC
@@ -176,11 +170,10 @@ class DataAugmentationDINO:
 
 
 class LinearProbeAugmentation:
-    """What the linear evaluation trains on: a box of 8 to 100 % of a PIL image, flipped or not,
-    as a normalised tensor (3, S, S).
+    """What the linear evaluation trains on: a box of a PIL image, flipped or not, as (3, S, S).
 
-    A function of image and `key` alone, as DataAugmentationDINO's views are. Resized bilinearly,
-    officially, where everything else is bicubic.
+    The box has 8 to 100 % of the image and is resized bilinearly, officially, where everything else
+    is bicubic. A function of image and `key` alone, as DataAugmentationDINO's views are.
     """
 
     def __init__(self, image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):

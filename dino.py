@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method (Sec. 3.1, Algorithm 1): multi-crop forward, loss with centering and sharpening, EMA
-teacher.
+"""The method (Sec. 3.1, Algorithm 1): multi-crop forward, loss, center, EMA teacher.
 
 Shapes: B images per process, V views of each (2 global, then the local ones), D embed_dim, K
 outputs of the head. Stacked views come view by view: rows 0..B-1 are view 0 of every image.
@@ -31,9 +30,7 @@ class MultiCropWrapper(nn.Module):
         self.head = head
 
     def forward(self, crops):
-        """List of V crops (B, C, H_v, W_v), equal sizes next to each other -> (V B, K), in their
-        order.
-        """
+        """List of V crops (B, C, H_v, W_v), equal sizes side by side -> (V B, K), in order."""
         if isinstance(crops, torch.Tensor):
             crops = [crops]
         features = [
@@ -49,8 +46,7 @@ def first_of(output):
 
 
 class DINOLoss(nn.Module):
-    """Cross-entropy of the student's distribution under the teacher's, with the moving center (Eq.
-    1, 3, 4).
+    """Cross-entropy of the student under the teacher, with the moving center (Eq. 1, 3, 4).
 
     Each global view teaches every *other* view, 2 (V - 1) pairs; Eq. 3 sums them, the official
     code and this one average. The teacher's temperature goes linearly from `warmup_teacher_temp`
@@ -88,10 +84,9 @@ class DINOLoss(nn.Module):
         self.teacher_temp_schedule = np.concatenate([warmup, constant])
 
     def forward(self, student_output, teacher_output, epoch):
-        """(V B, K) and (2 B, K) logits -> mean loss of this process; then moves the center,
-        everywhere the same.
+        """(V B, K) and (2 B, K) logits -> mean loss of this process; then moves the center.
 
-        So the loss of a step uses the center of the batches before it.
+        So the loss of a step uses the center of the batches before it, on every process the same.
         """
         teacher_probs = self.teacher_probs(teacher_output, epoch)
         loss = ViewCrossEntropy.apply(
@@ -102,17 +97,13 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def teacher_probs(self, teacher_output, epoch):
-        """softmax((g_t - C) / temp): centered against one dominant output, sharpened against a
-        uniform one.
-        """
+        """softmax((g_t - C) / temp): centered against one output, sharpened against all."""
         temp = float(self.teacher_temp_schedule[epoch])
         return ((teacher_output.float() - self.center) / temp).softmax(dim=-1)
 
     @torch.no_grad()
     def update_center(self, teacher_output):
-        """C <- m C + (1 - m) mean of the teacher's logits over both global views of all processes
-        (Eq. 4).
-        """
+        """C <- m C + (1 - m) mean of the teacher's logits, over all processes (Eq. 4)."""
         self.part_sums.append(teacher_output.float().sum(dim=0, keepdim=True))
         if len(self.part_sums) < self.accum_steps:
             return
@@ -172,9 +163,7 @@ def view_gradient(logits, target, num_teachers, student_temp, scale):
 
 
 def student_views(student_output, teacher_probs, ncrops):
-    """For each student view: its logits (B, K), the sum of the teacher's views that teach it, and
-    their number.
-    """
+    """For each student view: its logits (B, K), its targets' sum (B, K), and their number."""
     first, second = teacher_probs.chunk(2)
     both = first + second
     for view, logits in enumerate(student_output.chunk(ncrops)):
@@ -191,16 +180,12 @@ def num_terms(teacher_probs, ncrops):
 
 @torch.no_grad()
 def update_teacher(student, teacher, momentum):
-    """theta_t <- momentum theta_t + (1 - momentum) theta_s, for parameters and never for buffers
-    (Sec. 3.1).
-    """
+    """theta_t <- momentum theta_t + (1 - momentum) theta_s (Sec. 3.1); buffers stay."""
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
 def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
-    """Drop the last layer's gradients for the first `freeze_last_layer` epochs: the optimizer then
-    skips it wholly.
-    """
+    """In the first `freeze_last_layer` epochs the optimizer skips the last layer: no gradients."""
     if epoch >= freeze_last_layer:
         return
     for name, param in model.named_parameters():

@@ -83,9 +83,7 @@ def init_distributed(device="auto", dist_url="env://"):
 
 
 def choose_device(name, launch):
-    """torch.device for `--device`: auto takes CUDA where there is any, and each local rank its own
-    GPU.
-    """
+    """torch.device for `--device`: auto takes CUDA if there is any, each local rank its own GPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear heads on frozen features (Sec. 4.1): what they see, a step of all of them, how many images
-each gets right.
+"""Linear heads on frozen features (Sec. 4.1): what they see, a step of all, what they get right.
 
 B images, `dim` numbers that a head sees of an image, C classes. There is a head for each learning
 rate: they share the features, which cost nearly all of the time, and nothing else.

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images on their way to the network: datasets, the order of a pass, and a loader that outlives its
-workers.
-"""
+"""Images on their way to the network: datasets, order, a loader that outlives its workers."""
 
 import contextlib
 import itertools

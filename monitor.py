@@ -123,7 +123,6 @@ VERDICTS = {
     "unfreezing": "The loss rose from {before:.2f} to {loss:.2f} as the head's last layer began to"
     " learn in epoch {epoch} (--freeze_last_layer). That is usual, and it falls again.",
     "waiting for data": "{waited:.0f} % of the time of epoch {epoch} went by waiting for images."
-    " More"
-    " --num_workers help if there are idle cores; smaller image files, or a faster disk, help if"
-    " there are none.",
+    " --augment device asks a fifth of the loader; more --num_workers help if there are idle cores;"
+    " smaller image files, or a faster disk, help if there are none.",
 }

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of main_dino.py: the official ones with their defaults, ours beside them, and what
-cannot go together.
-"""
+"""The flags of main_dino.py, official and ours, and what cannot go together."""
 
 import argparse
 from pathlib import Path
@@ -40,8 +38,7 @@ def add_network_arguments(group):
         "--arch",
         default="vit_small",
         help="vit_tiny, vit_small, vit_base or vit_large; a classifier of torchvision, such as"
-        " resnet50; an"
-        " XCiT, such as xcit_small_12_p16; or timm:NAME",
+        " resnet50; an XCiT, such as xcit_small_12_p16; or timm:NAME",
     )
     add(
         "--patch_size",

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small tools of a training step: schedules, parameter groups, clipping, LARS, seeds,
-`bool_flag`.
+"""The small tools of a training step: schedules, parameter groups, clipping, LARS, seeds.
 
 Code written for the official repository imports from `utils` what lives in other modules here:
 these names stay.
@@ -86,8 +85,7 @@ def fix_random_seeds(seed=31):
 def cosine_scheduler(
     base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0
 ):
-    """A value per iteration: linear warm-up to `base_value`, then half a cosine towards
-    `final_value`.
+    """A value per iteration: linear warm-up to `base_value`, half a cosine to `final_value`.
 
     As officially, the base value comes twice (last of the warm-up, first of the cosine), and the
     final one would come one iteration after the end.
@@ -121,10 +119,10 @@ def set_lr_and_weight_decay(optimizer, lr, weight_decay):
 
 
 def get_params_groups(model):
-    """Two groups of trainable parameters: with weight decay, and without it (biases and all else
-    with one dimension).
+    """Two groups of trainable parameters: with weight decay, and without.
 
-    So [CLS], the position embeddings and the head's last layer are decayed, as officially.
+    Without it are biases and all else with one dimension; so [CLS], the position embeddings and the
+    head's last layer are decayed, as officially.
     """
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     free = [param for name, param in named if name.endswith(".bias") or param.ndim == 1]
@@ -148,10 +146,9 @@ def clip_gradients(model, clip):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled, layer by layer, by eta |w| / |gradient + decay| (You
-    et al. 2017).
+    """SGD with momentum, its step scaled layer by layer by eta |w| / |gradient + decay|.
 
-    Neither that scale nor weight decay touches parameters with one dimension.
+    (You et al. 2017.) Neither that scale nor weight decay touches parameters with one dimension.
     """
 
     def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, eta=0.001):

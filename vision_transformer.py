@@ -28,8 +28,7 @@ ARCHITECTURES = {
 
 
 def trunc_normal_(tensor, mean=0.0, std=1.0, a=-2.0, b=2.0):
-    """Fill `tensor` from a normal distribution cut off at `a` and `b` (absolute values, not
-    multiples of std).
+    """Fill `tensor` from a normal distribution cut off at the values `a` and `b`.
 
     By the inverse distribution function, so that a seed gives the official initial weights; torch's
     own function draws in another way since 2.15.
@@ -40,8 +39,7 @@ def trunc_normal_(tensor, mean=0.0, std=1.0, a=-2.0, b=2.0):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, drops a residual branch for a whole sample with
-    `drop_prob`.
+    """Stochastic depth: in training, a sample loses a residual branch with `drop_prob`.
 
     What is kept is scaled by 1 / (1 - drop_prob), so that the expectation does not change.
     """
@@ -307,9 +305,7 @@ class VisionTransformer(nn.Module):
         return self.blocks[-1](x, return_attention=True)
 
     def get_intermediate_layers(self, x, n=1):
-        """(B, C, H, W) -> list of the last `n` blocks' tokens (B, N, D), each after the final
-        norm.
-        """
+        """(B, C, H, W) -> tokens (B, N, D) of each of the last `n` blocks, after the final norm."""
         x = self.prepare_tokens(x)
         outputs = []
         for i, block in enumerate(self.blocks):
@@ -320,9 +316,7 @@ class VisionTransformer(nn.Module):
 
 
 def init_linear_and_norm(module):
-    """Linear weights normal with std 0.02 (its truncation at +-2 is 100 std away), biases 0; norms
-    1, 0.
-    """
+    """Linear weights normal, std 0.02 (the cut at +-2 is 100 std away), biases 0; norms 1, 0."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
