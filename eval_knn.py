@@ -8,6 +8,7 @@
 the authors report 74.5 with k = 20.
 """
 
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from errors import UserError, exit_on_user_error
 from flags import (
     Parser,
     add_launch_arguments,
+    add_precision_argument,
     add_weights_arguments,
     check_output_folder,
     given_flags,
@@ -28,9 +30,9 @@ from flags import (
 )
 from knn import extract_features, knn_accuracies, knn_classifier
 from loading import evaluation_loader
-from metrics import progress_bar
+from metrics import peak_memory_mb, progress_bar
 from pretrained import check_image_size, load_backbone
-from utils import bool_flag
+from utils import bool_flag, choose_amp_dtype
 
 __all__ = ["eval_knn", "get_args_parser", "knn_classifier"]
 
@@ -41,7 +43,8 @@ FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels
 def get_args_parser():
     parser = Parser(prog="eval_knn.py", description="Weighted k-NN on frozen features.")
     add_weights_arguments(parser.add_argument_group("backbone"))
-    add = parser.add_argument_group("evaluation").add_argument
+    evaluation = parser.add_argument_group("evaluation")
+    add = evaluation.add_argument
     add(
         "--data_path",
         default="/path/to/imagenet/",
@@ -68,6 +71,7 @@ def get_args_parser():
         type=bool_flag,
         help="keep the features on the GPU, if there is one; false if they do not fit there",
     )
+    add_precision_argument(evaluation)
     add("--dump_features", default=None, help="folder to write features and labels to")
     add("--load_features", default=None, help="folder to read them from, instead of any image")
     add_launch_arguments(parser.add_argument_group("launch"))
@@ -93,6 +97,7 @@ def eval_knn(args, given=()):
         f"{len(train_labels)} training and {len(test_labels)} test images of {num_classes} classes,"
         f" features of {train_features.shape[1]} dimensions"
     )
+    start = time.perf_counter()
     accuracies = knn_accuracies(
         train_features,
         train_labels,
@@ -101,6 +106,10 @@ def eval_knn(args, given=()):
         ks,
         args.temperature,
         num_classes,
+    )
+    print0(
+        f"Neighbours and votes took {time.perf_counter() - start:.1f} s; the most memory held so"
+        f" far: {peak_memory_mb():.0f} MiB"
     )
     for k, (top1, top5) in accuracies.items():
         rest = f", Top5: {top5:.2f}" if num_classes >= 5 else ""
@@ -143,6 +152,7 @@ def compute_features(args, given, device):
             progress_bar(loader, "features"),
             len(paths),
             device,
+            amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
             keep_on_device=args.use_cuda,
         )
     return features

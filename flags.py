@@ -134,6 +134,16 @@ def add_weights_arguments(group, patch_size=16):
     )
 
 
+def add_precision_argument(group):
+    """In what a frozen backbone computes."""
+    group.add_argument(
+        "--amp_dtype",
+        default="auto",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        help="type of mixed precision; auto is bfloat16 or else float16 on a GPU, float32 on a CPU",
+    )
+
+
 def loader_workers(requested, world_size=1):
     """`requested` loader processes or, with a notice, as many as this process's share of the
     cores.

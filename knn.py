@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weighted k-NN on frozen features (Sec. 4.1, Wu et al. 2018): features over all ranks, then votes.
 
-n training and m test images, D width of the features, C classes.
+n training and m test images, D width of the features, C classes, k neighbours.
 """
 
 import torch
@@ -12,8 +12,9 @@ from augmentations import eval_transform
 from data import list_labelled_images
 from distributed import all_reduce_sum, gather_interleaved, get_rank, get_world_size
 from loading import evaluation_loader
+from neighbours import nearest
 
-SIMILARITY_BYTES = 256 * 2**20  # of a chunk of similarities, which is as many test images as fit
+VOTES_AT_A_TIME = 2**24  # classes times test images: 64 MiB
 
 
 @torch.no_grad()
@@ -82,26 +83,36 @@ def count_correct(
 ):
     """Test images whose class is first, and among the first five, by each k's vote: (len(ks), 2)
     float64.
+
+    One search serves all k: the neighbours for a smaller one come first among those for a larger
+    one, so that votes are only ever added.
     """
-    num_classes = max(num_classes, int(train_labels.max()) + 1)
-    chunk = max(1, SIMILARITY_BYTES // (train_features.element_size() * len(train_features)))
+    num_classes = max(num_classes, int(torch.cat([train_labels, test_labels]).max()) + 1)
     correct = torch.zeros(len(ks), 2, dtype=torch.float64, device=train_features.device)
-    for features, labels in zip(test_features.split(chunk), test_labels.split(chunk), strict=True):
-        similarities, neighbours = (features @ train_features.T).topk(max(ks), dim=1)
-        weights, classes = (similarities.float() / temperature).exp(), train_labels[neighbours]
-        for row, k in enumerate(ks):
-            votes = weights.new_zeros(len(features), num_classes).scatter_add_(
-                1, classes[:, :k], weights[:, :k]
-            )
-            # stable: classes without a vote keep their order, on every device
-            hits = votes.argsort(dim=1, descending=True, stable=True) == labels.view(-1, 1)
-            correct[row, 0] += hits[:, 0].sum()
-            correct[row, 1] += hits[
-                :, : min(5, k)
-            ].sum()  # as officially: with k < 5, that is top-k
+    similarities, neighbours = nearest(test_features, train_features, max(ks))
+    weights, classes = (similarities / temperature).exp(), train_labels[neighbours]  # (m, k)
+    rows = max(1, VOTES_AT_A_TIME // num_classes)
+    chunks = (tensor.split(rows) for tensor in (weights, classes, test_labels))
+    for weight, voted, labels in zip(*chunks, strict=True):
+        votes, counted = weight.new_zeros(len(weight), num_classes), 0
+        for k in sorted(ks):
+            votes.scatter_add_(1, voted[:, counted:k], weight[:, counted:k])
+            counted, place = k, places(votes, labels)
+            # five or, as officially, k if that is fewer
+            correct[ks.index(k)] += torch.stack([place < 1, place < min(5, k)], dim=1).sum(dim=0)
     if num_classes < 5:
         correct[:, 1] = torch.nan
     return correct
+
+
+def places(votes, labels):
+    """How many classes are ahead of the right one, (m, C) and (m,) -> (m,): those with more votes
+    and, of those with as many, the ones before it.
+    """
+    labels = labels[:, None]
+    own = votes.gather(1, labels)
+    before = torch.arange(votes.shape[1], device=votes.device) < labels
+    return ((votes > own) | ((votes == own) & before)).sum(dim=1)
 
 
 class KnnProbe:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_processes, run_script, run_torchrun
+from conftest import photograph, run_processes, run_script, run_torchrun
 
 import knn
-from augmentations import eval_transform
+from augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from backbones import build_backbone
 from data import list_labelled_images
-from eval_knn import knn_classifier
+from eval_knn import eval_knn, get_args_parser, knn_classifier
 from loading import evaluation_loader
 
 
@@ -53,7 +53,7 @@ def test_votes_equal_the_definition(k):
 def test_counts_every_image_of_a_set_smaller_than_a_hundred_and_larger_than_a_chunk(monkeypatch):
     train, test = clusters(300, 12, seed=0), clusters(99, 12, seed=1)
     whole = knn_classifier(*train, *test, 10, 0.07)
-    monkeypatch.setattr(knn, "SIMILARITY_BYTES", 4 * 300 * 7)  # seven test images at a time
+    monkeypatch.setattr(knn, "VOTES_AT_A_TIME", 1000 * 7)  # seven test images at a time
     assert knn_classifier(*train, *test, 10, 0.07) == whole
     assert whole == pytest.approx(by_definition(*train, *test, 10, 0.07))
 
@@ -75,6 +75,56 @@ def test_all_ks_in_one_pass_equal_one_pass_for_each():
     train, test = clusters(300, 12, seed=0), clusters(70, 12, seed=1)
     together = knn.knn_accuracies(*train, *test, [1, 5, 20], 0.07, 12)
     assert together == {k: knn_classifier(*train, *test, k, 0.07) for k in (1, 5, 20)}
+
+
+def test_ks_in_any_order_and_classes_without_a_training_image():
+    train, test = clusters(300, 12, seed=0), clusters(70, 12, seed=1)
+    votes = knn.count_correct(*train, *test, [20, 1, 5], 0.07, 12)
+    assert votes[[1, 2, 0]].equal(knn.count_correct(*train, *test, [1, 5, 20], 0.07, 12))
+    unknown = torch.full_like(test[1], 1200)
+    assert knn_classifier(*train, test[0], unknown, 20, 0.07) == (0, 0)
+
+
+def test_equal_votes_count_as_in_a_stable_sort():
+    votes = torch.randint(3, (200, 9), generator=torch.Generator().manual_seed(0)).float()
+    labels = torch.arange(200) % 9
+    ranking = votes.argsort(dim=1, descending=True, stable=True)
+    assert knn.places(votes, labels).equal((ranking == labels[:, None]).int().argmax(dim=1))
+
+
+def tiles(per_photograph, seed):
+    """Normalised tiles of 32 pixels, in batches of 100, and which of four photographs they are
+    from.
+    """
+    rng, images = np.random.default_rng(seed), []
+    for name in ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"):
+        pixels = np.asarray(photograph(name))
+        for _ in range(per_photograph):
+            top, left = rng.integers(0, pixels.shape[0] - 32), rng.integers(0, pixels.shape[1] - 32)
+            images.append(pixels[top : top + 32, left : left + 32])
+    images = torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    labels = torch.arange(4).repeat_interleave(per_photograph)
+    return list(zip(((images - mean) / std).split(100), labels.split(100), strict=True))
+
+
+def test_features_in_bfloat16_keep_the_accuracy():
+    """To 0.1 point, in the mean of three networks: a single tile of the 1,000 is as much."""
+    train, test, cpu = tiles(250, seed=0), tiles(250, seed=1), torch.device("cpu")
+    found = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        backbone, _ = build_backbone("vit_nano", 8, img_size=32)
+        for dtype in (torch.float32, torch.bfloat16):
+            features = [
+                tensor
+                for loader in (train, test)
+                for tensor in knn.extract_features(backbone, loader, 1000, cpu, amp_dtype=dtype)
+            ]
+            found.append(knn.knn_accuracies(*features, [20], 0.07, 4)[20][0])
+    drift = np.diff(np.array(found).reshape(3, 2))
+    assert abs(drift.mean()) <= 0.1
+    assert all(60 < accuracy < 95 for accuracy in found), "tiles that can change sides"
 
 
 def features_and_accuracy(root):
@@ -118,6 +168,18 @@ def test_script_needs_a_checkpoint_and_a_folder_only(checkpoint, class_folders, 
     assert [line for line in loaded.stdout.splitlines() if "classifier" in line] == results
     shared = run_torchrun(2, "eval_knn.py", *flags, "--data_path", class_folders)
     assert [line for line in shared.stdout.splitlines() if "classifier" in line] == results
+
+
+def test_precision_of_the_features_is_what_the_flag_says(checkpoint, class_folders, tmp_path):
+    features = {}
+    for dtype in ("auto", "float32", "bfloat16"):
+        flags = ("--pretrained_weights", checkpoint, "--num_workers", 0, "--device", "cpu")
+        flags += ("--data_path", class_folders, "--dump_features", tmp_path, "--amp_dtype", dtype)
+        eval_knn(get_args_parser().parse_args([*map(str, flags)]))
+        features[dtype] = torch.load(tmp_path / "trainfeat.pth")
+    assert features["auto"].equal(features["float32"]), "on a CPU"
+    difference = (features["bfloat16"] - features["float32"]).abs().max()
+    assert 0 < difference < 0.02, "some steps of 2**-9 of numbers up to 1"
 
 
 def test_script_refuses_flags_that_contradict_the_checkpoint(checkpoint, class_folders):
