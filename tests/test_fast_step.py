@@ -10,7 +10,8 @@ from test_training import state_for_a_step
 from torch.nn.parallel import DistributedDataParallel
 
 import main_dino
-from networks import compile_networks
+import utils
+from networks import build_optimizer, compile_networks
 from vision_transformer import VisionTransformer, vit_nano
 
 STEP = dict(
@@ -122,3 +123,22 @@ def test_compiled_networks_and_loss_give_the_same_numbers():
         results.append((state, steps(state)))
     assert_equal_training(*reversed(results))
     assert results[0][0].student.state_dict().keys() == results[1][0].student.state_dict().keys()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_on_a_gpu_never_waits_for_the_device(amp_dtype):
+    device = torch.device("cuda", 0)
+    state = state_for_a_step()
+    for network in (state.student, state.teacher, state.dino_loss):
+        network.to(device)
+    state.optimizer = build_optimizer("adamw", utils.get_params_groups(state.student))
+    state.scaler = torch.amp.GradScaler("cuda", enabled=amp_dtype == torch.float16)
+    images = [torch.randn(4, 3, size, size, device=device) for size in (32, 32, 16, 16)]
+    options = STEP | dict(amp_dtype=amp_dtype)
+    main_dino.train_step(state, images, **options)  # makes what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        main_dino.train_step(state, images, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
