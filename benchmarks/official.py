@@ -19,7 +19,9 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 GLOBAL_SIZE, LOCAL_SIZE, GLOBAL_SCALE, LOCAL_SCALE = 224, 96, (0.4, 1.0), (0.05, 0.4)
@@ -67,6 +69,8 @@ class Training:
         self.autocast = self.device.type == "cuda" and not args.fp32
         torch.manual_seed(0)
         torch.backends.cudnn.benchmark = True
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
         def network(drop_path_rate):
             backbone = getattr(vision_transformer, args.arch)(
@@ -78,6 +82,7 @@ class Training:
         self.student, self.teacher = network(0.1), network(0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
+        self.student = DistributedDataParallel(self.student)
         self.loss = main_dino.DINOLoss(args.out_dim, args.local + 2, 0.04, 0.04, 0, 100)
         self.loss = self.loss.to(self.device)
         self.optimizer = torch.optim.AdamW(utils.get_params_groups(self.student), lr=1e-4)
