@@ -95,8 +95,8 @@ def check_image_size(image_size):
 def list_photographs(image_path, output_dir):
     """(path, folder of its pictures) of the image, or of each image of the folder, at any depth.
 
-    The folders of pictures are called as the images, without suffixes unless two images would
-    then share one. Without an `image_path`, the path is None.
+    The folders of pictures are called as the images, without suffixes unless two images would then
+    share one, or one would be `..`. Without an `image_path`, the path is None.
     """
     output_dir = Path(output_dir)
     if image_path is None or Path(image_path).is_file():
@@ -116,7 +116,7 @@ def list_photographs(image_path, output_dir):
         )
     full_names = [Path(path).relative_to(image_path) for path in paths]
     names = [path.with_suffix("") for path in full_names]
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names) or any(name.name in ("", ".", "..") for name in names):
         names = full_names
     return [(path, output_dir / name) for path, name in zip(paths, names, strict=True)]
 
