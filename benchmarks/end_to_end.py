@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images/s of a whole run: files, loader and step together.
 
-    python benchmarks/end_to_end.py FOLDER [--against OFFICIAL_CHECKOUT] [-- flags of main_dino.py]
+    python benchmarks/end_to_end.py FOLDER [--against OFFICIAL_CHECKOUT] [--compile ...]
 
 Starts main_dino.py on the images of FOLDER, again and again until there are enough of them, and
 reads what it logged: the median over its logged stretches of ten steps, after the first ones. One
-JSON line.
+JSON line. Flags that it does not know, such as --compile, go to main_dino.py.
 """
 
 import argparse
@@ -37,8 +37,7 @@ def main():
     parser.add_argument("--num_workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--against", metavar="OFFICIAL_CHECKOUT")
-    parser.add_argument("flags", nargs="*", help="further flags of main_dino.py, after --")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
     shared = ["--arch", args.arch, "--out_dim", args.out_dim, "--num_workers", args.num_workers]
     shared += ["--device", args.device]
     result = {
@@ -46,8 +45,8 @@ def main():
         **describe_machine(args.device),
         **{name: getattr(args, name) for name in ("arch", "batch", "out_dim", "local", "steps")},
         "num_workers": args.num_workers,
-        "flags": " ".join(args.flags),
-        "ours": run_ours(args, shared),
+        "flags": " ".join(flags),
+        "ours": run_ours(args, [*shared, *flags]),
     }
     if args.against:
         shared += ["--batch", args.batch, "--local", args.local, "--steps", args.steps]
@@ -57,7 +56,7 @@ def main():
     print_result(result)
 
 
-def run_ours(args, shared):
+def run_ours(args, flags):
     """Medians over the stretches that count, of a run of main_dino.py."""
     stretches = WARMUP + -(-args.steps // STRETCH)
     count = args.batch * (stretches * STRETCH + 1)
@@ -65,7 +64,7 @@ def run_ours(args, shared):
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.txt"
         images.write_text("\n".join((paths * (count // len(paths) + 1))[:count]))
-        command = [sys.executable, "-W", "ignore", "main_dino.py", *shared, *args.flags]
+        command = [sys.executable, "-W", "ignore", "main_dino.py", *flags]
         command += ["--data_path", images, "--output_dir", folder, "--log_freq", STRETCH]
         command += ["--batch_size_per_gpu", args.batch, "--local_crops_number", args.local]
         command += ["--epochs", 1, "--warmup_epochs", 0, "--freeze_last_layer", 0]
