@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """A frozen backbone: from a checkpoint of any layout, or the weights that the authors published."""
 
+import hashlib
+import http.client
 import math
 import re
+import urllib.request
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
-from checkpoints import SAFE_TYPES, flags_in, load_exactly, read, without_prefix
+from checkpoints import DamagedFile, flags_in, load_exactly, read, without_prefix
 from distributed import print0
 from errors import UserError
+from linear_heads import load_head
+from metrics import progress_bar
 from vision_transformer import ARCHITECTURES
 
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/"
@@ -56,6 +63,14 @@ PUBLISHED_HEADS = {
     ),
     ("resnet50", None): ("dino_resnet50_pretrain/dino_resnet50_linearweights.pth", {}),
 }
+# The authors publish no hashes. This one, of the only file for which several others do (343242485
+# bytes), is the same wherever it is given.
+SHA256 = {
+    "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth": (
+        "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e"
+    ),
+}
+CHUNK, PATIENCE = 2**20, 60  # bytes of a download at a time; seconds without any
 
 
 @dataclass
@@ -95,10 +110,22 @@ def load_backbone(args, given):
     arch, patch_size = options["arch"], options["patch_size"]
     if not args.pretrained_weights:
         weights, source = published_weights(arch, patch_size), f"the published weights of {arch}"
+    backbone, embed_dim = build_with(weights, arch, patch_size, source)
+    print_loaded(backbone, arch, source)
+    return Pretrained(backbone.eval(), embed_dim, **options)
+
+
+def build_with(weights, arch, patch_size, source):
+    """(backbone, embed_dim) that holds the `weights`; UserError where they do not fit."""
     img_size = trained_img_size(weights, patch_size) if arch in ARCHITECTURES else 224
     backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size)
     fit_weights(backbone, weights, arch, source)
-    return Pretrained(backbone.eval(), embed_dim, **options)
+    return backbone, embed_dim
+
+
+def print_loaded(backbone, arch, source):
+    tensors = len(backbone.state_dict())
+    print0(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}.")
 
 
 def check_image_size(pretrained):
@@ -182,7 +209,12 @@ def published_weights(arch, patch_size):
             f"there are no published weights for --arch {arch} --patch_size {patch_size}: give"
             " --pretrained_weights."
         )
-    return download(file, "without --pretrained_weights the published ones are used")
+
+    def check(content):
+        weights = backbone_weights(content, "teacher", file, flag="the published file")
+        build_with(weights, arch, patch_size, f"the published file {file}")
+
+    return download(file, "without --pretrained_weights the published ones are used", check)
 
 
 def published_head(arch, patch_size):
@@ -194,17 +226,63 @@ def published_head(arch, patch_size):
             " --classifier, or train one without --evaluate."
         )
     file, flags = PUBLISHED_HEADS[key]
-    return {**download(file, "--evaluate without --classifier takes the published head"), **flags}
+
+    def check(content):
+        load_head(content, f"the published file {file}")
+
+    why = "--evaluate without --classifier takes the published head"
+    return {**download(file, why, check), **flags}
 
 
-def download(file, why):
-    """The content of a file that the authors published; `why` it is needed goes into the error."""
-    url = PUBLISHED_URL + file
+def download(file, why, check):
+    """The content of a file that the authors published, which torch.hub's folder keeps.
+
+    `why` it is needed goes into errors; `check` raises UserError for content that does not fit. A
+    download gets its name only when all of that is known to be right.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(file).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of this process alone
+        try:
+            fetch(PUBLISHED_URL + file, temporary, why, SHA256.get(file), check)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     try:
-        with torch.serialization.safe_globals(SAFE_TYPES):
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except OSError as error:
+        return read(path, f"{why}:")
+    except DamagedFile as error:
+        raise UserError(f"{error} Delete it, and it is downloaded again.") from None
+
+
+def fetch(url, path, why, sha256, check):
+    """Write what `url` holds to `path`. UserError unless that is whole and what it should be."""
+    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
+    digest, size = hashlib.sha256(), 0
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as sent, path.open("wb") as file:
+            length = int(sent.headers.get("Content-Length", 0))
+            chunks = iter(lambda: sent.read(CHUNK), b"")
+            for chunk in progress_bar(chunks, path.name, -(-length // CHUNK) or None):
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"{why}, but {url} could not be downloaded ({error}).") from None
+    if length and size != length:
+        raise UserError(f"{why}, but of {url} only {size} of {length} bytes came. Try again.")
+    if sha256 and digest.hexdigest() != sha256:
+        raise UserError(f"{why}, but {url} has the SHA-256 {digest.hexdigest()}, not {sha256}.")
+    try:
+        content = read(path, f"what {url} sent, in")
+    except DamagedFile:
+        raise UserError(
+            f"{why}, but {url} sent no checkpoint: it begins with {path.read_bytes()[:20]}. Is"
+            " there a proxy with a page of its own? Download it by other means, and give the file"
+            " with --pretrained_weights or --classifier."
+        ) from None
+    check(content)
+    print0(f"Downloaded {url}: {size} bytes, SHA-256 {digest.hexdigest()}.")
 
 
 def fit_weights(backbone, weights, arch, source):
@@ -220,7 +298,6 @@ def fit_weights(backbone, weights, arch, source):
         if name in own or not name.startswith(("head.", "fc."))
     }
     load_exactly(backbone, weights, f"{source}, as --arch {arch},")
-    print0(f"Loaded {len(own)} of {len(own)} tensors of {arch} from {source}.")
 
 
 def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):
@@ -233,4 +310,6 @@ def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_nam
         weights = backbone_weights(checkpoint, checkpoint_key, pretrained_weights)
     else:
         weights = published_weights(model_name, patch_size)
-    fit_weights(model, weights, model_name, pretrained_weights or "the published weights")
+    source = pretrained_weights or "the published weights"
+    fit_weights(model, weights, model_name, source)
+    print_loaded(model, model_name, source)

@@ -4,6 +4,7 @@
 import json
 import math
 import shutil
+import urllib.request
 
 import pytest
 import torch
@@ -252,7 +253,7 @@ def test_there_is_an_error_where_no_head_was_published_or_none_can_be_fetched(
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     with pytest.raises(UserError, match=r"takes the published head, but https://dl\.\S+/dino_vitb"):
         pretrained.published_head("vit_base", 8)
 
