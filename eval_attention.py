@@ -24,7 +24,14 @@ from attention import class_attention, fit_to_patches, keep_mass, load_vit
 from data import read_image
 from distributed import print0
 from errors import UserError, exit_on_user_error
-from flags import Parser, add_weights_arguments, check_output_file, given_flags, number
+from flags import (
+    Parser,
+    add_device_argument,
+    add_weights_arguments,
+    check_output_file,
+    given_flags,
+    number,
+)
 from metrics import progress_bar
 from segmentation import SegmentedImages
 
@@ -67,12 +74,7 @@ def get_args_parser():
         help="short side in pixels to resize images to; 0 for images as they are",
     )
     add("--output", default=None, help="JSON file to write the figures of every image to")
-    add(
-        "--device",
-        default="auto",
-        choices=["auto", "cuda", "cpu"],
-        help="auto takes CUDA if there is any",
-    )
+    add_device_argument(parser)
     return parser
 
 

@@ -81,15 +81,19 @@ def check_can_be_made(folder, given):
         raise UserError(f"{given}: {existing} is no folder that can be written to.")
 
 
-def add_launch_arguments(group):
-    """Where and how to run: the same in every script."""
-    add = group.add_argument
-    add(
+def add_device_argument(group):
+    group.add_argument(
         "--device",
         default="auto",
         choices=["auto", "cuda", "cpu"],
         help="auto takes CUDA if there is any",
     )
+
+
+def add_launch_arguments(group):
+    """Where and how to run: the same in every script of several processes."""
+    add_device_argument(group)
+    add = group.add_argument
     add(
         "--num_workers",
         default=10,
@@ -117,8 +121,7 @@ def add_weights_arguments(group, patch_size=16):
         "--pretrained_weights",
         default="",
         help="a checkpoint, ours or official, whole or backbone only; without it, the weights"
-        " that the authors"
-        " published for --arch and --patch_size",
+        " that the authors published for --arch and --patch_size",
     )
     add("--checkpoint_key", default="teacher", help="the network of the checkpoint to take")
     add(
@@ -144,12 +147,16 @@ def add_precision_argument(group):
     )
 
 
+def count_cores():
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def loader_workers(requested, world_size=1):
     """`requested` loader processes or, with a notice, as many as this process's share of the
     cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    available = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    available = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if requested > available:
         print0(
             f"--num_workers {requested}: {available} used, as many as there are cores for each"

@@ -23,7 +23,14 @@ from data import UnreadableImage, find_images, read_image
 from demo import open_photograph
 from distributed import print0
 from errors import UserError, exit_on_user_error
-from flags import Parser, add_weights_arguments, check_output_folder, given_flags, number
+from flags import (
+    Parser,
+    add_device_argument,
+    add_weights_arguments,
+    check_output_folder,
+    given_flags,
+    number,
+)
 
 PHOTOGRAPH = "chelsea.png"  # a cat, which scikit-image brings along
 MASK_COLOR = (255, 0, 160)  # rare in photographs
@@ -56,12 +63,7 @@ def get_args_parser():
         " have 0.6",
     )
     add("--output_dir", default=".", help="folder of the pictures")
-    add(
-        "--device",
-        default="auto",
-        choices=["auto", "cuda", "cpu"],
-        help="auto takes CUDA if there is any",
-    )
+    add_device_argument(parser)
     return parser
 
 

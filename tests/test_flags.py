@@ -96,7 +96,10 @@ def test_flags_that_cannot_go_together_are_refused_with_their_values(flags, mess
         check_args(parse_args(flags.split()))
 
 
-SCRIPTS = ["main_dino.py", "eval_knn.py"]
+SCRIPTS = [
+    *("main_dino.py", "eval_knn.py", "eval_linear.py", "visualize_attention.py"),
+    *("eval_attention.py", "metrics.py", "data.py"),
+]
 
 # Every attempt to reach another machine is an error.
 NO_NETWORK = """
@@ -113,35 +116,5 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_help_needs_no_network(script):
     result = run_script("-c", NO_NETWORK, script, "--help")
     assert result.returncode == 0, result.stderr
-    assert "--num_workers" in result.stdout
+    assert result.stdout.startswith(f"usage: {script} ")
     assert "(default: " in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("main_dino.py --use_fp16 maybe", "'maybe' is neither true"),
-        ("main_dino.py --batch_size_per_gpu 0", "0 is out of range: it must be at least 1"),
-        ("main_dino.py --teacher_temp 0", "must be above 0"),
-        ("main_dino.py --drop_path_rate 1.5", "at least 0 and at most 0.99"),
-        ("main_dino.py --epochs ten", "'ten' is not a whole number"),
-        ("main_dino.py --no_such_flag", "unrecognized arguments: --no_such_flag"),
-        ("main_dino.py --preset fast", "invalid choice: 'fast'"),
-        ("main_dino.py --device cpu --data_path nowhere", "--data_path nowhere: no such folder"),
-        ("main_dino.py --device cpu --data_path LICENSE", "line 1 names"),
-        ("main_dino.py --device cpu --data_path demo --arch vit_smal", "Close to it: vit_small"),
-        ("eval_knn.py --nb_knn 0", "0 is out of range"),
-        ("eval_knn.py --device cpu", "--data_path /path/to/imagenet/: no folder train/ in it"),
-    ],
-)
-def test_a_mistake_is_one_paragraph_and_exit_code_2(command, message, tmp_path):
-    result = run_script(*command.split(), *output_dir(command, tmp_path / "run"))
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "run").exists()
-
-
-def output_dir(command, path):
-    return ("--output_dir", path) if command.startswith("main_dino") else ()
