@@ -26,7 +26,7 @@ from PIL import Image
 from data import UnreadableImage, given_path, list_training_images, printable
 from data import read_image as read
 from errors import exit_on_user_error
-from flags import Parser, loader_workers, number
+from flags import Parser, count_cores, number
 from interruption import leave_signals_to_parent
 from metrics import progress_bar
 
@@ -289,7 +289,12 @@ def get_args_parser():
         help="pixels of the crops that the run will take",
     )
     add("--batch_size_per_gpu", default=64, type=number(int, 1), help="images of a step of the run")
-    add("--num_workers", default=10, type=number(int, 1), help="processes that decode")
+    add(
+        "--num_workers",
+        default=None,
+        type=number(int, 1),
+        help="processes that decode; by default one for each core",
+    )
     return parser
 
 
@@ -298,7 +303,7 @@ def check_data(args):
     data_path = given_path(args.path, "PATH")
     paths = list_training_images(data_path, "PATH")
     found, errors = {}, []
-    results = look_at_all(paths, loader_workers(args.num_workers))
+    results = look_at_all(paths, args.num_workers or count_cores())
     for path, result in progress_bar(results, "images", len(paths)):
         if isinstance(result, Facts):
             found[path] = result

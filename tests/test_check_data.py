@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""python data.py PATH: what it finds in a data set, and that no file in it can end it."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+from conftest import ROOT, photograph
+from PIL import Image
+
+import check_data
+from check_data import find_flaws, get_args_parser, look_at
+
+
+def check(path, *flags):
+    return check_data.check_data(get_args_parser().parse_args([str(path), *map(str, flags)]))
+
+
+def bomb(path):
+    """A PNG of a few bytes that says it has 60,000 x 60,000 pixels."""
+
+    def chunk(kind, content):
+        return (
+            struct.pack(">I", len(content))
+            + (kind + content)
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+
+
+def cut(path):
+    photograph().save(path, "PNG")
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+UNREADABLE = {
+    "empty.jpg": lambda path: path.write_bytes(b""),
+    "text.jpg": lambda path: path.write_text("not an image"),
+    "cut.png": cut,
+    "bomb.png": bomb,
+    "loop.jpg": lambda path: path.symlink_to(path),
+}
+
+
+def crops(count, size=64):
+    image = photograph()
+    return [image.crop((4 * i, 0, 4 * i + size, size)) for i in range(count)]
+
+
+def test_counts_sizes_and_formats_of_a_sound_folder_and_exit_code_0(tmp_path, capsys):
+    for folder, count in (("cat", 5), ("dog/small", 3)):
+        (tmp_path / folder).mkdir(parents=True)
+        for i, image in enumerate(crops(count)):
+            image.rotate(90 * len(folder)).save(tmp_path / folder / f"{i}.png")
+    photograph("coffee.png").save(tmp_path / "cat" / "large.jpg")
+    (tmp_path / "cat" / "photo.HEIC").write_bytes(b"")
+    assert check(tmp_path, "--global_crop_size", 64, "--batch_size_per_gpu", 4) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == ["9 images in 2 folders, 3 to 6 in one", "  cat: 6", "  dog/small: 3"]
+    assert "not looked at, as no image ends so: .heic (1)" in said
+    assert "width: 64 to 600 pixels, half of them up to 64" in said
+    assert "height: 64 to 400 pixels, half of them up to 64" in said
+    assert "format: PNG (8), JPEG (1)" in said
+    assert "mode: RGB (9)" in said
+    assert "unreadable: 0" in said
+    assert not [line for line in said if line.startswith("Warning")]
+
+
+def test_every_unreadable_file_is_named_with_the_reason_and_exit_code_1(tmp_path, capsys):
+    crops(1)[0].save(tmp_path / "good.png")
+    for name, make in UNREADABLE.items():
+        make(tmp_path / name)
+    assert check(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert f"unreadable: {len(UNREADABLE)}" in said
+    for name in UNREADABLE:
+        assert f"  {tmp_path / name}: cannot be read as an image (" in said
+    assert "Repair" not in said
+    assert "good.png:" not in said
+
+
+def test_a_long_list_of_unreadable_files_is_cut_with_the_count(tmp_path, capsys):
+    for i in range(25):
+        (tmp_path / f"{i:02}.png").write_bytes(b"")
+    assert check(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "unreadable: 25" in said
+    assert said.count("cannot be read") == 20
+    assert "  ... and 5 more" in said
+
+
+def test_files_that_are_equal_to_the_byte_are_named_together(tmp_path, capsys):
+    for i, image in enumerate(crops(4)):
+        image.save(tmp_path / f"{i}.png")
+    shutil.copy(tmp_path / "1.png", tmp_path / "again.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "1.png")
+    assert check(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "duplicates: 2 files are, to the byte, like another one" in said
+    assert "  1.png = again.png = link.png" in said
+    assert "Warning: 2 of 6 images (33.3 %) are duplicates" in said
+
+
+def test_a_list_of_paths_is_checked_too(tmp_path, capsys):
+    crops(1)[0].save(tmp_path / "a.png")
+    (tmp_path / "list.txt").write_text("a.png\n")
+    assert check(tmp_path / "list.txt") == 0
+    assert "1 images in 1 folder" in capsys.readouterr().out
+
+
+def facts(image, path, **options):
+    image.save(path, **options)
+    return look_at(path)
+
+
+def test_a_look_tells_grey_blank_and_turned_images(tmp_path):
+    image, path = photograph("coffee.png"), tmp_path / "image.jpg"
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    plain, turned = facts(image, path), facts(image, path, exif=sideways)
+    assert (plain.width, plain.height, plain.format, plain.mode) == (600, 400, "JPEG", "RGB")
+    assert (plain.is_rotated, turned.is_rotated) == (False, True)
+    assert (turned.width, turned.height) == (600, 400), "as it is stored, and trained on"
+    assert plain.chroma > 20
+    assert facts(image.convert("L"), path).chroma < 1
+    assert plain.contrast > 20
+    assert facts(Image.new("RGB", (64, 64), (250, 20, 30)), path).contrast < 1
+    pixels = np.asarray(image.resize((32, 32), Image.Resampling.BOX), float)
+    assert plain.contrast == pytest.approx(pixels.mean(2).std(), rel=0.02)
+
+
+def flaws(images, surplus=(), crop_size=64, batch_size=1):
+    return list(find_flaws(images, list(surplus), crop_size, batch_size))
+
+
+def test_what_dino_finds_hard_is_warned_of_with_what_to_do(tmp_path):
+    path = tmp_path / "image.png"
+    sound = facts(photograph().resize((200, 200)), path)
+    small = facts(photograph().resize((100, 200)), path)
+    grey = facts(photograph().convert("L").resize((200, 200)), path)
+    blank = facts(Image.new("RGB", (200, 200), "red"), path)
+    long = facts(photograph().resize((600, 200)), path)
+    turned = Image.Exif()
+    turned[0x0112] = 8
+    rotated = facts(photograph().resize((200, 200)), path, exif=turned)
+    assert flaws([sound] * 200, batch_size=200) == []
+    for bad, message in (
+        ([small], r"1 of 50 images (2 %) have a side below --global_crop_size 128"),
+        ([grey] * 30, "30 of 79 images (38 %)"),
+        ([grey] * 60, "60 of 109 images (55 %) are grey"),
+        ([blank], "1 of 50 images (2 %) are blank"),
+        ([long], "1 of 50 images (2 %) are more than 2.7 times as long as wide"),
+        ([rotated], "1 of 50 images (2 %) are stored on their side"),
+    ):
+        found = flaws([sound] * 49 + bad, crop_size=128)
+        if bad == [grey] * 30:  # half of the images may be grey
+            assert found == []
+        else:
+            assert len(found) == 1
+            assert found[0].startswith(message)
+    assert "--use_bn_in_head true" in flaws([grey] * 3)[0]
+    assert "--global_crop_size 96 fits them better" in flaws([small] * 3, crop_size=128)[0]
+    assert flaws([sound] * 3, batch_size=4) == [
+        "3 images are fewer than a batch of 4 (--batch_size_per_gpu)."
+    ]
+    assert flaws([sound] * 200, surplus=["a", "b", "c"])[0].startswith("3 of 200 images (1.5 %)")
+    assert flaws([sound] * 500, surplus=["a"]) == [], "one in a hundred is no matter"
+
+
+# ---- images that hang or kill ----
+
+
+def test_an_image_that_hangs_is_given_up_and_the_others_are_looked_at(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(check_data, "SECONDS", 0.5)
+    for i, image in enumerate(crops(6)):
+        image.save(tmp_path / f"{i}.png")
+    os.mkfifo(tmp_path / "0pipe.jpg")
+    assert check(tmp_path, "--num_workers", 1) == 1
+    said = capsys.readouterr().out
+    assert "unreadable: 1" in said
+    assert f"{tmp_path}/0pipe.jpg: not decoded within 0.5 seconds" in said
+    assert "format: PNG (6)" in said
+
+
+def test_an_image_whose_process_dies_is_named_and_the_others_are_looked_at(tmp_path, capsys):
+    for i, image in enumerate(crops(6)):
+        image.save(tmp_path / f"{i}.png")
+    os.mkfifo(tmp_path / "0pipe.jpg")  # whose process waits, and so can be caught at it
+
+    def kill():
+        while not multiprocessing.active_children():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert check(tmp_path, "--num_workers", 1) == 1
+    killer.join()
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/0pipe.jpg: the process that decoded it died (-9)" in said
+    assert "format: PNG (6)" in said
+    assert not multiprocessing.active_children()
+
+
+def test_no_process_outlives_a_check_that_is_killed(tmp_path):
+    for i, image in enumerate(crops(2)):
+        image.save(tmp_path / f"{i}.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    process = subprocess.Popen(
+        [sys.executable, "data.py", str(tmp_path), "--num_workers", "2"], cwd=ROOT
+    )
+    children = []
+    while len(children) < 2:
+        time.sleep(0.05)
+        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+            children = file.read().split()
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    os.close(os.open(tmp_path / "pipe.jpg", os.O_WRONLY))  # so that the one that waits goes on
+    end = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{child}") for child in children):
+        assert time.monotonic() < end, "they wait for a parent that is gone"
+        time.sleep(0.05)
