@@ -22,8 +22,19 @@ from vision_transformer import DINOHead
 ROOT = Path(__file__).parent.parent
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 
-# Two processes with two threads each, on two cores, wait for each other.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# The tests run in as many processes as there are cores: more threads would wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Without -n: a process per core, where pytest-xdist is there; a file's tests share theirs."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
+        return
+    several = len(config.args) != 1 or not config.args[0].partition("::")[0].endswith(".py")
+    if config.option.numprocesses is None and several:
+        config.option.numprocesses = len(os.sched_getaffinity(0))
+        config.option.dist = "loadfile"
 
 
 def pytest_runtest_setup(item):

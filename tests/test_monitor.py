@@ -96,7 +96,6 @@ def test_grey_digits_with_the_official_head_are_called_a_uniform_collapse(tmp_pa
     result = run_script(
         *("main_dino.py", *DEMO_RUN, "--use_bn_in_head", "false", "--lr", 0.002, "--epochs", 6),
         *("--data_path", tmp_path / "digits", "--output_dir", tmp_path / "run", "--log_freq", 5),
-        OMP_NUM_THREADS="2",
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path / "run")
@@ -152,7 +151,6 @@ def test_a_run_that_waits_for_its_images_says_so(tmp_path):
 def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
     result = run_script(
         *("main_dino.py", *DEMO_RUN, "--output_dir", tmp_path, "--epochs", 3),
-        OMP_NUM_THREADS="2",
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path)
