@@ -18,8 +18,11 @@ from pathlib import Path
 import torch
 import torchvision
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # where the project's modules are
+
+from errors import UserError
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the project's modules are beside this folder
 
 
 def describe_machine(device):
@@ -61,22 +64,58 @@ def peak_memory_gib(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
-def median_seconds(work, device, repeats, warmup=2):
-    """Median time of `work()`, the device's share included."""
-    seconds = []
-    for repeat in range(warmup + repeats):
+def medians(work, device, repeats, warmup=2):
+    """Of `work()`, the device's share included: median seconds, and median seconds of processors.
+
+    Other processes lengthen the first, the second hardly.
+    """
+    spans = []
+    for _ in range(warmup + repeats):
         synchronize(device)
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         work()
         synchronize(device)
-        if repeat >= warmup:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+        spans.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return tuple(statistics.median(kind) for kind in zip(*spans[warmup:], strict=True))
+
+
+class OfficialFailed(UserError):
+    """The official code ran out of memory, or does not run here at all."""
+
+    exit_code = 1
 
 
 def run_official(checkout, job, *options):
-    """The JSON line of `official.py CHECKOUT JOB OPTIONS`: modules of its own, by our names."""
+    """The JSON line of `official.py CHECKOUT JOB OPTIONS`: modules of its own, by our names.
+
+    UserError if that is no checkout, OfficialFailed if the job does not end well.
+    """
+    if not (Path(checkout) / "main_dino.py").is_file():
+        raise UserError(
+            f"--against {checkout}: there is no main_dino.py. Give a checkout of the official code."
+        )
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("official.py"))]
     command += [str(part) for part in (checkout, job, *options)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last_words = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise OfficialFailed(f"--against {Path(checkout).name}: {last_words}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_official_or_say_why(*args):
+    """run_official, or {"failed": its last words}: out of memory is a result too."""
+    try:
+        return run_official(*args)
+    except OfficialFailed as error:
+        return {"failed": str(error)}
+
+
+def with_ratios(result):
+    """`result` with its figures divided by those of its entry `official`, where there are such."""
+    official = result.get("official", {})
+    names = ("images_per_s", "seconds", "cpu_ms_per_step", "cpu_seconds", "peak_memory_gib")
+    shared = [name for name in names if name in result and name in official]
+    if shared:
+        result["ratio"] = {name: round(result[name] / official[name], 3) for name in shared}
+    return result

@@ -49,6 +49,29 @@ def augment(args):
     return {"images_per_s_per_core": round(statistics.median(rates), 1)}
 
 
+def knn(args):
+    """Seconds for all --ks, one after the other as in the official script, and top-1 of each."""
+    from features import two_sets
+
+    import eval_knn
+
+    features = two_sets(args.train, args.test, args.dim, args.classes, args.device)
+
+    def accuracies():
+        return [eval_knn.knn_classifier(*features, k, 0.07, args.classes)[0] for k in args.ks]
+
+    top1, seconds = accuracies(), []
+    for _ in range(args.repeats):
+        start = time.perf_counter()  # the accuracies are on the host, so that no wait is needed
+        accuracies()
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds": round(statistics.median(seconds), 3),
+        "peak_memory_gib": peak_memory_gib(args.device),
+        "top1": dict(zip(args.ks, top1, strict=True)),
+    }
+
+
 def list_files(folder):
     return sorted(path for path in Path(folder).rglob("*") if path.is_file())
 
@@ -92,7 +115,8 @@ class Training:
         """The official step, its waits for the device included."""
         images = [image.to(self.device, non_blocking=True) for image in images]
         with torch.autocast(self.device.type, torch.float16, enabled=self.autocast):
-            loss = self.loss(self.student(images), self.teacher(images[:2]), 1)
+            teacher_output = self.teacher(images[:2])
+            loss = self.loss(self.student(images), teacher_output, 1)
         loss.item()
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -109,28 +133,35 @@ class Training:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def describe(self, batch, seconds):
-        """The JSON line, from the seconds of the steps that count."""
-        median = statistics.median(seconds)
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    def describe(self, batch, times):
+        """The JSON line, from the (seconds, seconds of processors) of the steps that count."""
+        median, cpu = (statistics.median(kind) for kind in zip(*times, strict=True))
         return {
             "precision": "float16" if self.autocast else "float32",
             "ms_per_step": round(1000 * median, 2),
-            "images_per_s": round(batch / median, 1),
-            "peak_memory_gib": round(peak, 2),
+            "images_per_s": round(batch / median, 2),
+            "cpu_ms_per_step": round(1000 * cpu, 2),
+            "peak_memory_gib": peak_memory_gib(self.device),
         }
 
 
+def peak_memory_gib(device):
+    """Of the GPU's allocator, or of this process."""
+    if torch.device(device).type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+
+
 def timed(work, items, warmup):
-    """Seconds from the end of one `work(item)` to that of the next, without the first ones."""
-    ends = [time.perf_counter()]
+    """From the end of one `work(item)` to that of the next, without the first ones: (seconds,
+    seconds of processors) of each.
+    """
+    ends = [(time.perf_counter(), time.process_time())]
     for item in items:
         work(item)
-        ends.append(time.perf_counter())
-    return [end - begin for begin, end in itertools.pairwise(ends)][warmup:]
+        ends.append((time.perf_counter(), time.process_time()))
+    spans = [(end[0] - begin[0], end[1] - begin[1]) for begin, end in itertools.pairwise(ends)]
+    return spans[warmup:]
 
 
 def step(args):
@@ -138,8 +169,8 @@ def step(args):
     training = Training(args)
     sizes = [GLOBAL_SIZE] * 2 + [LOCAL_SIZE] * args.local
     images = [torch.randn(args.batch, 3, size, size, device=args.device) for size in sizes]
-    seconds = timed(training.step, [images] * (args.steps + args.warmup), args.warmup)
-    return training.describe(args.batch, seconds)
+    times = timed(training.step, [images] * (args.steps + args.warmup), args.warmup)
+    return training.describe(args.batch, times)
 
 
 def loop(args):
@@ -181,6 +212,12 @@ def main():
     job.add_argument("--images", type=int, default=120)
     job.add_argument("--passes", type=int, default=3)
     job.set_defaults(run=augment)
+    job = jobs.add_parser("knn")
+    job.set_defaults(run=knn)
+    for name in ("train", "test", "dim", "classes", "repeats"):
+        job.add_argument(f"--{name}", type=int, required=True)
+    job.add_argument("--ks", type=int, nargs="+", required=True)
+    job.add_argument("--device", required=True)
     for run in (step, loop):
         job = jobs.add_parser(run.__name__)
         job.set_defaults(run=run)

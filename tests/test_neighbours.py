@@ -9,7 +9,7 @@ import neighbours
 from neighbours import nearest, search, top
 
 FEW = (7, 900, 24)  # queries, keys, width
-MANY = (40, 5000, 48)
+MANY = (40, 13000, 48)  # enough for a first look at k = 20
 
 
 def unit_vectors(queries, keys, width, spread=1.0, seed=0):
@@ -75,7 +75,7 @@ def test_chunks_change_nothing(monkeypatch):
     queries, keys = unit_vectors(*MANY)
     whole = nearest(queries, keys, 20, torch.bfloat16)
     monkeypatch.setitem(neighbours.CHUNK_BYTES, "cpu", 4 * 7 * 62 * 48)  # seven queries at a time
-    monkeypatch.setattr(neighbours, "KEYS_AT_A_TIME", 333)  # the last part has 5
+    monkeypatch.setattr(neighbours, "KEYS_AT_A_TIME", 333)  # the last part has 13
     for dtype in (torch.bfloat16, torch.float32):
         assert_equals_float64(nearest(queries, keys, 20, dtype), queries, keys, 20)
         torch.testing.assert_close(nearest(queries, keys, 20, dtype)[1], whole[1])
