@@ -8,6 +8,7 @@ import datetime
 import os
 import re
 import time
+import uuid
 from dataclasses import dataclass
 
 import torch
@@ -70,16 +71,43 @@ def init_distributed(device="auto", dist_url="env://"):
     if launch.launcher == "slurm" and dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"], port = slurm_rendezvous()
         os.environ.setdefault("MASTER_PORT", str(port))
+    ranks = dict(rank=launch.rank, world_size=launch.world_size)
+    store, _, _ = next(dist.rendezvous(dist_url, timeout=TIMEOUT, **ranks))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=dist_url,
-        rank=launch.rank,
-        world_size=launch.world_size,
+        store=agree_on_store(store, **ranks),
         timeout=TIMEOUT,
+        **ranks,
     )
     global _heart
     _heart = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return launch, device
+
+
+def agree_on_store(store, rank, world_size):
+    """`store` under a prefix that only the processes of this attempt know.
+
+    torchrun keeps one store through its restarts. Without a prefix it still holds the addresses of
+    killed processes, and who looks there before a new one has written its own gets "Connection
+    refused" (torch 2.15). Restarts are not counted alike on all nodes, so rank 0 draws the prefix,
+    and answers every rank under a name that this rank has drawn.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"name of {rank}", name)
+        attempt = store.get(f"attempt of {name}").decode()  # waits for rank 0
+        store.set(f"{rank} is in {attempt}", "")
+        return dist.PrefixStore(attempt, store)
+    absent, end = set(range(1, world_size)), time.monotonic() + TIMEOUT.total_seconds()
+    while absent and time.monotonic() < end:
+        for other in absent:
+            if store.check([f"name of {other}"]):  # perhaps still that of a killed process
+                store.set(f"attempt of {store.get(f'name of {other}').decode()}", name)
+        absent = {other for other in absent if not store.check([f"{other} is in {name}"])}
+        time.sleep(0.01)
+    if absent:
+        raise RuntimeError(f"ranks {sorted(absent)} did not come within {TIMEOUT}")
+    return dist.PrefixStore(name, store)
 
 
 def choose_device(name, launch):

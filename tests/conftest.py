@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests share: real photographs, small folders of them, and real processes."""
 
+import functools
 import os
 import subprocess
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -99,11 +101,22 @@ def run_torchrun(processes, *command, **options):
 
 def run_processes(function, world_size, folder, *args):
     """Results of `function(*args)` in each of `world_size` gloo processes, by rank."""
-    mp.spawn(_run_rank, (function, world_size, str(folder), args), nprocs=world_size)
+    start_forkserver()
+    args = (function, world_size, str(folder), args)
+    mp.start_processes(_run_rank, args, nprocs=world_size, start_method="forkserver")
     return [
         torch.load(Path(folder) / f"result{rank}.pth", weights_only=False)
         for rank in range(world_size)
     ]
+
+
+@functools.cache
+def start_forkserver():
+    """What forks the processes has imported everything already, which would take the most time."""
+    mp.get_context("forkserver").set_forkserver_preload(["conftest", "main_dino", "eval_linear"])
+    with pytest.MonkeyPatch.context() as patch:  # Python 3.11 does not pass its path on
+        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+        forkserver.ensure_running()
 
 
 def _run_rank(rank, function, world_size, folder, args):

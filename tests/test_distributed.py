@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes take the steps of one: real gloo processes, and real launchers."""
 
+import datetime
 import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, SMALL_RUN, run_processes, run_script, run_torchrun
 from torch import nn
 
-from dino import DINOLoss
+import distributed
 from distributed import (
     Launch,
+    agree_on_store,
     choose_device,
     gather_interleaved,
     get_rank,
@@ -23,22 +27,6 @@ from distributed import (
     sync_batchnorms,
 )
 from errors import UserError
-
-
-def center_after_three_batches(batches):
-    loss = DINOLoss(8, 2, 0.04, 0.04, 0, 1)
-    for batch in batches:
-        teacher_output = batch[get_rank() :: get_world_size()]
-        loss(torch.zeros_like(teacher_output), teacher_output, 0)
-    return loss.center
-
-
-def test_center_is_the_mean_over_all_processes_on_each_of_them(tmp_path):
-    batches = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
-    alone = center_after_three_batches(batches)
-    first, second = run_processes(center_after_three_batches, 2, tmp_path, batches)
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, alone)
 
 
 def batchnorm_step(images, amp_dtype=torch.float32):
@@ -54,15 +42,29 @@ def batchnorm_step(images, amp_dtype=torch.float32):
     return output.detach(), share.grad, model[1].running_mean, model[1].running_var
 
 
+def batchnorm_steps(images):
+    return {dtype: batchnorm_step(images, dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+IMAGES = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def batchnorm_ranks(tmp_path_factory):
+    """The steps of two processes, which have 3 and 2 images."""
+    return run_processes(batchnorm_steps, 2, tmp_path_factory.mktemp("ranks"), IMAGES)
+
+
 @pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16])
-def test_synchronised_batch_norm_on_cpus_equals_batch_norm_of_the_whole_batch(tmp_path, amp_dtype):
-    images = torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    output, grad, mean, variance = batchnorm_step(images, amp_dtype)
+def test_synchronised_batch_norm_on_cpus_equals_batch_norm_of_the_whole_batch(
+    batchnorm_ranks, amp_dtype
+):
+    output, grad, mean, variance = batchnorm_step(IMAGES, amp_dtype)
     assert output.dtype == amp_dtype
-    ranks = run_processes(batchnorm_step, 2, tmp_path, images, amp_dtype)  # 3 and 2 images
     # one unit in the last place: 2^-23 and 2^-8, and ten of them in the gradient
     unit = torch.finfo(amp_dtype).eps
-    for rank, (rank_output, rank_grad, rank_mean, rank_variance) in enumerate(ranks):
+    for rank, found in enumerate(batchnorm_ranks):
+        rank_output, rank_grad, rank_mean, rank_variance = found[amp_dtype]
         assert rank_output.dtype == amp_dtype
         torch.testing.assert_close(rank_output, output[rank::2], rtol=4 * unit, atol=4 * unit)
         torch.testing.assert_close(rank_grad, grad[rank::2], rtol=40 * unit, atol=40 * unit)
@@ -70,16 +72,21 @@ def test_synchronised_batch_norm_on_cpus_equals_batch_norm_of_the_whole_batch(tm
         torch.testing.assert_close(rank_variance, variance)
 
 
-def gathered(total):
-    rows = torch.arange(total)[get_rank() :: get_world_size()]
-    return gather_interleaved(torch.stack([rows, -rows], dim=1) if len(rows) else None, total)
+def gathered(totals):
+    results = []
+    for total in totals:
+        rows = torch.arange(total)[get_rank() :: get_world_size()]
+        rows = torch.stack([rows, -rows], dim=1) if len(rows) else None
+        results.append(gather_interleaved(rows, total))
+    return results
 
 
-@pytest.mark.parametrize("total", [1, 7])
-def test_rows_of_unequal_shares_come_back_in_order(tmp_path, total):
-    expected = torch.stack([torch.arange(total), -torch.arange(total)], dim=1)
-    for rows in run_processes(gathered, 4, tmp_path, total):
-        assert torch.equal(rows, expected)
+def test_rows_of_unequal_shares_come_back_in_order(tmp_path):
+    """Of one row, of which three ranks have nothing, and of seven."""
+    for results in run_processes(gathered, 4, tmp_path, (1, 7)):
+        for rows, total in zip(results, (1, 7), strict=True):
+            expected = torch.stack([torch.arange(total), -torch.arange(total)], dim=1)
+            assert torch.equal(rows, expected)
 
 
 # Without stochastic depth, which each rank draws for itself. With SGD, since AdamW divides by
@@ -95,9 +102,9 @@ def weights_in(path):
     return weights | checkpoint["dino_loss"]
 
 
-@pytest.mark.parametrize("use_bn", [False, True])
-def test_two_processes_of_batch_2_take_the_steps_of_one_of_batch_4(class_folders, tmp_path, use_bn):
-    flags = (*EQUAL_RUN, "--data_path", class_folders / "train", "--use_bn_in_head", use_bn)
+def test_two_processes_of_batch_2_take_the_steps_of_one_of_batch_4(class_folders, tmp_path):
+    """As torchrun starts them; test_distributed_truth.py looks closer, and at more of them."""
+    flags = (*EQUAL_RUN, "--data_path", class_folders / "train", "--use_bn_in_head", "true")
     one = run_script(
         "main_dino.py", *flags, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "one"
     )
@@ -162,6 +169,36 @@ def test_slurm_variables_alone_start_a_run(class_folders, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "2 processes by slurm" in outputs[0]
     assert outputs[1].strip() == "", "rank 1 has nothing to say"
+
+
+def connect(server, seconds=20.0):
+    timeout = datetime.timedelta(seconds=seconds)
+    return dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timeout)
+
+
+@pytest.mark.parametrize("killed", [[1], [0], [2, 1], [1, 0], [1, 2, 0, 1]])
+def test_processes_of_an_attempt_never_meet_those_of_one_before(monkeypatch, killed):
+    """In the one store that torchrun keeps; those `killed` came, and did not get far."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    for attempt in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=0.02))
+            for rank in killed:
+                with pytest.raises(RuntimeError):
+                    agree_on_store(connect(server, seconds=0.02), rank, 3)
+        stores = {}
+
+        def agree(rank, stores=stores):
+            stores[rank] = agree_on_store(connect(server), rank, 3)
+
+        threads = [threading.Thread(target=agree, args=(rank,)) for rank in (2, 0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not any(store.check(["address"]) for store in stores.values()), "none of before"
+        stores[1].set("address", str(attempt))
+        assert [int(stores[rank].get("address")) for rank in (0, 1, 2)] == [attempt] * 3
 
 
 def free_port():
