@@ -48,6 +48,11 @@ def read_launch(environ=os.environ):
     return Launch("python")
 
 
+def is_restart(environ=os.environ):
+    """Whether torchrun started these processes again, by the same command, after one had failed."""
+    return int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def slurm_rendezvous(environ=os.environ):
     """(address, port) on which a Slurm job's processes meet.
 

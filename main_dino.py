@@ -271,14 +271,22 @@ def train_step(
     return torch.stack(losses).mean(), torch.stack(norms).norm()
 
 
+PRECISION_TO_TRY = {
+    torch.float16: "--amp_dtype bfloat16 or, slower, float32, ",
+    torch.bfloat16: "--amp_dtype float32, ",
+    torch.float32: "",
+}
+
+
 def explain_divergence(error, args):
     """The error, with what is saved and what to try."""
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    precision = PRECISION_TO_TRY[utils.choose_amp_dtype(args.use_fp16, args.amp_dtype, device)]
     saved = Path(args.output_dir) / NEWEST
     kept = f"{saved} is from before that" if saved.exists() else "nothing is saved yet"
     return Diverged(
         f"{error} (--lr {args.lr:g} for 256 images, {scaled_lr(args):.3g} for this batch); {kept}."
-        " Try --use_fp16 false if the precision was not float32 already, a lower --lr, a lower"
-        " --clip_grad such as 0.3, a lower --teacher_temp."
+        f" Try {precision}a lower --lr, a lower --clip_grad such as 0.3, a lower --teacher_temp."
     )
 
 

@@ -66,6 +66,7 @@ class Run:
         flag = "--output_dir" if self.args.resume == "auto" else "--resume"
         restore_training(checkpoint, f"{flag} {path}", vars(state))
         restore_progress(self.progress, checkpoint)
+        self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.rewind(vars(self.args), self.progress.epoch, self.progress.iteration)
         inside = f" and {self.progress.steps} iterations" if self.progress.steps else ""
         done = f"{self.progress.epoch} of {self.args.epochs} epochs{inside}"

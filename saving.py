@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import DamagedFile, read, write_atomically
-from distributed import is_main_process, print0
+from checkpoints import DamagedFile, flags_in, read, write_atomically
+from distributed import is_main_process, is_restart, print0
 from errors import UserError
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
@@ -112,30 +112,45 @@ def on_host(value):
 def find_checkpoint(resume, output_dir):
     """(path, content) of the checkpoint to go on from, or None for a new run.
 
-    `resume` is --resume: auto takes the newest one in `output_dir` that is whole, with a notice for
-    each damaged one; never wants a folder without any; else it is a path.
+    `resume` is --resume: auto takes the newest one in `output_dir` that is whole; never wants a
+    folder without any; else it is a path. Whoever gives the same path again, or is restarted by
+    torchrun, goes on with the run in `output_dir` that this began. UserError where another run
+    would be lost.
     """
     folder = Path(output_dir)
-    if resume not in ("auto", "never"):
-        return resume, read(resume, "--resume")
-    candidates = [folder / NEWEST, folder / PREVIOUS]
-    candidates += sorted(folder.glob("checkpoint[0-9]*.pth"), key=number_in, reverse=True)
-    candidates = [path for path in candidates if path.exists()]
+    own = [path for path in (folder / NEWEST, folder / PREVIOUS) if path.exists()]
+    own += sorted(folder.glob("checkpoint[0-9]*.pth"), key=number_in, reverse=True)
+    if resume == "auto" or (own and is_restart()):
+        return newest_whole(own)
+    another = (
+        "belongs to another run, which would be lost. Give another --output_dir, or leave the flag"
+        " out to go on with that run."
+    )
     if resume == "never":
-        if candidates:
-            raise UserError(
-                f"--resume never: {candidates[0]} belongs to another run, which would be lost. Give"
-                " another --output_dir, or leave the flag out to go on with that run."
-            )
+        if own:
+            raise UserError(f"--resume never: {own[0]} {another}")
         return None
-    for path in candidates:
+    found = newest_whole(own)
+    if found and flags_in(found[1]).get("resume") == resume:
+        return found
+    if found and Path(resume).resolve().parent != folder.resolve():
+        raise UserError(f"--resume {resume}: {found[0]} {another}")
+    return resume, read(resume, "--resume")
+
+
+def newest_whole(paths):
+    """(path, content) of the first that is, with a notice for each damaged one; None of no paths.
+
+    UserError if none is.
+    """
+    for path in paths:
         try:
             return path, read(path, "--output_dir")
         except DamagedFile as error:
             print0(f"{error} Looking for an older one.")
-    if candidates:
+    if paths:
         raise UserError(
-            f"--output_dir {folder}: none of its {len(candidates)} checkpoints can be read. Restore"
-            " one, or give another folder."
+            f"--output_dir {paths[0].parent}: none of its {len(paths)} checkpoints can be read."
+            " Restore one, or give another folder."
         )
     return None

@@ -13,6 +13,8 @@ from conftest import SMALL_RUN, run_script
 import main_dino
 import utils
 from dino import DINOLoss, MultiCropWrapper
+from errors import Diverged
+from training_flags import parse_args
 from vision_transformer import DINOHead, vit_nano
 
 
@@ -144,9 +146,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
     assert result.returncode == 1
     assert "epoch 1, iteration" in result.stderr
     assert "--lr 1e+30" in result.stderr
-    assert "Try --use_fp16 false" in result.stderr
+    assert "Try a lower --lr" in result.stderr, "it was float32 already"
     assert "Traceback" not in result.stderr
     assert (tmp_path / "checkpoint.pth").read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("flags", "advice"),
+    [
+        ("--amp_dtype float16", "Try --amp_dtype bfloat16 or, slower, float32, a lower --lr,"),
+        ("--amp_dtype bfloat16", "Try --amp_dtype float32, a lower --lr,"),
+        ("--amp_dtype float32", "Try a lower --lr,"),
+        ("--use_fp16 false", "Try a lower --lr,"),
+    ],
+)
+def test_another_precision_is_advised_where_there_is_a_safer_one(flags, advice):
+    args = parse_args([*flags.split(), "--output_dir", "nowhere"])
+    explained = str(main_dino.explain_divergence(Diverged("the loss is nan"), args))
+    assert explained.startswith("the loss is nan (--lr 0.0005 for 256 images")
+    assert f"nothing is saved yet. {advice}" in explained
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going on with a run on purpose: from which checkpoint, with what changed, from whose weights."""
+
+import argparse
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_RUN
+from test_training import assert_equal_states, final_state
+
+from checkpoints import write_atomically
+from errors import UserError
+from main_dino import train_dino
+from saving import NEWEST, find_checkpoint
+from training_flags import parse_args
+
+# Three epochs of six steps; each end of an epoch stays.
+RUN = (*SMALL_RUN, "--epochs", 3, "--saveckp_freq", 1, "--saveckp_iters", 4, "--log_freq", 4)
+
+
+@pytest.fixture(scope="module")
+def data(class_folders):
+    return str(class_folders / "train")
+
+
+def train(data, folder, *flags):
+    """main_dino.py in this process."""
+    flags = [*RUN, "--data_path", data, "--output_dir", folder, *flags]
+    train_dino(parse_args([str(flag) for flag in flags]))
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    train(data, folder)
+    return folder
+
+
+# ---- which checkpoint ----
+
+
+def test_resume_path_goes_on_in_a_new_folder_from_a_checkpoint_elsewhere(
+    data, unbroken, tmp_path, capsys
+):
+    path, folder = tmp_path / "kept" / "epoch0.pth", tmp_path / "deep" / "run"
+    path.parent.mkdir()
+    shutil.copy(unbroken / "checkpoint0000.pth", path)
+    before = path.read_bytes()
+    train(data, folder, "--resume", path)
+    assert f"Resumed from {path}: 1 of 3 epochs are done" in capsys.readouterr().out
+    assert_equal_states(final_state(unbroken), final_state(folder))
+    assert path.read_bytes() == before
+    lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_the_same_command_with_a_path_goes_on_with_what_it_began(data, unbroken, tmp_path, capsys):
+    """Interrupted, as by Slurm, and started again: it does not begin at that path once more."""
+    path = unbroken / "checkpoint0000.pth"
+    train(data, tmp_path, "--resume", path)
+    epoch1 = torch.load(tmp_path / "checkpoint0001.pth", weights_only=True)
+    write_atomically(epoch1, tmp_path / NEWEST)  # as if it had come only so far
+    capsys.readouterr()
+    train(data, tmp_path, "--resume", path)
+    assert f"Resumed from {tmp_path / NEWEST}: 2 of 3 epochs" in capsys.readouterr().out
+    assert_equal_states(final_state(unbroken), final_state(tmp_path))
+
+
+def test_resume_path_goes_back_within_a_folder_but_never_over_another_run(
+    data, unbroken, tmp_path, capsys
+):
+    shutil.copytree(unbroken, tmp_path / "run")
+    train(data, tmp_path / "run", "--resume", tmp_path / "run" / "checkpoint0000.pth")
+    assert "checkpoint0000.pth: 1 of 3 epochs are done" in capsys.readouterr().out
+    assert_equal_states(final_state(unbroken), final_state(tmp_path / "run"))
+    before = (unbroken / NEWEST).read_bytes()
+    with pytest.raises(UserError, match=r"--resume .*belongs to another run, which would be lost"):
+        train(data, unbroken, "--resume", tmp_path / "run" / "checkpoint0001.pth")
+    assert (unbroken / NEWEST).read_bytes() == before
+
+
+def test_resume_never_refuses_a_folder_with_a_run_but_not_a_restart_of_its_own(
+    data, unbroken, monkeypatch
+):
+    with pytest.raises(UserError, match=r"--resume never: .* belongs to another run"):
+        train(data, unbroken, "--resume", "never")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun --max_restarts
+    for resume in ("never", "somewhere/else.pth", "auto"):
+        assert find_checkpoint(resume, unbroken)[0] == unbroken / NEWEST
+
+
+# ---- with what changed ----
+
+
+def test_changed_flags_are_listed_and_those_that_may_not_change_are_refused(
+    data, unbroken, tmp_path, capsys
+):
+    shutil.copy(unbroken / "checkpoint0000.pth", tmp_path / NEWEST)
+    train(data, tmp_path, "--clip_grad", 1.5, "--epochs", 2)
+    said = capsys.readouterr().out
+    assert "--clip_grad was 3.0 when" in said
+    assert "--epochs was 3 when" in said
+    assert "--output_dir was" not in said
+    with pytest.raises(UserError, match=r"--optimizer sgd: .* is of a run with adamw"):
+        train(data, tmp_path, "--optimizer", "sgd")
+
+
+def test_another_global_batch_goes_on_at_the_same_share_of_the_schedules(
+    data, unbroken, tmp_path, capsys
+):
+    checkpoint = torch.load(unbroken / NEWEST, weights_only=True)
+    checkpoint |= {"epoch": 1, "iteration": 1 * 6 + 3}  # in the middle of epoch 1, of 6 iterations
+    write_atomically(checkpoint, tmp_path / NEWEST)
+    train(data, tmp_path, "--batch_size_per_gpu", 2, "--log_freq", 1)
+    said = capsys.readouterr().out
+    assert "An epoch had 6 iterations of 4 images, and has 12 of 2 now" in said
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["iteration"] == 1 * 12 + 6
+
+
+def test_a_run_of_the_official_code_is_resumed_at_its_epoch(data, unbroken, tmp_path, capsys):
+    """Whose flags are a Namespace, with names of its time, and who knows no iterations."""
+    ours = torch.load(unbroken / "checkpoint0000.pth", weights_only=True)
+    official = {name: ours[name] for name in ("student", "teacher", "optimizer", "dino_loss")}
+    for group in official["optimizer"]["param_groups"]:
+        group["lr"] = np.float64(group["lr"])
+    flags = argparse.Namespace(**{**ours["args"], "lr": 0.001})
+    torch.save({**official, "epoch": 1, "args": flags}, tmp_path / NEWEST)
+    train(data, tmp_path)
+    said = capsys.readouterr().out
+    assert "1 of 3 epochs are done" in said
+    assert "--lr was 0.001 when" in said
+    assert_equal_states(
+        final_state(unbroken)["optimizer"]["param_groups"],
+        final_state(tmp_path)["optimizer"]["param_groups"],
+    )
+    assert final_state(tmp_path)["iteration"] == 18
+
+
+def test_an_old_name_of_a_network_is_the_same_network(data, unbroken, tmp_path):
+    checkpoint = torch.load(unbroken / "checkpoint0001.pth", weights_only=True)
+    checkpoint["args"]["arch"] = "deit_nano"
+    write_atomically(checkpoint, tmp_path / NEWEST)
+    train(data, tmp_path)
+    assert_equal_states(final_state(unbroken), final_state(tmp_path))
+
+
+# ---- from whose weights ----
+
+
+def test_init_from_starts_a_new_run_from_weights_and_reports_what_matched(
+    data, unbroken, tmp_path, capsys
+):
+    still = ("--epochs", 1, "--lr", 0, "--min_lr", 0, "--momentum_teacher", 1)
+    train(data, tmp_path / "whole", "--init_from", unbroken / NEWEST, *still)
+    said = capsys.readouterr().out
+    assert "backbone of the student, head of the student, backbone of the teacher" in said
+    assert "starts afresh" not in said
+    expected, found = final_state(unbroken), final_state(tmp_path / "whole")
+    assert_equal_states(expected["teacher"], found["teacher"])
+    assert_equal_states(expected["student"], found["student"])
+    other = ("--epochs", 1, "--out_dim", 32, "--global_crop_size", 64)
+    train(data, tmp_path / "bare", "--init_from", unbroken / "backbone.pth", *other)
+    said = capsys.readouterr().out
+    assert "backbone of the student, backbone of the teacher; the rest starts afresh" in said
+    assert "position embeddings resized from 16 patches" in said
