@@ -84,9 +84,9 @@ class Run:
                 progress.best_knn = knn["knn_teacher"]
                 names.append(BEST)
             means |= knn
+        self.recorder.log.epoch(means)  # before the save: a resumed run drops a line, adds none
         progress.epoch = epoch + 1
         self.save(state, names)
-        self.recorder.log.epoch(means)
         draw_run(self.saver.folder)
 
     def measure_knn(self, state, probe):

@@ -176,11 +176,11 @@ def connect(server, seconds=20.0):
     return dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timeout)
 
 
-@pytest.mark.parametrize("killed", [[1], [0], [2, 1], [1, 0], [1, 2, 0, 1]])
+@pytest.mark.parametrize("killed", [[1], [0], [1, 2, 0, 1]])
 def test_processes_of_an_attempt_never_meet_those_of_one_before(monkeypatch, killed):
     """In the one store that torchrun keeps; those `killed` came, and did not get far."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    for attempt in range(3):
+    for attempt in range(2):
         with monkeypatch.context() as patch:
             patch.setattr(distributed, "TIMEOUT", datetime.timedelta(seconds=0.02))
             for rank in killed:
