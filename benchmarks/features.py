@@ -19,7 +19,7 @@ def two_sets(train, test, dim, classes, device):
     for count in (train, test):
         labels = torch.randint(classes, (count,), generator=draw, device=device)
         features = torch.empty(count, dim, device=device)
-        for rows in torch.arange(count, device=device).split(2**16):
+        for rows in torch.arange(count, device=device).split(2**12):
             noise = torch.randn(len(rows), dim, generator=draw, device=device)
             features[rows] = F.normalize(directions[labels[rows]] + SPREAD * noise, dim=1)
         found += [features, labels]

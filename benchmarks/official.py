@@ -60,13 +60,12 @@ def knn(args):
     def accuracies():
         return [eval_knn.knn_classifier(*features, k, 0.07, args.classes)[0] for k in args.ks]
 
-    top1, seconds = accuracies(), []
-    for _ in range(args.repeats):
-        start = time.perf_counter()  # the accuracies are on the host, so that no wait is needed
-        accuracies()
-        seconds.append(time.perf_counter() - start)
+    top1 = accuracies()  # on the host, so that no wait for the device is needed
+    times = timed(lambda _: accuracies(), range(args.repeats), warmup=0)
+    seconds, cpu = (statistics.median(kind) for kind in zip(*times, strict=True))
     return {
-        "seconds": round(statistics.median(seconds), 3),
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu, 3),
         "peak_memory_gib": peak_memory_gib(args.device),
         "top1": dict(zip(args.ks, top1, strict=True)),
     }
