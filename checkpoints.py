@@ -115,13 +115,19 @@ def flags_in(checkpoint):
 
     Official ones are a Namespace.
     """
-    args = checkpoint.get("args", {}) if isinstance(checkpoint, dict) else {}
-    return vars(args) if isinstance(args, argparse.Namespace) else args
+    args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args if isinstance(args, dict) else {}
 
 
 def unwrap(model):
     """The module inside a DistributedDataParallel."""
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def is_named(value):
+    """Whether this is a dict whose keys are text, as a state dict is."""
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
 def with_prefix(state_dict, prefix):
@@ -169,8 +175,11 @@ def restore_training(checkpoint, source, state):
         objects["fp16_scaler"] = state["scaler"]
     restore(checkpoint, source, **objects)
     rng = checkpoint.get("rng", [])
-    if len(rng) == get_world_size():
-        set_random_state(rng[get_rank()])
+    try:
+        if len(rng) == get_world_size():
+            set_random_state(rng[get_rank()])
+    except Exception:  # whatever torch may raise on somebody's values
+        raise UserError(f"{source}: rng does not hold the random states of the ranks.") from None
 
 
 def restore(checkpoint, source, **objects):
@@ -187,13 +196,29 @@ def restore(checkpoint, source, **objects):
         )
     for name, value in objects.items():
         what = f"{source}: {name}"
+        if not is_named(checkpoint[name]):
+            raise UserError(f"{what} is a {type(checkpoint[name]).__name__}, not values by name.")
         if isinstance(value, torch.nn.Module):
             load_exactly(unwrap(value), without_prefix(checkpoint[name], "module."), what)
             continue
         try:
             value.load_state_dict(checkpoint[name])
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever torch may raise on somebody's values
             raise UserError(f"{what} is not of this run's kind ({error}).") from None
+        if isinstance(value, torch.optim.Optimizer):
+            check_moments(value, what)
+
+
+def check_moments(optimizer, what):
+    """Raise UserError unless what `optimizer` keeps of each parameter fits it, and is finite."""
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        for name, value in optimizer.state.get(param, {}).items():
+            if name == "momentum_buffer" and value is None:  # as SGD begins
+                continue
+            if not isinstance(value, torch.Tensor) or value.shape not in (param.shape, ()):
+                raise UserError(f"{what}: {name} does not fit its parameter.")
+            if not value.isfinite().all():
+                raise UserError(f"{what}: {name} has values that are not finite.")
 
 
 def random_state():

@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import math
 import re
+import textwrap
 import urllib.request
 import uuid
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import nn
 
 from augmentations import IMAGENET_MEAN, IMAGENET_STD
 from backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
-from checkpoints import DamagedFile, flags_in, load_exactly, read, without_prefix
+from checkpoints import DamagedFile, flags_in, is_named, load_exactly, read, without_prefix
 from distributed import print0
 from errors import UserError
 from linear_heads import load_head
@@ -97,6 +98,7 @@ def load_backbone(args, given):
         checkpoint = read(args.pretrained_weights)
         weights = backbone_weights(checkpoint, args.checkpoint_key, args.pretrained_weights)
         described = vit_in(weights) | describe(checkpoint)
+        check_description(described, source)
     else:
         described = {}
     for flag in ("arch", "patch_size"):
@@ -145,9 +147,32 @@ def describe(checkpoint):
     described = {field: checkpoint[name] for field, name in names.items() if name in checkpoint}
     names = {"arch": "arch", "patch_size": "patch_size", "image_size": "global_crop_size"}
     described |= {field: args[name] for field, name in names.items() if name in args}
-    if "arch" in described:
+    if isinstance(described.get("arch"), str):
         described["arch"] = canonical_name(described["arch"])
     return described
+
+
+def check_description(described, source):
+    """Raise UserError unless the fields that a file states can be what their names say."""
+
+    def is_count(value):
+        return type(value) is int and 0 < value <= 2**13
+
+    def is_color(value, lowest=-math.inf):
+        numbers = isinstance(value, tuple | list) and len(value) == 3
+        return numbers and all(isinstance(v, int | float) and lowest < v < math.inf for v in value)
+
+    right = {
+        "arch": lambda value: isinstance(value, str),
+        "patch_size": is_count,
+        "image_size": is_count,
+        "mean": is_color,
+        "std": lambda value: is_color(value, lowest=0.0),
+    }
+    for name, value in described.items():
+        if not right[name](value):
+            shown = textwrap.shorten(repr(value), 60)
+            raise UserError(f"{source} says that {name} is {shown}, which cannot be.")
 
 
 def vit_in(weights):
@@ -171,8 +196,9 @@ def block_number(name):
 
 def trained_img_size(weights, patch_size):
     """Side in pixels of the images whose patches the position embeddings of a ViT are for."""
-    positions = weights["pos_embed"].shape[1] - 1 if "pos_embed" in weights else 0
-    return math.isqrt(positions) * patch_size or 224
+    positions = weights.get("pos_embed")  # (1, 1 + patches, D), or else it is found not to fit
+    known = isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[1] > 1
+    return math.isqrt(positions.shape[1] - 1) * patch_size if known else 224
 
 
 def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
@@ -192,6 +218,8 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
             f"{flag} {path} has no entry {key!r}; it has"
             f" {', '.join(map(str, checkpoint))}. Choose one with --checkpoint_key."
         )
+    if not is_named(state_dict):
+        raise UserError(f"{flag} {path} holds weights by names that are no text.")
     state_dict = without_prefix(state_dict, "module.")
     if any(name.startswith("backbone.") for name in state_dict):
         state_dict = {

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from backbones import canonical_name
-from checkpoints import load_exactly, read, unwrap, without_prefix
+from checkpoints import is_named, load_exactly, read, unwrap, without_prefix
 from distributed import print0
 from errors import UserError
 from pretrained import backbone_weights
@@ -73,25 +73,30 @@ def check_same_run(path, saved, args):
 def same(name, a, b):
     """Whether the flag means the same twice; a list is as good as a tuple, an old name as a new."""
     if name == "arch":
-        return canonical_name(a) == canonical_name(b)
-    return list(a) == list(b) if isinstance(a, list | tuple) else a == b
+        return canonical_name(str(a)) == canonical_name(b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return list(a) == list(b)
+    return not isinstance(a, torch.Tensor) and a == b
 
 
-def restore_progress(progress, checkpoint):
-    """Fill `progress`, which has the sizes of this run, from a checkpoint.
+def restore_progress(progress, checkpoint, source):
+    """Fill `progress`, which has the sizes of this run, from a checkpoint: `source` says which.
 
     Where the number of iterations per epoch was another then, since the global batch or the images
-    were, the run goes on at the same share of its epoch, and so of its schedules.
+    were, the run goes on at the same share of its epoch, and so of its schedules. UserError for
+    what can be no progress.
     """
     now = progress.iterations_per_epoch
     batch_now = progress.global_batch
-    for name in vars(progress):
-        if name in checkpoint:
-            setattr(progress, name, checkpoint[name])
+    for name, default in vars(progress).items():
+        value = checkpoint.get(name, default)
+        if type(value) is not type(default) or (name != "sums" and not value >= 0):
+            raise UserError(f"{source}: its entry {name} is {value}, which can be no progress.")
+        setattr(progress, name, value)
     before = progress.iterations_per_epoch
-    steps = max(
-        0, progress.steps
-    )  # an official checkpoint, at the end of an epoch, has no iteration
+    steps = max(0, progress.steps)  # official checkpoints, of ends of epochs, have no iteration
+    if before == 0 or steps > before:
+        raise UserError(f"{source}: {steps} steps of an epoch of {before} can be no progress.")
     if before != now:
         print0(
             f"An epoch had {before} iterations of {progress.global_batch} images, and has {now} of"
@@ -115,13 +120,13 @@ def initialise_from(path, student, teacher, dino_loss):
         weights = backbone_weights(checkpoint, key, path, flag="--init_from")
         load_backbone(network.backbone, weights, f"--init_from {path}: {key}")
         taken.append(f"backbone of the {name}")
-        head = head_weights(checkpoint.get(name, {}))
+        head = head_weights(checkpoint.get(name))
         if fits(network.head, head):
-            network.head.load_state_dict(head)
+            load_exactly(network.head, head, f"--init_from {path}: head of the {name}")
             taken.append(f"head of the {name}")
-    center = checkpoint.get("dino_loss", {})
+    center = checkpoint.get("dino_loss")
     if fits(dino_loss, center):
-        dino_loss.load_state_dict(center)
+        load_exactly(dino_loss, center, f"--init_from {path}: center")
         taken.append("center")
     everything = 5
     rest = "" if len(taken) == everything else "; the rest starts afresh"
@@ -129,15 +134,16 @@ def initialise_from(path, student, teacher, dino_loss):
 
 
 def head_weights(state_dict):
-    """The entries of DINO's head, without prefixes."""
-    state_dict = without_prefix(state_dict, "module.")
+    """The entries of DINO's head, without prefixes; {} of what is no state dict."""
+    state_dict = without_prefix(state_dict, "module.") if is_named(state_dict) else {}
     head = {name: value for name, value in state_dict.items() if name.startswith("head.")}
     return without_prefix(head, "head.")
 
 
 def fits(module, state_dict):
     """Whether names and shapes are those of `module`."""
-    shapes = {name: value.shape for name, value in state_dict.items()}
+    entries = state_dict if is_named(state_dict) else {}
+    shapes = {name: getattr(value, "shape", None) for name, value in entries.items()}
     return shapes == {name: value.shape for name, value in module.state_dict().items()}
 
 

@@ -65,7 +65,7 @@ class Run:
         check_same_run(path, flags_in(checkpoint), vars(self.args))
         flag = "--output_dir" if self.args.resume == "auto" else "--resume"
         restore_training(checkpoint, f"{flag} {path}", vars(state))
-        restore_progress(self.progress, checkpoint)
+        restore_progress(self.progress, checkpoint, f"{flag} {path}")
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.rewind(vars(self.args), self.progress.epoch, self.progress.iteration)
         inside = f" and {self.progress.steps} iterations" if self.progress.steps else ""

@@ -1,15 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files from somebody else: code in them is never run, and none says where a run writes."""
 
+import functools
 import importlib
+import itertools
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN, photograph
+from test_checkpoints import training_objects
 
-from pretrained import PUBLISHED_BACKBONES
+import eval_knn
+from checkpoints import (
+    flags_in,
+    random_state,
+    restore_training,
+    training_payload,
+)
+from errors import UserError
+from pretrained import PUBLISHED_BACKBONES, load_backbone
+from resume import Progress, check_same_run, initialise_from, restore_progress
+from saving import find_checkpoint
 
 EVALUATION = ("--device", "cpu", "--num_workers", "0", "--data_path", "labelled")
 COMMANDS = {
@@ -198,3 +212,81 @@ def test_the_names_in_a_list_of_masks_do_not_either(here, monkeypatch):
         *("--pretrained_weights", "backbone.pth", "--image_size", "32"),
     )
     assert files_outside(here, here / "run") == before
+
+
+# ---- values of the wrong kind ----
+
+WRONG = [
+    *(None, 1, -5, 10**6, "x", b"a", True, float("nan"), [], {}, (1, 2), [{}], {"a": 1}, {1: 2}),
+    *(torch.ones(()), torch.ones(3), torch.ones(2, 2, dtype=torch.int64), [{"cpu": torch.ones(3)}]),
+]
+
+
+def with_wrong_values(payload):
+    """`payload` with each of its entries missing, and with each wrong value in the place of it, of
+    an entry of an entry, and of a name.
+    """
+    for key, value in payload.items():
+        yield {name: other for name, other in payload.items() if name != key}
+        inner = list(value)[:1] if isinstance(value, dict) else []
+        for wrong in WRONG:
+            yield {**payload, key: wrong}
+            for name in inner:
+                yield {**payload, key: {**value, name: wrong}}
+    for wrong in WRONG:
+        if wrong.__hash__:
+            yield {wrong: 1, **payload}
+
+
+def mutants(path, count):
+    """Bytes of the file at `path` with a few changed: mostly of its first part, the pickle."""
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(rng.integers(1, 5)):
+            changed[rng.integers(len(content) if rng.random() < 0.3 else 5000)] = rng.integers(256)
+        yield bytes(changed)
+
+
+def test_weights_of_any_wrong_kind_are_refused_or_loaded_and_nothing_else(here, checkpoint):
+    flags = ("--pretrained_weights", "wrong.pth", "--data_path", "labelled", "--device", "cpu")
+    args = eval_knn.get_args_parser().parse_args(flags)
+    refused = 0
+    for payload in with_wrong_values(torch.load(checkpoint, weights_only=True)):
+        torch.save(payload, "wrong.pth")
+        refused += ends_in_user_error(lambda: load_backbone(args, {}))
+    assert refused > 100
+    for content in mutants(checkpoint, 60):
+        (here / "wrong.pth").write_bytes(content)
+        ends_in_user_error(lambda: load_backbone(args, {}))
+
+
+def test_training_checkpoints_of_any_wrong_kind_likewise(tmp_path):
+    progress = vars(Progress(epoch=1, iteration=8, iterations_per_epoch=6, global_batch=4))
+    flags = dict(arch="vit_nano", patch_size=8, out_dim=16)
+    payload = training_payload(training_objects(), progress, flags, [random_state()])
+    state, refused = training_objects(seed=1), [0, 0]
+    for wrong in itertools.islice(with_wrong_values(payload), 0, None, 7):  # of 400
+        torch.save(wrong, tmp_path / "wrong.pth")
+        refused[0] += ends_in_user_error(lambda: resume(tmp_path / "wrong.pth", flags, state))
+        networks = state["student"], state["teacher"], state["dino_loss"]
+        init = functools.partial(initialise_from, tmp_path / "wrong.pth", *networks)
+        refused[1] += ends_in_user_error(init)
+    assert refused[0] > 20
+    assert refused[1] > 5
+
+
+def resume(path, flags, state):
+    path, checkpoint = find_checkpoint(path, path.parent / "run")
+    check_same_run(path, flags_in(checkpoint), flags)
+    restore_training(checkpoint, path, state)
+    restore_progress(Progress(iterations_per_epoch=6, global_batch=4), checkpoint, path)
+
+
+def ends_in_user_error(function):
+    """Whether it does; whatever else it raises comes through."""
+    try:
+        function()
+    except UserError:
+        return True
+    return False
