@@ -38,7 +38,8 @@ from report import report_end, report_start
 from resume import Progress
 from run import Run, TrainState
 from saving import NEWEST, Saver, find_checkpoint
-from training_flags import check_args, get_args_parser, parse_args
+from training_checks import check_args
+from training_flags import get_args_parser, parse_args
 
 
 def train_dino(args):

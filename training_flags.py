@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags of main_dino.py, official and ours, and what cannot go together."""
+"""The flags of main_dino.py, official and ours."""
 
 import argparse
-from pathlib import Path
 
-from backbones import canonical_name, check_arch
 from demo import DEMO
-from errors import UserError
 from flags import (
     LARGEST_SEED,
     Parser,
     add_launch_arguments,
-    check_output_folder,
     given_flags,
     number,
 )
 from presets import PRESETS
 from utils import bool_flag
-from vision_transformer import ARCHITECTURES
 
 
 def get_args_parser():
@@ -332,50 +327,3 @@ def parse_args(argv=None):
             {name: value for name, value in PRESETS[args.preset].flags.items() if name not in given}
         )
     return args
-
-
-def check_args(args):
-    """Raise UserError for flags that cannot be, or be together, before anything is opened."""
-    check_arch(args.arch)
-    check_output_folder(args.output_dir)
-    if (Path(args.output_dir) / "checkpoint.pth.tar").exists():
-        raise UserError(
-            f"--output_dir {args.output_dir}: holds a run of eval_linear.py, whose log.txt would be"
-            " lost. Give another folder."
-        )
-    if args.init_from and args.resume not in ("auto", "never"):
-        raise UserError(
-            f"--init_from {args.init_from} and --resume {args.resume} exclude each other: the one"
-            " starts a run, the other goes on with one."
-        )
-    for warmup in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
-        epochs = getattr(args, warmup)
-        if epochs > args.epochs:
-            raise UserError(
-                f"--{warmup} {epochs} is longer than the run, --epochs {args.epochs}: lower the"
-                " one or raise the other."
-            )
-    for name in ("global_crops_scale", "local_crops_scale"):
-        scale = getattr(args, name)
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise UserError(
-                f"--{name} {' '.join(map(str, scale))}: give two shares of the image, above 0,"
-                " the smaller first."
-            )
-    if canonical_name(args.arch) in ARCHITECTURES:
-        for name in ("global_crop_size", "local_crop_size"):
-            size = getattr(args, name)
-            if size % args.patch_size and (name == "global_crop_size" or args.local_crops_number):
-                raise UserError(
-                    f"--{name} {size} is not a multiple of --patch_size {args.patch_size}: take"
-                    f" {max(1, round(size / args.patch_size)) * args.patch_size}."
-                )
-    if args.batch_size_per_gpu % args.accum_steps:
-        raise UserError(
-            f"--accum_steps {args.accum_steps} does not divide --batch_size_per_gpu"
-            f" {args.batch_size_per_gpu}: the parts must be equal."
-        )
-    if not args.use_fp16 and args.amp_dtype not in ("auto", "float32"):
-        raise UserError(
-            f"--use_fp16 false and --amp_dtype {args.amp_dtype} exclude each other: leave one out."
-        )

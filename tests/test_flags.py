@@ -10,7 +10,8 @@ import main_dino
 from errors import UserError
 from flags import given_flags
 from presets import PRESETS
-from training_flags import check_args, parse_args
+from training_checks import check_args
+from training_flags import parse_args
 
 OFFICIAL_DEFAULTS = dict(
     arch="vit_small",
