@@ -218,7 +218,8 @@ def test_a_step_equals_algorithm_1_written_out_in_its_order():
             amp_dtype=torch.float32,
         )
         expected = step_by_hand(by_hand, images, lr, weight_decay, momentum, epoch)
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        # the loss is a difference of sums that are up to a hundred times as large
+        assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     for name in ("student", "teacher"):
         pairs = zip(
             getattr(ours, name).named_parameters(),
