@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks at every image of a data set before a long run does.
+"""Look at every image of a data set before a long run does.
 
-    python data.py photos/        # a folder, with or without class folders, or a list of paths
+    python check_data.py photos/        # a folder, with or without class folders, or a list of
+    paths
 
 Prints counts, sizes, formats, files that cannot be read, exact duplicates, and warnings about what
 DINO finds hard. Exit code 0 if every image can be read, 1 if one cannot, 2 for a wrong PATH.
@@ -23,12 +24,17 @@ from multiprocessing.connection import wait
 import numpy as np
 from PIL import Image
 
-from data import UnreadableImage, given_path, list_training_images, printable
-from data import read_image as read
-from errors import exit_on_user_error
-from flags import Parser, count_cores, number
-from interruption import leave_signals_to_parent
-from metrics import progress_bar
+from dino.command_line import Parser, count_cores, number
+from dino.data.images import (
+    UnreadableImage,
+    given_path,
+    list_training_images,
+    printable,
+    read_image,
+)
+from dino.errors import exit_on_user_error
+from dino.meters import progress_bar
+from dino.signals import leave_signals_to_parent
 
 SECONDS = 60.0  # that an image may take
 LISTED = 20  # lines of a list that are printed; the rest are counted
@@ -64,7 +70,7 @@ class Facts:
 
 def look_at(path):
     """The Facts of an image. Raises UnreadableImage, or OSError for a file that vanishes."""
-    image = read(path)
+    image = read_image(path)
     small = np.asarray(image.resize((32, 32), Image.Resampling.BOX), float)
     with Image.open(path) as header, open(path, "rb") as file:
         return Facts(
@@ -174,7 +180,7 @@ def print_list(lines):
 
 
 def print_counts(root, paths):
-    """Images in all and by folder, and files beside them that are no images by their names."""
+    """Print the number of images in all and by folder."""
     folders = collections.Counter(os.path.relpath(os.path.dirname(path), root) for path in paths)
     numbers = sorted(folders.values())
     spread = f", {numbers[0]} to {numbers[-1]} in one" if len(folders) > 1 else ""
@@ -184,7 +190,7 @@ def print_counts(root, paths):
 
 
 def print_ignored(root, paths):
-    """What else lies in the folder: perhaps photographs in a format that nobody asked for."""
+    """Print the extensions of other files in the folder: perhaps images of another format."""
     images = set(paths)
     others = [
         name
@@ -194,7 +200,7 @@ def print_ignored(root, paths):
     ]
     if others:
         endings = collections.Counter(os.path.splitext(name)[1].lower() for name in others)
-        print(f"not looked at, as no image ends so: {tally(endings)}")
+        print(f"ignored, not an image extension: {tally(endings)}")
 
 
 def tally(counter):
@@ -206,7 +212,7 @@ def print_sizes(facts):
     for name in ("width", "height"):
         sides = [getattr(image, name) for image in facts]
         middle = round(statistics.median(sides))
-        print(f"{name}: {min(sides)} to {max(sides)} pixels, half of them up to {middle}")
+        print(f"{name}: {min(sides)} to {max(sides)} pixels, median {middle}")
     for name in ("format", "mode"):
         print(f"{name}: {tally(collections.Counter(getattr(image, name) for image in facts))}")
 
@@ -252,8 +258,8 @@ def find_flaws(facts, surplus, crop_size, batch_size):
         )
     if rotated := share([image for image in facts if image.is_rotated]):
         yield (
-            f"{rotated} are stored on their side, to be rotated by EXIF, which training does not do"
-            " (as officially). Rotate the files, as with exiftran or jpegtran."
+            f"{rotated} are stored on their side, to be rotated by EXIF, which training, like the"
+            " official code, does not do. Rotate the files, as with exiftran or jpegtran."
         )
     if repeated := share(surplus, FEW):
         yield f"{repeated} are duplicates: they count twice, also between train/ and val/."
@@ -272,14 +278,14 @@ def report(data_path, paths, found, errors, args):
     print_list(sorted(errors))
     groups = group_duplicates(found)
     surplus = [path for group in groups for path in group[1:]]
-    print(f"duplicates: {len(surplus)} files are, to the byte, like another one")
+    print(f"duplicates: {len(surplus)} files are byte-for-byte copies of another")
     print_list([" = ".join(os.path.relpath(path, root) for path in group) for group in groups])
     for flaw in find_flaws(facts, surplus, args.global_crop_size, args.batch_size_per_gpu):
         print(f"Warning: {flaw}")
 
 
 def get_args_parser():
-    parser = Parser(prog="data.py", description="Look at a data set before a long run does.")
+    parser = Parser(prog="check_data.py", description="Look at a data set before a long run does.")
     add = parser.add_argument
     add("path", metavar="PATH", help="what --data_path will be: a folder of images, or a list")
     add(
@@ -314,5 +320,5 @@ def check_data(args):
 
 
 def main():
-    with exit_on_user_error("data.py"):
+    with exit_on_user_error("check_data.py"):
         sys.exit(check_data(get_args_parser().parse_args()))

@@ -20,20 +20,19 @@ from pathlib import Path
 
 import torch
 
-from attention import class_attention, fit_to_patches, keep_mass, load_vit
-from data import read_image
-from distributed import print0
-from errors import UserError, exit_on_user_error
-from flags import (
+from dino.command_line import (
     Parser,
     add_device_argument,
     add_weights_arguments,
     check_output_file,
-    given_flags,
     number,
 )
-from metrics import progress_bar
-from segmentation import SegmentedImages
+from dino.data.images import read_image
+from dino.data.masks import SegmentedImages
+from dino.distributed import print0
+from dino.errors import UserError, exit_on_user_error
+from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_vit
+from dino.meters import progress_bar
 
 # Best head, validation images of VOC2012 (Fig. 4 and App. D, which alone has the last value).
 PAPER = {
@@ -78,12 +77,12 @@ def get_args_parser():
     return parser
 
 
-def eval_attention(args, given=()):
-    """Print and return {threshold: summary}, see `summarise`. `given`: the command line's flags."""
+def eval_attention(args):
+    """Print and return {threshold: summary}, see `summarise_scores`."""
     if args.output:
         check_output_file(args.output)
     images = SegmentedImages(args.data_path, args.ground_truth)
-    pretrained = load_vit(args, given)
+    pretrained = open_vit(args)
     scores = {}  # name of the image: {threshold: Jaccard (h + 1, n)}
     for name, path, objects, counted in progress_bar(images, "attention masks"):
         image_scores = score_image(
@@ -94,9 +93,10 @@ def eval_attention(args, given=()):
     if not scores:
         raise UserError(f"--data_path {args.data_path}: no mask has an object in it.")
     summaries = {
-        share: summarise([image[share] for image in scores.values()]) for share in args.threshold
+        share: summarise_scores([image[share] for image in scores.values()])
+        for share in args.threshold
     }
-    report(summaries, scores, images)
+    print_table(summaries, scores, images)
     if args.output:
         protocol = {
             "arch": pretrained.arch,
@@ -160,7 +160,7 @@ def jaccard(masks, objects):
     return both / (masks.sum(dim=1, keepdim=True) + objects.sum(dim=1) - both)
 
 
-def summarise(scores):
+def summarise_scores(scores):
     """Percentages, from the Jaccard similarities (h + 1, n) of one or more images.
 
     `best_head`: every object with the head that fits it best. `best_single_head`: the one head
@@ -177,7 +177,7 @@ def summarise(scores):
     }
 
 
-def report(summaries, scores, images):
+def print_table(summaries, scores, images):
     """A row for each way to choose a head, a column for each threshold; and the paper's values."""
     masks = sum(next(iter(image.values())).shape[1] for image in scores.values())
     left_out = len(images) - len(scores)
@@ -200,7 +200,7 @@ def report(summaries, scores, images):
 def write_json(path, protocol, summaries, scores):
     """The protocol, the summaries, and the summary of every image by itself."""
     images = {
-        name: {share: summarise([values]) for share, values in image.items()}
+        name: {share: summarise_scores([values]) for share, values in image.items()}
         for name, image in scores.items()
     }
     content = {**protocol, "thresholds": summaries, "images": images}
@@ -209,9 +209,8 @@ def write_json(path, protocol, summaries, scores):
 
 
 def main():
-    parser = get_args_parser()
     with exit_on_user_error("eval_attention.py"):
-        eval_attention(parser.parse_args(), given_flags(parser))
+        eval_attention(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

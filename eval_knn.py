@@ -13,26 +13,26 @@ from pathlib import Path
 
 import torch
 
-from augmentations import eval_transform
-from checkpoints import read, write_atomically
-from data import list_labelled_images
-from distributed import init_distributed, is_main_process, print0, shut_down
-from errors import UserError, exit_on_user_error
-from flags import (
+from dino.command_line import (
     Parser,
     add_launch_arguments,
     add_precision_argument,
     add_weights_arguments,
+    bool_flag,
     check_output_folder,
-    given_flags,
     loader_workers,
     number,
 )
-from knn import extract_features, knn_accuracies, knn_classifier
-from loading import evaluation_loader
-from metrics import peak_memory_mb, progress_bar
-from pretrained import check_image_size, load_backbone
-from utils import bool_flag, choose_amp_dtype
+from dino.data.images import list_labelled_images
+from dino.data.loaders import evaluation_loader
+from dino.distributed import init_distributed, is_main_process, print0, shut_down
+from dino.errors import UserError, exit_on_user_error
+from dino.evaluation.features import extract_features
+from dino.evaluation.knn import knn_accuracies, knn_classifier
+from dino.meters import peak_memory_mb, progress_bar
+from dino.precision import choose_amp_dtype
+from dino.weights.files import read, write_atomically
+from dino.weights.pretrained import open_backbone
 
 __all__ = ["eval_knn", "get_args_parser", "knn_classifier"]
 
@@ -78,14 +78,14 @@ def get_args_parser():
     return parser
 
 
-def eval_knn(args, given=()):
-    """Print and return {k: (top-1, top-5)} in percent. `given`: the flags of the command line."""
-    check_args(args)
+def eval_knn(args):
+    """Print and return {k: (top-1, top-5)} in percent."""
+    check_knn_flags(args)
     _, device = init_distributed(args.device, args.dist_url)
     if args.load_features:
         features = load_features(args.load_features)
     else:
-        features = compute_features(args, given, device)
+        features = compute_features(args, device)
         if args.dump_features and is_main_process():
             dump_features(args.dump_features, features)
     if args.use_cuda:
@@ -118,8 +118,8 @@ def eval_knn(args, given=()):
     return accuracies
 
 
-def check_args(args):
-    """Raise UserError for flags that cannot be served, before anything is opened."""
+def check_knn_flags(args):
+    """Raise UserError for flags that exclude each other, before anything is opened."""
     if args.dump_features and args.load_features:
         raise UserError(
             f"--dump_features {args.dump_features} and --load_features {args.load_features} exclude"
@@ -129,20 +129,17 @@ def check_args(args):
         check_output_folder(args.dump_features, "--dump_features")
 
 
-def compute_features(args, given, device):
+def compute_features(args, device):
     """Features and labels of train/ and val/, in the order of FEATURE_FILES."""
     train_paths, train_labels, classes = list_labelled_images(args.data_path, "train")
     test_paths, test_labels, _ = list_labelled_images(args.data_path, "val", classes)
-    pretrained = load_backbone(args, given)
-    pretrained.image_size = args.image_size or pretrained.image_size
-    check_image_size(pretrained)
-    transform = eval_transform(pretrained.image_size, pretrained.mean, pretrained.std)
+    pretrained = open_backbone(args, args.image_size)
     features = []
     for paths, labels in ((train_paths, train_labels), (test_paths, test_labels)):
         loader = evaluation_loader(
             paths,
             labels,
-            transform,
+            pretrained.transform,
             batch_size=args.batch_size_per_gpu,
             num_workers=loader_workers(args.num_workers),
             pin_memory=device.type == "cuda",
@@ -175,26 +172,26 @@ def load_features(folder):
     if widths[0] != widths[1]:
         raise UserError(
             f"--load_features {folder}: {widths[0]} numbers in a row of {FEATURE_FILES[0]} and"
-            f" {widths[1]} in one of {FEATURE_FILES[2]}: these are of two networks."
+            f" {widths[1]} in one of {FEATURE_FILES[2]}: they come from two networks."
         )
     return features
 
 
 def problem_with(table, labels, table_name, labels_name):
-    """Why these are no features (n, D) and labels (n,) from 0 on, or None."""
+    """What keeps these from being features (n, D) and class numbers (n,), or None."""
     if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
-        return f"{labels_name} is no row of whole numbers"
+        return f"{labels_name} is not a 1-D tensor of class numbers"
     if len(labels) and labels.min() < 0:
-        return f"{labels_name} is no row of whole numbers from 0 on"
+        return f"{labels_name} has negative class numbers"
     if not isinstance(table, torch.Tensor) or table.ndim != 2 or not table.is_floating_point():
-        return f"{table_name} is no table of numbers"
+        return f"{table_name} is not a 2-D tensor of floating-point numbers"
     if len(table) != len(labels) or len(table) == 0:
-        return f"{table_name} is no table with a row per label"
+        return f"{table_name} does not have one row per label"
     return None if table.isfinite().all() else f"{table_name} has values that are not finite"
 
 
 def clip_ks(ks, num_train):
-    """The numbers of neighbours, at most one per training image, with a notice."""
+    """The numbers of neighbours, at most as many as training images, with a message."""
     clipped = sorted({min(k, num_train) for k in ks})
     if max(ks) > num_train:
         print0(f"--nb_knn: there are {num_train} training images, so k is at most {num_train}.")
@@ -202,9 +199,8 @@ def clip_ks(ks, num_train):
 
 
 def main():
-    parser = get_args_parser()
     with exit_on_user_error("eval_knn.py"):
-        eval_knn(parser.parse_args(), given_flags(parser))
+        eval_knn(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ r"""Linear classifier on a frozen backbone (Sec. 4.1): trains it, or evaluates o
 
 --data_path holds train/ and val/, each with one folder of images per class. For the last command
 the authors report 77.0. The best rate differs from backbone to backbone, and the paper sweeps it:
-give several, they train side by side in the time of one. The first command again resumes.
+give several, they train side by side in the time of one. Run the first command again to resume.
 """
 
 import argparse
@@ -18,40 +18,44 @@ from pathlib import Path
 
 import torch
 
-from augmentations import LinearProbeAugmentation, eval_transform
-from backbones import is_vit
-from checkpoints import read
-from data import list_labelled_images
-from distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
-from errors import Diverged, UserError, exit_on_user_error
-from flags import (
+from dino.backbones import is_vit
+from dino.command_line import (
     LARGEST_SEED,
     Parser,
     add_launch_arguments,
+    add_precision_argument,
     add_weights_arguments,
+    bool_flag,
     check_output_folder,
-    given_flags,
     loader_workers,
     number,
 )
-from linear import FrozenFeatures, evaluate, train_one_epoch
-from linear_heads import (
+from dino.data.augmentations import LinearProbeAugmentation
+from dino.data.images import ImageFiles, list_labelled_images
+from dino.data.loaders import evaluation_loader, training_loader
+from dino.distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
+from dino.errors import Diverged, UserError, exit_on_user_error
+from dino.evaluation.features import FrozenFeatures
+from dino.evaluation.linear import evaluate_heads, train_heads_one_epoch
+from dino.evaluation.linear_files import (
+    HeadsProgress,
     LinearClassifier,
-    Progress,
-    build_state,
+    build_heads,
     check_backbone,
     describe_head,
     load_head,
     load_training,
     number_labels,
+    published_head,
     save_best_and_last,
     save_training,
     stated_flags,
 )
-from loading import evaluation_loader, training_loader
-from metrics import RunLog, read_json_lines
-from pretrained import check_image_size, load_backbone, published_head
-from utils import bool_flag, choose_amp_dtype, fix_random_seeds
+from dino.precision import choose_amp_dtype
+from dino.randomness import fix_random_seeds
+from dino.run_log import RunLog, read_json_lines
+from dino.weights.files import read
+from dino.weights.pretrained import open_backbone
 
 __all__ = ["LinearClassifier", "eval_linear", "get_args_parser"]
 
@@ -79,13 +83,7 @@ def get_args_parser():
         type=number(int, 1),
         help="pixels of the crops; by default what the backbone was trained with, else 224",
     )
-    add(
-        "--amp_dtype",
-        default="float32",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        help="type in which the backbone computes, officially float32; auto is bfloat16, or else"
-        " float16, on a GPU",
-    )
+    add_precision_argument(group, default="float32")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", default=100, type=number(int, 1), help="passes over train/")
     add(
@@ -128,18 +126,18 @@ def get_args_parser():
     return parser
 
 
-def eval_linear(args, given=()):
-    """Print accuracies and return the best top-1 in percent. `given`: flags of the command line."""
-    check_args(args)
+def eval_linear(args):
+    """Print accuracies and return the best top-1 in percent."""
+    check_linear_flags(args)
     _, device = init_distributed(args.device, args.dist_url)
     torch.backends.cudnn.benchmark = True
-    accuracy = (evaluate_head if args.evaluate else train_heads)(args, dict(given), device)
+    accuracy = (evaluate_head if args.evaluate else train_heads)(args, device)
     shut_down()
     return accuracy
 
 
-def check_args(args):
-    """Raise UserError for flags that cannot be served, before anything is opened."""
+def check_linear_flags(args):
+    """Raise UserError for flags that exclude each other, before anything is opened."""
     if args.classifier and not args.evaluate:
         raise UserError(f"--classifier {args.classifier} is for --evaluate: add that flag.")
     if len(set(args.lr)) < len(args.lr):
@@ -155,23 +153,22 @@ def check_args(args):
         )
 
 
-def evaluate_head(args, given, device):
+def evaluate_head(args, device):
     """Top-1 in percent of --classifier or, without it, of the published head of the backbone."""
     paths, labels, names = list_labelled_images(args.data_path, "val")
     if args.classifier:
         source = f"--classifier {args.classifier}"
         entries = read(args.classifier, "--classifier")
-        head, args = take_head(entries, args, given, source)
-        pretrained = load_backbone(args, given)
+        head, args = take_head(entries, args, source)
+        pretrained = open_backbone(args, args.image_size or entries.get("image_size"))
         check_backbone(entries, pretrained.backbone, source, args.pretrained_weights)
     else:
-        pretrained = load_backbone(args, given)
+        pretrained = open_backbone(args, args.image_size)
         source = f"the published linear head of {pretrained.arch}"
         entries = published_head(pretrained.arch, pretrained.patch_size)
-        head, args = take_head(entries, args, given, source)
+        head, args = take_head(entries, args, source)
     labels = number_labels(labels, names, entries.get("classes"), head.num_labels, source)
-    pretrained.image_size = args.image_size or entries.get("image_size", pretrained.image_size)
-    features = build_features(args, given, pretrained, device)
+    features = build_features(args, pretrained, device)
     if head.linear.in_features != features.dim:
         raise UserError(
             f"{source} is for features of {head.linear.in_features} numbers, and those of"
@@ -179,29 +176,28 @@ def evaluate_head(args, given, device):
             " --avgpool_patchtokens."
         )
     print0(f"Loaded {source}, {head.num_labels} classes.")
-    transform = eval_transform(pretrained.image_size, pretrained.mean, pretrained.std)
-    loader = evaluation_loader(paths, labels, transform, **loader_options(args, device))
-    (result,) = evaluate(features, [head.to(device)], loader, len(paths))
+    options = loader_options(args, device)
+    loader = evaluation_loader(paths, labels, pretrained.transform, **options)
+    (result,) = evaluate_heads(features, [head.to(device)], loader, len(paths))
     print_result(result)
     print0(f"Accuracy of the network on the {len(paths)} test images: {result['acc1']:.1f}%")
     return result["acc1"]
 
 
-def take_head(entries, args, given, source):
+def take_head(entries, args, source):
     """The head in the `entries` of a file, and `args` with the flags that the file states."""
     head = load_head(entries, source)
-    return head, argparse.Namespace(**{**vars(args), **stated_flags(entries, given, source)})
+    return head, argparse.Namespace(**{**vars(args), **stated_flags(entries, args.given, source)})
 
 
-def build_features(args, given, pretrained, device):
+def build_features(args, pretrained, device):
     """The FrozenFeatures that the flags ask for. UserError for flags that do not go together."""
     for flag in ("n_last_blocks", "avgpool_patchtokens"):
-        if flag in given and not is_vit(pretrained.backbone):
+        if flag in args.given and not is_vit(pretrained.backbone):
             raise UserError(
-                f"--{flag} {given[flag]}: {pretrained.arch} is no ViT of ours, and a classifier"
-                " sees its output. Leave the flag out."
+                f"--{flag} {args.given[flag]}: {pretrained.arch} is not one of our ViTs: the"
+                " classifier takes its output directly. Leave the flag out."
             )
-    check_image_size(pretrained)
     return FrozenFeatures(
         pretrained.backbone,
         pretrained.embed_dim,
@@ -220,29 +216,30 @@ def loader_options(args, device):
     )
 
 
-def train_heads(args, given, device):
+def train_heads(args, device):
     """The whole job, in the order of the work; best top-1 in percent."""
     # ---- data and backbone ----
     paths, labels, classes = list_labelled_images(args.data_path, "train")
     val_paths, val_labels, _ = list_labelled_images(args.data_path, "val", classes)
-    if given.get("num_labels", len(classes)) != len(classes):
+    if args.given.get("num_labels", len(classes)) != len(classes):
         raise UserError(
             f"--num_labels {args.num_labels}: there are {len(classes)} class folders in train/ of"
             f" --data_path {args.data_path}. Leave the flag out."
         )
-    pretrained = load_backbone(args, given)
-    pretrained.image_size = args.image_size or pretrained.image_size
-    features = build_features(args, given, pretrained, device)
-    seen = (pretrained.image_size, pretrained.mean, pretrained.std)
-    options, augmentation = loader_options(args, device), LinearProbeAugmentation(*seen)
-    loader = training_loader(paths, augmentation, labels=labels, seed=args.seed, **options)
-    val_loader = evaluation_loader(val_paths, val_labels, eval_transform(*seen), **options)
+    pretrained = open_backbone(args, args.image_size)
+    features = build_features(args, pretrained, device)
+    augmentation = LinearProbeAugmentation(pretrained.image_size, pretrained.mean, pretrained.std)
+    options = loader_options(args, device)
+    loader = training_loader(
+        ImageFiles(paths), augmentation, labels=labels, seed=args.seed, **options
+    )
+    val_loader = evaluation_loader(val_paths, val_labels, pretrained.transform, **options)
 
     # ---- heads ----
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same heads
     global_batch = args.batch_size_per_gpu * get_world_size()
     scaled_lrs = [lr * global_batch / 256 for lr in args.lr]  # Goyal et al. 2017
-    state = build_state(features.dim, len(classes), scaled_lrs, args.epochs, device)
+    state = build_heads(features.dim, len(classes), scaled_lrs, args.epochs, device)
     description = describe_head(
         pretrained,
         classes,
@@ -262,7 +259,7 @@ def train_heads(args, given, device):
     )
 
     # ---- resume ----
-    output_dir, progress = Path(args.output_dir), Progress()
+    output_dir, progress = Path(args.output_dir), HeadsProgress()
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint, log = output_dir / "checkpoint.pth.tar", RunLog(output_dir)
     if checkpoint.exists():
@@ -275,7 +272,7 @@ def train_heads(args, given, device):
     for epoch in range(progress.epoch, args.epochs):
         loader.sampler.set_epoch(epoch)
         lrs, results = state.scheduler.get_last_lr(), []
-        losses = train_one_epoch(
+        losses = train_heads_one_epoch(
             features, state.heads, state.optimizer, loader, epoch, progress.best_head
         )
         if not any(map(math.isfinite, losses)):
@@ -283,7 +280,7 @@ def train_heads(args, given, device):
         state.scheduler.step()
         progress.epoch = epoch + 1
         if epoch % args.val_freq == 0 or progress.epoch == args.epochs:
-            results = evaluate(features, state.heads, val_loader, len(val_paths))
+            results = evaluate_heads(features, state.heads, val_loader, len(val_paths))
             improved = progress.add(epoch, [result["acc1"] for result in results])
             result = results[progress.best_head]
             print_validation(result, progress, len(val_paths))
@@ -331,9 +328,8 @@ def print_table(flags, progress):
 
 
 def main():
-    parser = get_args_parser()
     with exit_on_user_error("eval_linear.py"):
-        eval_linear(parser.parse_args(), given_flags(parser))
+        eval_linear(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 For each image: img.png, attn-head0.png, ... and, with --threshold, mask_th0.6_head0.png, ... (the
 official names); beside them attn-mean.png, overlay.png, and everything on one sheet, attention.png.
-A folder of images gets a folder of pictures for each. As officially, images are resized to 480 x
-480 pixels; --image_size 480 keeps their aspect ratio. No GPU is needed.
+A folder of images gets a folder of pictures for each. As in the official code, images are resized
+to 480 x 480 pixels; --image_size 480 keeps their aspect ratio. No GPU is needed.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
-import plots
-from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
-from data import UnreadableImage, find_images, read_image
-from demo import open_photograph
-from distributed import print0
-from errors import UserError, exit_on_user_error
-from flags import (
+from dino.command_line import (
     Parser,
     add_device_argument,
     add_weights_arguments,
     check_output_folder,
-    given_flags,
     number,
 )
+from dino.data.demo import open_photograph
+from dino.data.images import UnreadableImage, find_images, read_image
+from dino.distributed import print0
+from dino.errors import UserError, exit_on_user_error
+from dino.evaluation.attention import (
+    class_attention,
+    fit_to_patches,
+    keep_mass,
+    open_vit,
+    upsample,
+)
+from dino.training import plots
 
 PHOTOGRAPH = "chelsea.png"  # a cat, which scikit-image brings along
 MASK_COLOR = (255, 0, 160)  # rare in photographs
@@ -67,12 +72,12 @@ def get_args_parser():
     return parser
 
 
-def visualize_attention(args, given=()):
-    """Write the pictures of every image. `given`: the flags of the command line."""
-    check_image_size(args.image_size)
+def visualize_attention(args):
+    """Write the pictures of every image."""
+    check_picture_size(args.image_size)
     check_output_folder(args.output_dir)
     photographs = list_photographs(args.image_path, args.output_dir)
-    pretrained = load_vit(args, given)
+    pretrained = open_vit(args)
     network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
     for path, folder in photographs:
         name = path or PHOTOGRAPH
@@ -86,7 +91,7 @@ def visualize_attention(args, given=()):
         print0(f"{name}: {rows} x {columns} patches, {heads} heads: {sheet}")
 
 
-def check_image_size(image_size):
+def check_picture_size(image_size):
     if len(image_size) > 2 or (0 in image_size and len(image_size) == 2):
         raise UserError(
             f"--image_size {' '.join(map(str, image_size))}: give height and width, or the short"
@@ -245,9 +250,8 @@ def draw_sheet(path, title, groups):
 
 
 def main():
-    parser = get_args_parser()
     with exit_on_user_error("visualize_attention.py"):
-        visualize_attention(parser.parse_args(), given_flags(parser))
+        visualize_attention(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ only to save memory, such as a second forward pass, does not count: it is the mo
 """
 
 import torch
+from backbones import build_backbone
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones import build_backbone
 from dino import MultiCropWrapper
 from vision_transformer import DINOHead
 

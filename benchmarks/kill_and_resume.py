@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 from common import ROOT, print_result
-
 from demo import PHOTOGRAPHS, TILE, open_photograph
 
 TILES = 8  # of each photograph

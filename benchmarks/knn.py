@@ -13,6 +13,8 @@ official code runs before ours, in a process of its own, on the same features.
 import argparse
 from unittest.mock import patch
 
+import knn  # the project's, which common.py puts before this folder
+import neighbours
 import torch
 from common import (
     describe_machine,
@@ -22,12 +24,9 @@ from common import (
     run_official_or_say_why,
     with_ratios,
 )
-from features import two_sets
-
-import knn  # the project's, which common.py puts before this folder
-import neighbours
 from distributed import Launch, choose_device
 from errors import exit_on_user_error
+from features import two_sets
 from neighbours import nearest
 
 COMPARED = 1000  # queries that are looked up wholly in float32 too

@@ -13,13 +13,12 @@ import statistics
 import time
 
 import torch
-from common import describe_machine, print_result, run_official, synchronize
-from torch.utils.data._utils.pin_memory import pin_memory
-
 from augmentations import DataAugmentationDINO
+from common import describe_machine, print_result, run_official, synchronize
 from data import list_training_images, read_image
 from device_augmentation import CropsDINO, DeviceStage
 from loading import collate_readable
+from torch.utils.data._utils.pin_memory import pin_memory
 
 CROPS = ((0.4, 1.0), (0.05, 0.4), 8)  # the official defaults: 2 x 224 and 8 x 96 pixels
 

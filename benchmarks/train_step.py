@@ -27,13 +27,13 @@ from common import (
     synchronize,
     with_ratios,
 )
+from distributed import Launch, choose_device
+from errors import exit_on_user_error
 from flops import peak_flops, training_flops
+from monitor import Monitor
 
 import main_dino
 import utils
-from distributed import Launch, choose_device
-from errors import exit_on_user_error
-from monitor import Monitor
 
 # Schedules do not change the time of a step; that the last layer learns does.
 SCHEDULED = dict(lr=1e-4, weight_decay=0.04, momentum=0.996, epoch=1, freeze_last_layer=1)

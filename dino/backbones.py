@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--arch` -> (backbone, embed_dim): the only place that knows what a name means."""
+"""`--arch` -> (backbone, embed_dim). A backbone of your own is one more row of FAMILIES, below."""
 
 import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torchvision.models
@@ -9,7 +11,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 import vision_transformer as vits
-from errors import UserError
+from dino.errors import UserError
 
 # The official names, which are those of torch.hub facebookresearch/xcit; timm has the networks.
 XCIT_NAMES = [
@@ -28,6 +30,20 @@ REFUSED = {
 }
 
 
+@dataclass(frozen=True)
+class Family:
+    """A row of FAMILIES: which names belong to it, which of them it refuses, how it builds one.
+
+    `has(arch)` -> bool; `check(arch)` raises UserError; `build(arch, *, patch_size, img_size,
+    in_chans, drop_path_rate)` -> (backbone, embed_dim). Options that mean nothing to it are
+    ignored.
+    """
+
+    has: Callable
+    build: Callable
+    check: Callable = lambda arch: None
+
+
 def build_backbone(arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_rate=0.0):
     """(backbone, embed_dim): a module (B, C, H, W) -> (B, embed_dim) with random weights.
 
@@ -37,18 +53,56 @@ def build_backbone(arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_r
     """
     check_arch(arch)
     arch = canonical_name(arch)
-    if arch in vits.ARCHITECTURES:
-        options = dict(img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
-        backbone = vits.build_vit(arch, patch_size, **options)
-        return backbone, backbone.embed_dim
-    if is_timm(arch):
-        return build_timm(timm_name(arch), in_chans, drop_path_rate)
-    return build_torchvision(arch, drop_path_rate)
+    return family_of(arch).build(
+        arch,
+        patch_size=patch_size,
+        img_size=img_size,
+        in_chans=in_chans,
+        drop_path_rate=drop_path_rate,
+    )
+
+
+def check_arch(arch):
+    """Raise UserError, with the closest known names, for a name that `build_backbone` refuses."""
+    arch = canonical_name(arch)
+    family_of(arch).check(arch)
 
 
 def canonical_name(arch):
-    """The ViT that the official code means by `deit_small`; other names as they are."""
+    """The ViT that the official code means by `deit_small`; other names unchanged."""
     return f"vit_{arch.removeprefix('deit_')}" if arch.startswith("deit_") else arch
+
+
+def family_of(arch):
+    """The row of FAMILIES that `arch` belongs to; UserError if there is none."""
+    for family in FAMILIES:
+        if family.has(arch):
+            return family
+    close = close_names(arch, [*vits.ARCHITECTURES, *XCIT_NAMES, *torchvision_names()])
+    raise UserError(f"--arch {arch}: unknown. {close} Any model of timm is --arch timm:NAME.")
+
+
+def close_names(name, names):
+    close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
+    return (
+        f"Close to it: {', '.join(close)}." if close else f"Ours: {', '.join(vits.ARCHITECTURES)}."
+    )
+
+
+def is_vit(backbone):
+    """True for our ViT, which has patches, attention maps and intermediate layers."""
+    return isinstance(backbone, vits.VisionTransformer)
+
+
+# ---- our ViTs ----
+
+
+def build_vit(arch, *, patch_size, **options):
+    backbone = vits.build_vit(arch, patch_size, **options)
+    return backbone, backbone.embed_dim
+
+
+# ---- timm, which has the official XCiT too ----
 
 
 def is_timm(arch):
@@ -60,52 +114,40 @@ def timm_name(arch):
     return f"{arch}_224" if arch in XCIT_NAMES else arch.removeprefix("timm:")
 
 
-def is_vit(backbone):
-    """True for our ViT, which has patches, attention maps and intermediate layers."""
-    return isinstance(backbone, vits.VisionTransformer)
+def check_timm(arch):
+    import timm  # a second or two: only for those who ask
+
+    if not timm.is_model(timm_name(arch)):
+        close = close_names(timm_name(arch), timm.list_models())
+        raise UserError(f"--arch {arch}: unknown to timm. {close}")
 
 
-def check_arch(arch):
-    """Raise UserError for a name that `build_backbone` does not take, with those that are close."""
-    arch = canonical_name(arch)
-    if arch in vits.ARCHITECTURES:
-        return
-    if is_timm(arch):
-        import timm  # a second or two: only for those who ask
+def build_timm(arch, *, in_chans, drop_path_rate, **_):
+    import timm
 
-        if not timm.is_model(timm_name(arch)):
-            close = close_names(timm_name(arch), timm.list_models())
-            raise UserError(f"--arch {arch}: unknown to timm. {close}")
-        return
-    classifiers = torchvision.models.list_models(module=torchvision.models)
-    if arch not in classifiers:
-        close = close_names(arch, [*vits.ARCHITECTURES, *XCIT_NAMES, *classifiers])
-        raise UserError(f"--arch {arch}: unknown. {close} Any model of timm is --arch timm:NAME.")
+    options = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)
+    try:  # crops of two sizes
+        backbone = timm.create_model(timm_name(arch), dynamic_img_size=True, **options)
+    except TypeError:
+        backbone = timm.create_model(timm_name(arch), **options)
+    # not num_features, the width before a last hidden layer
+    return backbone, backbone.head_hidden_size
+
+
+# ---- torchvision ----
+
+
+def torchvision_names():
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def check_torchvision(arch):
     for prefix, reason in REFUSED.items():
         if arch.startswith(prefix):
             raise UserError(f"--arch {arch}: {reason}.")
 
 
-def close_names(name, names):
-    close = difflib.get_close_matches(name, names, n=4, cutoff=0.5)
-    return (
-        f"Close to it: {', '.join(close)}." if close else f"Ours: {', '.join(vits.ARCHITECTURES)}."
-    )
-
-
-def build_timm(name, in_chans, drop_path_rate):
-    import timm
-
-    options = dict(num_classes=0, in_chans=in_chans, drop_path_rate=drop_path_rate)
-    try:
-        backbone = timm.create_model(name, dynamic_img_size=True, **options)  # crops of two sizes
-    except TypeError:
-        backbone = timm.create_model(name, **options)
-    # not num_features, the width before a last hidden layer
-    return backbone, backbone.head_hidden_size
-
-
-def build_torchvision(arch, drop_path_rate):
+def build_torchvision(arch, *, drop_path_rate, **_):
     auxiliary = arch in ("googlenet", "inception_v3")  # which have classifiers inside too
     options = dict(aux_logits=False, init_weights=True) if auxiliary else {}
     backbone = torchvision.models.get_model(arch, weights=None, **options)
@@ -131,6 +173,21 @@ def set_dropout_rates(backbone, drop_path_rate):
             module.p = 0.0
 
 
+FAMILIES = [  # the first that has a name builds it
+    Family(vits.ARCHITECTURES.__contains__, build_vit),
+    Family(is_timm, build_timm, check_timm),
+    Family(lambda arch: arch in torchvision_names(), build_torchvision, check_torchvision),
+]
+
+
+# ---- any backbone ----
+
+
+def first_of(output):
+    """The feature vectors (B, D) of a backbone; the official XCiT returns a tuple, [CLS] first."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def has_batchnorms(model):
     """True if there is a batch norm, synchronised or not, anywhere in `model`."""
     batchnorms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -148,10 +205,9 @@ def check_takes_sizes(backbone, arch, sizes, in_chans=3, source=None):
     backbone.eval()
     for size in sizes:
         try:
-            features = backbone(torch.zeros(1, in_chans, size, size))
+            features = first_of(backbone(torch.zeros(1, in_chans, size, size)))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"{source} does not take crops of {size} pixels: {error}") from None
-        features = features[0] if isinstance(features, tuple) else features
         if features.ndim != 2:
             shape = tuple(features.shape)
             raise UserError(f"{source} makes {shape} of an image, not one vector.")

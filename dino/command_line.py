@@ -1,37 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command lines: flags that several scripts share, the ranges of numbers, and which flags were
-really given.
-"""
+"""Command lines: flags that several scripts share, numbers with ranges, which flags were given."""
 
 import argparse
 import math
 import os
 from pathlib import Path
 
-from distributed import print0
-from errors import UserError
+from dino.distributed import print0
+from dino.errors import UserError
+from dino.precision import AMP_DTYPES
 
 LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose error is one paragraph, without forty lines of usage before it."""
+    """ArgumentParser whose error is one paragraph, and whose result knows which flags were given.
+
+    `parse_args(...).given` is {name: value} of the flags that the command line really has.
+    """
 
     def __init__(self, **kwargs):
         super().__init__(
             formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
         )
 
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        absent = object()
+        blank = argparse.Namespace(**dict.fromkeys(vars(parsed), absent))
+        given = vars(super().parse_args(args, blank))
+        parsed.given = {name: value for name, value in given.items() if value is not absent}
+        return parsed
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def given_flags(parser, argv=None):
-    """{name: value} of the flags that the command line really has, defaults left out."""
-    absent = object()
-    names = vars(parser.parse_args([]))
-    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
-    return {name: value for name, value in vars(args).items() if value is not absent}
+def bool_flag(text):
+    """on, true, 1 or off, false, 0, in any case, for argparse."""
+    if text.lower() in ("on", "true", "1"):
+        return True
+    if text.lower() in ("off", "false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true (on, 1) nor false (off, 0)")
 
 
 def number(kind, low=-math.inf, high=math.inf, *, above=None):
@@ -78,7 +89,7 @@ def check_can_be_made(folder, given):
     existing = next(path for path in folders if os.path.exists(path))
     effective = os.access in os.supports_effective_ids
     if not existing.is_dir() or not os.access(existing, os.W_OK, effective_ids=effective):
-        raise UserError(f"{given}: {existing} is no folder that can be written to.")
+        raise UserError(f"{given}: {existing} is not a folder that can be written to.")
 
 
 def add_device_argument(group):
@@ -127,22 +138,22 @@ def add_weights_arguments(group, patch_size=16):
     add(
         "--arch",
         default="vit_small",
-        help="architecture; a checkpoint that names its own has it its way",
+        help="architecture; ignored if the checkpoint names its own",
     )
     add(
         "--patch_size",
         default=patch_size,
         type=number(int, 1),
-        help="side of a patch in pixels; likewise",
+        help="side of a patch in pixels; ignored if the checkpoint names its own",
     )
 
 
-def add_precision_argument(group):
-    """In what a frozen backbone computes."""
+def add_precision_argument(group, default="auto"):
+    """Which type autocast computes in."""
     group.add_argument(
         "--amp_dtype",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
+        default=default,
+        choices=AMP_DTYPES,
         help="type of mixed precision; auto is bfloat16 or else float16 on a GPU, float32 on a CPU",
     )
 
@@ -152,10 +163,8 @@ def count_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def loader_workers(requested, world_size=1):
-    """`requested` loader processes or, with a notice, as many as this process's share of the
-    cores.
-    """
+def loader_workers(requested):
+    """`requested` loader processes, or this process's share of the cores, with a message."""
     available = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if requested > available:
         print0(

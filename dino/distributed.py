@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes: how they find each other (torchrun, Slurm or alone), who is who, and what they add up.
+"""Processes: how they meet (torchrun, Slurm or alone), ranks, devices and collectives.
 
-A process alone needs no process group: every function here then answers for a world of one.
+A single process needs no process group: every function here then answers for a world of one.
 """
 
 import datetime
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
 
-from errors import UserError
+from dino.errors import UserError
 
-# A group for heartbeats on gloo, which notices a dead peer at once, where NCCL waits for it.
-_heart = None
+# A group on gloo, beside the one for tensors on the device: for heartbeats, since gloo notices a
+# dead peer at once, where NCCL waits for it; and for ballots, which must not wait for the device.
+_hosts = None
 
 # A rank that waits longer than this for the others raises; gloo's own limit is 30 minutes.
 TIMEOUT = datetime.timedelta(minutes=10)
@@ -49,15 +48,14 @@ def read_launch(environ=os.environ):
 
 
 def is_restart(environ=os.environ):
-    """Whether torchrun started these processes again, by the same command, after one had failed."""
+    """Whether torchrun restarted these processes, by the same command, after one had failed."""
     return int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def slurm_rendezvous(environ=os.environ):
-    """(address, port) on which a Slurm job's processes meet.
+    """(address, port) on which a Slurm job's processes meet: its first host, a port from its id.
 
-    Its first host, in a list that Slurm writes like `gpu[003-005,9],cpu1`, and a port that follows
-    from the job's id.
+    Slurm writes lists of hosts like `gpu[003-005,9],cpu1`.
     """
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "127.0.0.1")
     prefix, first_number = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts).groups()
@@ -84,8 +82,8 @@ def init_distributed(device="auto", dist_url="env://"):
         timeout=TIMEOUT,
         **ranks,
     )
-    global _heart
-    _heart = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    global _hosts
+    _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return launch, device
 
 
@@ -163,7 +161,37 @@ def print0(*values, **options):
 def heartbeat():
     """Raise RuntimeError unless all processes come here: before a wait that would have no end."""
     if get_world_size() > 1:
-        dist.monitored_barrier(_heart)
+        dist.monitored_barrier(_hosts)
+
+
+class Ballot:
+    """Which of some wishes any rank has, exchanged between hosts without waiting for a device."""
+
+    def __init__(self, wishes):
+        self.wishes = torch.tensor(wishes, dtype=torch.float32)
+        self.alone = get_world_size() == 1
+        if not self.alone:
+            options = dict(op=dist.ReduceOp.MAX, group=_hosts, async_op=True)
+            self.work = dist.all_reduce(self.wishes, **options)
+
+    def result(self):
+        """A bool for each wish, the same on every rank. Waits until all ranks have voted."""
+        if not self.alone:
+            self.work.wait()
+        return self.wishes.bool().tolist()
+
+
+def leave_note(text):
+    """Let every rank's `has_note(text)` be true from now on."""
+    if get_world_size() > 1:
+        dist.distributed_c10d._get_default_store().set(f"note {text}", "")
+
+
+def has_note(text):
+    """Whether any rank has left this note: one question to the store, about 0.1 ms."""
+    return get_world_size() > 1 and dist.distributed_c10d._get_default_store().check(
+        [f"note {text}"]
+    )
 
 
 def lost_ranks(seconds=15):
@@ -218,56 +246,3 @@ def gather_interleaved(rows, total):
     parts = [torch.empty_like(padded) for _ in range(world_size)]
     dist.all_gather(parts, padded)
     return torch.stack(parts, dim=1).flatten(0, 1)[:total]
-
-
-def sync_batchnorms(model, device):
-    """Make each batch norm of `model` use the statistics of all processes; returns the new model.
-
-    torch's SyncBatchNorm, also when wrapped for gloo, refuses a CPU: there ours takes its place.
-    """
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = GlooSyncBatchNorm  # same parameters, buffers and hooks
-    return model
-
-
-class AllReduceSum(torch.autograd.Function):
-    """all_reduce_sum with a gradient, which is the sum of all processes' gradients."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        return all_reduce_sum(tensor.clone())
-
-    @staticmethod
-    def backward(ctx, grad):
-        return all_reduce_sum(grad.clone())
-
-
-class GlooSyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm of (B, C, *) over all processes' rows, on any device and backend."""
-
-    def forward(self, x):
-        if not self.training:
-            statistics = (self.running_mean, self.running_var)
-            return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
-        rows = x.float()  # of bfloat16 the statistics are float32, as in torch's own
-        dims = [dim for dim in range(x.ndim) if dim != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = all_reduce_sum(rows.new_tensor(float(x.numel() // x.shape[1])))
-        mean = AllReduceSum.apply(rows.sum(dims)) / count
-        centered = rows - mean.view(shape)
-        variance = AllReduceSum.apply(centered.square().sum(dims)) / count
-        if self.track_running_stats:
-            self.update_running_stats(mean.detach(), variance.detach() * count / (count - 1))
-        rows = centered * (variance + self.eps).rsqrt().view(shape)
-        if self.affine:
-            rows = rows * self.weight.view(shape) + self.bias.view(shape)
-        return rows.to(x.dtype)
-
-    def update_running_stats(self, mean, unbiased_variance):
-        self.num_batches_tracked.add_(1)
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(unbiased_variance, momentum)

@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Meters, the console line, and the files that a run writes its figures to.
+"""Meters, the console line and progress bars; top-k accuracy."""
 
-python metrics.py runs/a runs/b     # compares finished or running runs
-"""
-
-import contextlib
 import datetime
-import itertools
-import json
 import resource
 import statistics
 import sys
 import time
 from collections import defaultdict, deque
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from distributed import all_reduce_sum, gather_objects, is_main_process, print0
-from errors import UserError, exit_on_user_error
+from dino.distributed import all_reduce_sum, is_main_process, print0
 
 
 class SmoothedValue:
@@ -173,127 +165,6 @@ def peak_memory_mb():
     return kilobytes / 2**10 if sys.platform != "darwin" else kilobytes / 2**20
 
 
-class RunLog:
-    """The files of figures in --output_dir, written by rank 0.
-
-    `metrics.jsonl` has a line for each logged iteration, k-NN measurement and verdict, `log.txt`
-    one for each epoch; with `tensorboard` the same numbers go to its event files.
-    """
-
-    def __init__(self, output_dir, tensorboard=False):
-        self.folder = Path(output_dir)
-        self.tensorboard, self.writer = tensorboard, None
-
-    def start(self, args):
-        """Begin a run: its flags, and no figures."""
-        self.write("args.json", json.dumps(args, indent=1) + "\n")
-        for name in ("metrics.jsonl", "log.txt"):
-            self.write(name, "")
-
-    def rewind(self, args, epoch, iteration):
-        """Go on after so many epochs and iterations: drop the lines of what is done again."""
-        self.write("args.json", json.dumps(args, indent=1) + "\n")
-        self.keep("log.txt", lambda line: line["epoch"] < epoch)
-        self.keep(
-            "metrics.jsonl",
-            lambda line: (
-                line["iteration"] < iteration
-                and not ("knn_teacher" in line and line["epoch"] > epoch)
-            ),
-        )
-
-    def keep(self, name, wanted):
-        lines = [line for line in read_json_lines(self.folder / name) if wanted(line)]
-        self.write(name, "".join(json.dumps(line) + "\n" for line in lines))
-
-    def write(self, name, text):
-        """All of a file, or what it was before."""
-        if is_main_process():
-            temporary = self.folder / f".{name}.tmp"
-            with best_effort(self.folder / name):
-                temporary.write_text(text)
-                temporary.replace(self.folder / name)
-
-    def iteration(self, record):
-        self.append("metrics.jsonl", record)
-        self.to_tensorboard("iteration", record, record["iteration"])
-
-    def epoch(self, record):
-        self.append("log.txt", record)
-        self.to_tensorboard("epoch", record, record["epoch"])
-
-    def knn(self, progress, accuracies):
-        """A k-NN measurement between two epochs."""
-        epochs = progress.iteration // progress.iterations_per_epoch
-        values = ", ".join(f"{name[4:]} {value:.1f} %" for name, value in accuracies.items())
-        print0(f"k-NN accuracy after {epochs} epochs: {values}")
-        self.append(
-            "metrics.jsonl", {"iteration": progress.iteration - 1, "epoch": epochs, **accuracies}
-        )
-
-    def verdict(self, progress, name, text):
-        """What the epoch that just ended has shown."""
-        print0(text)
-        position = {"iteration": progress.iteration - 1, "epoch": progress.epoch + 1}
-        self.append("metrics.jsonl", position | {"verdict": name, "text": text})
-
-    def bad_images(self, progress, loader):
-        """The images that were replaced since the last call, by any rank's loader."""
-        for path, reason in sorted(set(itertools.chain(*gather_objects(loader.take_skipped())))):
-            print0(f"Skipped: {reason}")
-            position = {"iteration": progress.iteration - 1, "epoch": progress.epoch + 1}
-            self.append("metrics.jsonl", position | {"bad_image": path, "text": reason})
-
-    def flags(self):
-        """args.json, as a dict. OSError where there is none, UserError where it is damaged."""
-        try:
-            return json.loads((self.folder / "args.json").read_text())
-        except json.JSONDecodeError:
-            raise UserError(f"{self.folder / 'args.json'} is damaged.") from None
-
-    def read(self, name):
-        """The lines of metrics.jsonl that have a value of this name."""
-        return [line for line in read_json_lines(self.folder / "metrics.jsonl") if name in line]
-
-    def append(self, name, record):
-        if is_main_process():
-            with best_effort(self.folder / name), (self.folder / name).open("a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def to_tensorboard(self, group, record, step):
-        if not self.tensorboard or not is_main_process():
-            return
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for name, value in record.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
-        self.writer.flush()
-
-
-@contextlib.contextmanager
-def best_effort(path):
-    """Let the run go on, with a notice, where a file beside its checkpoints cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        print0(f"{path} could not be written ({error.strerror or error}). The run goes on.")
-
-
-def read_json_lines(path):
-    """The objects in a file of lines, if there is one; what a crash cut short is left out."""
-    records = []
-    if not Path(path).exists():
-        return records
-    for line in Path(path).read_text(errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
 def accuracy(output, target, topk=(1,)):
     """Percentages of rows of `output` (B, C) whose `target` (B,) is among the k highest, for each
     k.
@@ -301,48 +172,3 @@ def accuracy(output, target, topk=(1,)):
     best = output.topk(min(max(topk), output.shape[1])).indices
     correct = best == target.view(-1, 1)
     return [100 * correct[:, :k].any(dim=1).float().mean() for k in topk]
-
-
-def summarise(folder):
-    """One line of a run: name, epochs, last loss, entropy and KL, best k-NN, images/s."""
-    log = RunLog(folder)
-    steps, knn = log.read("loss"), log.read("knn_teacher")
-    if not steps:
-        found = "no metrics.jsonl with steps in it, so not the folder of a run"
-        raise UserError(f"RUN {folder}: {found if Path(folder).is_dir() else 'no such folder'}.")
-    last = steps[-1]
-    best = f"{max(line['knn_teacher'] for line in knn):.1f}" if knn else "-"
-    rate = statistics.median(step["images_per_s"] for step in steps)
-    return (
-        Path(folder).resolve().name,
-        f"{last['epoch']:.1f}",
-        f"{last['loss']:.3f}",
-        f"{100 * last['teacher_entropy_share']:.1f}",
-        f"{100 * last['kl_share']:.1f}",
-        best,
-        f"{rate:.0f}",
-    )
-
-
-def main():
-    """Print and draw what runs have logged, one beside the other."""
-    from flags import Parser, check_output_file
-    from plots import Run, draw_curves
-
-    parser = Parser(prog="metrics.py", description="Compare runs: a table, and a picture.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="an --output_dir of main_dino.py")
-    parser.add_argument("--output", default="comparison.png", help="where to draw their curves")
-    args = parser.parse_args()
-    with exit_on_user_error("metrics.py"):
-        check_output_file(args.output)
-        header = ("run", "epochs", "loss", "h % ln K", "KL % ln K", "best k-NN %", "images/s")
-        table = [header, *map(summarise, args.runs)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
-        draw_curves(args.output, [Run(folder) for folder in args.runs])
-        print(f"Curves: {args.output}")
-
-
-if __name__ == "__main__":
-    main()

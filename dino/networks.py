@@ -1,16 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Student and teacher as they stand at the start of a run, and the student's optimizer."""
+"""Student and teacher: built alike, fed with crops of several sizes, the teacher the student's EMA.
+
+Shapes: B images per process, V views of each, K outputs of the head.
+"""
+
+import itertools
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from backbones import build_backbone, check_takes_sizes, has_batchnorms, is_vit
-from checkpoints import unwrap
-from dino import MultiCropWrapper
-from distributed import get_world_size, sync_batchnorms
-from errors import UserError
-from utils import LARS
+from dino.backbones import (
+    build_backbone,
+    check_takes_sizes,
+    first_of,
+    has_batchnorms,
+    is_vit,
+)
+from dino.distributed import get_world_size
+from dino.errors import UserError
+from dino.sync_batchnorm import sync_batchnorms
 from vision_transformer import DINOHead
+
+
+class MultiCropWrapper(nn.Module):
+    """Backbone and head over crops of several sizes: one backbone pass per size, one head pass.
+
+    A final linear classifier called `fc` or `head` is taken off the backbone, as in the official
+    code; a `head` of another type stays, since in some models it pools.
+    """
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        for name in ("fc", "head"):
+            if isinstance(getattr(backbone, name, None), nn.Linear):
+                setattr(backbone, name, nn.Identity())
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, crops):
+        """List of V crops (B, C, H_v, W_v), equal sizes side by side -> (V B, K), in order."""
+        if isinstance(crops, torch.Tensor):
+            crops = [crops]
+        features = [
+            first_of(self.backbone(torch.cat(list(same_size))))
+            for _, same_size in itertools.groupby(crops, key=lambda crop: crop.shape[-2:])
+        ]
+        return self.head(torch.cat(features))
+
+
+def unwrap(model):
+    """The module inside a DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@torch.no_grad()
+def update_teacher(student, teacher, momentum):
+    """theta_t <- momentum theta_t + (1 - momentum) theta_s (Sec. 3.1); buffers stay."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
 
 
 def build_student_and_teacher(
@@ -31,7 +78,8 @@ def build_student_and_teacher(
 
     With several processes the student is in a DistributedDataParallel and, if there are batch
     norms, so is the teacher, and all of these use the statistics of the global batch. The first of
-    `crop_sizes` is the grid of a ViT's position embeddings. UserError if the arch cannot take one.
+    `crop_sizes` sets the grid of a ViT's position embeddings. UserError if the arch cannot take
+    one.
     """
     options = dict(patch_size=patch_size, img_size=crop_sizes[0])
     student_backbone, embed_dim = build_backbone(arch, drop_path_rate=drop_path_rate, **options)
@@ -50,7 +98,7 @@ def build_student_and_teacher(
         if has_batchnorms(student):
             student, teacher = sync_batchnorms(student, device), sync_batchnorms(teacher, device)
             teacher = DistributedDataParallel(teacher, device_ids=device_ids)
-        # gradients are views of what is reduced: no second copy of them
+        # gradients are views of the buckets that are reduced: no second copy of them
         student = DistributedDataParallel(
             student, device_ids=device_ids, gradient_as_bucket_view=True
         )
@@ -59,7 +107,7 @@ def build_student_and_teacher(
 
 
 def checkpoint_gradients(backbone, arch):
-    """Keep the activations between blocks only, and compute the others again for the gradients."""
+    """Keep only the activations between blocks; recompute the others in the backward pass."""
     if not hasattr(backbone, "set_grad_checkpointing"):
         raise UserError(
             f"--grad_checkpointing: --arch {arch} does not offer it; ViTs and timm's models do."
@@ -71,19 +119,9 @@ def checkpoint_gradients(backbone, arch):
 def compile_networks(student, teacher, dino_loss):
     """Compile backbones, heads and the loss in place: names of weights do not change.
 
-    Once for each crop size, in each of student and teacher: shapes are fixed, which is faster than
-    code for any shape.
+    Once for each crop size, in each of student and teacher: fixed shapes give faster code.
     """
     for network in map(unwrap, (student, teacher)):
         network.backbone.compile(dynamic=False)
         network.head.compile(dynamic=False)
-    dino_loss.compile_views()
-
-
-def build_optimizer(name, params_groups):
-    """AdamW, SGD or LARS; learning rate and weight decay are set at every step."""
-    if name == "adamw":
-        return torch.optim.AdamW(params_groups, fused=True)
-    if name == "sgd":
-        return torch.optim.SGD(params_groups, lr=0, momentum=0.9)
-    return LARS(params_groups)
+    dino_loss.cross_entropy = torch.compile(dino_loss.cross_entropy, dynamic=False)

@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that ask a run to stop: it ends its step, saves, and exits with a code that says so.
+"""Signals that ask a run to stop: it finishes its step, saves, and exits with a code that says so.
 
 SIGTERM and SIGUSR1 (spot machines, Slurm's --signal) exit with REQUEUE, Ctrl-C with 130. A second
-signal exits at once. Loader workers leave all of it to their parent.
+signal exits at once. Loader workers leave signals to their parent.
 """
 
 import os
 import signal
 import time
 
-REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same command again goes on
-# torchrun passes a terminal's Ctrl-C on to processes that got it already: that is no second one.
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to resume
+# torchrun passes a terminal's Ctrl-C on to processes that got it already: not a second request.
 SAME_SECONDS = 3.0
 
 
 class StopRequested(Exception):
-    """This process was asked to stop, and is between two steps; the text names the signal."""
+    """A rank was asked to stop, and all are between two steps; the text names the signal."""
 
 
 class Interruption:
-    """Whether this process was asked to stop, and by what."""
+    """Whether this process was asked to stop, and by which signal."""
 
     def __init__(self):
         self.number = None
         self.time = 0.0
 
     def listen(self):
-        """Take the signals over. Only the main thread may."""
+        """Install the handlers. Only the main thread may."""
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.receive)
 
@@ -48,13 +48,6 @@ class Interruption:
     @property
     def exit_code(self):
         return 130 if self.number == signal.SIGINT else REQUEUE
-
-    def unless_asked(self, iterable):
-        """Yield from `iterable`; raises StopRequested once this process is asked to stop."""
-        for item in iterable:
-            if self.requested:
-                raise StopRequested(self.name)
-            yield item
 
 
 def leave_signals_to_parent(worker_id):

@@ -14,10 +14,10 @@ import skimage
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from PIL import Image
-
 from backbones import build_backbone
 from checkpoints import save_backbone
+from PIL import Image
+
 from dino import MultiCropWrapper
 from vision_transformer import DINOHead
 

@@ -5,18 +5,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
+from augmentations import IMAGENET_MEAN, IMAGENET_STD
+from backbones import build_backbone
+from checkpoints import save_backbone
 from conftest import photograph, run_script
+from errors import UserError
 from PIL import Image
 from torch import nn
 from torchvision.transforms import functional as F
 
 import visualize_attention
-from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import build_backbone
-from checkpoints import save_backbone
 from dino import MultiCropWrapper
-from errors import UserError
 from visualize_attention import color_map, draw_mask
 
 RANDOM_MAPS = torch.from_numpy(np.random.default_rng(0).gamma(0.3, size=(5, 6, 9)))

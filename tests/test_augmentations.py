@@ -4,12 +4,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
-from PIL import Image, ImageFilter, ImageOps
-from scipy.stats import ks_2samp, kstest
-from torchvision import transforms
-from torchvision.transforms import functional as F
-
 from augmentations import (
     DataAugmentationDINO,
     GaussianBlur,
@@ -17,6 +11,11 @@ from augmentations import (
     draw_views,
     eval_transform,
 )
+from conftest import photograph
+from PIL import Image, ImageFilter, ImageOps
+from scipy.stats import ks_2samp, kstest
+from torchvision import transforms
+from torchvision.transforms import functional as F
 
 
 def many_parameters(augmentation, width, height, images=400):

@@ -3,11 +3,11 @@
 
 import pytest
 import torch
+from backbones import build_backbone, check_takes_sizes, has_batchnorms
+from errors import UserError
 from torch import nn
 
-from backbones import build_backbone, check_takes_sizes, has_batchnorms
 from dino import MultiCropWrapper
-from errors import UserError
 from vision_transformer import DINOHead
 
 SMALL_ONE_OF_EACH_FAMILY = [

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, photograph
-from PIL import Image
-from test_training import assert_equal_states, final_state
-
 from augmentations import DataAugmentationDINO
+from conftest import SMALL_RUN, photograph
 from data import UnreadableImage, list_training_images, read_image
 from errors import UserError
-from main_dino import train_dino
+from PIL import Image
+from test_training import assert_equal_states, final_state
 from training_flags import parse_args
+
+from main_dino import train_dino
 
 
 def train(data, folder, *flags):

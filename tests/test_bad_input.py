@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, run_script
-from wrong_inputs import write_inputs
-
 from errors import exit_on_user_error
+from wrong_inputs import write_inputs
 
 pytestmark = pytest.mark.usefixtures("inputs")
 

@@ -7,9 +7,6 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-
-import utils
 from backbones import build_backbone
 from checkpoints import (
     backbone_payload,
@@ -19,9 +16,12 @@ from checkpoints import (
     training_payload,
     write_atomically,
 )
-from dino import DINOLoss, MultiCropWrapper
+from conftest import ROOT
 from errors import UserError
 from pretrained import backbone_weights, describe, load_backbone
+
+import utils
+from dino import DINOLoss, MultiCropWrapper
 from vision_transformer import DINOHead, vit_nano, vit_tiny
 
 

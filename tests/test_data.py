@@ -5,13 +5,12 @@ import os
 
 import pytest
 import torch
-from conftest import photograph
-from torchvision.datasets import ImageFolder
-
 from augmentations import DataAugmentationDINO
+from conftest import photograph
 from data import UnreadableImage, list_labelled_images, list_training_images, read_image
 from errors import UserError
 from loading import EpochSampler, LabelledImages, TrainingImages, training_loader
+from torchvision.datasets import ImageFolder
 
 
 def test_class_folders_are_listed_in_the_order_of_image_folder(class_folders):

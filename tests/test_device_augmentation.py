@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The augmentation in two stages against Pillow's, given the same draws."""
 
+import device_augmentation as stages
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
-from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms import functional as F
-
-import device_augmentation as stages
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, DataAugmentationDINO
+from conftest import photograph
 from device_augmentation import CropsDINO, DeviceStage
 from loading import TrainingImages, collate_readable
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import functional as F
 
 NAMES = ("astronaut.png", "coffee.png", "chelsea.png")
 SETTINGS = ((0.4, 1.0), (0.05, 0.4), 3, 64, 32)

@@ -8,13 +8,11 @@ import subprocess
 import sys
 import threading
 
+import distributed
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, SMALL_RUN, run_processes, run_script, run_torchrun
-from torch import nn
-
-import distributed
 from distributed import (
     Launch,
     agree_on_store,
@@ -27,6 +25,7 @@ from distributed import (
     sync_batchnorms,
 )
 from errors import UserError
+from torch import nn
 
 
 def batchnorm_step(images, amp_dtype=torch.float32):

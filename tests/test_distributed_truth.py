@@ -5,22 +5,22 @@ gradients, center, weights), k-NN and linear evaluation. Each world is started o
 
 import shutil
 
-import pytest
-import torch
-from conftest import SMALL_RUN, run_processes
-
 import linear
 import linear_heads
-import main_dino
-import utils
+import pytest
+import torch
 from augmentations import LinearProbeAugmentation, eval_transform
 from backbones import build_backbone
 from checkpoints import unwrap
+from conftest import SMALL_RUN, run_processes
 from data import list_labelled_images
 from distributed import get_world_size
 from knn import extract_features, knn_accuracies
 from loading import evaluation_loader, training_loader
 from training_flags import parse_args
+
+import main_dino
+import utils
 
 GLOBAL_BATCH = 8
 CPU = torch.device("cpu")

@@ -6,15 +6,15 @@ import http.server
 import sys
 import threading
 
+import pretrained
 import pytest
 import torch
-
-import eval_knn
-import pretrained
 from backbones import build_backbone
 from errors import UserError
 from linear_heads import LinearClassifier
 from pretrained import load_pretrained_weights, published_head, published_weights
+
+import eval_knn
 from vision_transformer import vit_nano
 
 FILE = "nano/nano_pretrain.pth"

@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
+from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
 from conftest import photograph, run_script
+from errors import UserError
 from PIL import Image
+from pretrained import Pretrained
+from segmentation import SegmentedImages
 from test_attention import parse, save_random_backbone
 from torch import nn
 
 import eval_attention
-from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
-from errors import UserError
 from eval_attention import jaccard, patch_of_pixels
-from pretrained import Pretrained
-from segmentation import SegmentedImages
 
 
 def test_jaccard_of_itself_is_one_of_the_complement_zero_and_of_an_overlap_its_share():

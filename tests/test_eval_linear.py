@@ -6,17 +6,17 @@ import math
 import shutil
 import urllib.request
 
+import pretrained
 import pytest
 import torch
-from conftest import run_script, run_torchrun
-
-import eval_linear as script
-import pretrained
 from backbones import build_backbone
+from conftest import run_script, run_torchrun
 from errors import Diverged, UserError
-from eval_linear import eval_linear, get_args_parser
 from flags import given_flags
 from linear_heads import build_state
+
+import eval_linear as script
+from eval_linear import eval_linear, get_args_parser
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import copy
 import pytest
 import torch
 from conftest import run_processes
+from networks import build_optimizer, compile_networks
 from test_training import state_for_a_step
 from torch.nn.parallel import DistributedDataParallel
 
 import main_dino
 import utils
-from networks import build_optimizer, compile_networks
 from vision_transformer import VisionTransformer, vit_nano
 
 STEP = dict(

@@ -5,13 +5,13 @@ import argparse
 
 import pytest
 from conftest import run_script
-
-import main_dino
 from errors import UserError
 from flags import given_flags
 from presets import PRESETS
 from training_checks import check_args
 from training_flags import parse_args
+
+import main_dino
 
 OFFICIAL_DEFAULTS = dict(
     arch="vit_small",

@@ -3,18 +3,18 @@
 
 import math
 
+import knn
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import photograph, run_processes, run_script, run_torchrun
-
-import knn
 from augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from backbones import build_backbone
+from conftest import photograph, run_processes, run_script, run_torchrun
 from data import list_labelled_images
-from eval_knn import eval_knn, get_args_parser, knn_classifier
 from loading import evaluation_loader
+
+from eval_knn import eval_knn, get_args_parser, knn_classifier
 
 
 def clusters(count, classes, seed, dim=16):

@@ -6,17 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms import functional as F
-
 from augmentations import LinearProbeAugmentation, draw_views
 from backbones import build_backbone
+from conftest import photograph
 from data import list_labelled_images, read_image
-from eval_linear import LinearClassifier
 from linear import FrozenFeatures, evaluate, train_step
 from linear_heads import build_state
 from loading import EpochSampler, training_loader
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+from eval_linear import LinearClassifier
 
 CPU = torch.device("cpu")
 

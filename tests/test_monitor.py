@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN, photograph, run_script
+from monitor import Health, Monitor
 from PIL import Image, ImageDraw, ImageFont
+from training_flags import parse_args
 
 import main_dino
 from dino import DINOLoss
-from monitor import Health, Monitor
-from training_flags import parse_args
 
 
 def test_figures_equal_those_computed_from_the_logits():

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nearest neighbours by way of half precision, in chunks and in groups, against all products."""
 
+import neighbours
 import pytest
 import torch
 import torch.nn.functional as F
-
-import neighbours
 from neighbours import nearest, search, top
 
 FEW = (7, 900, 24)  # queries, keys, width

@@ -8,14 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN
-from test_training import assert_equal_states, final_state
-
 from checkpoints import write_atomically
+from conftest import SMALL_RUN
 from errors import UserError
-from main_dino import train_dino
 from saving import NEWEST, find_checkpoint
+from test_training import assert_equal_states, final_state
 from training_flags import parse_args
+
+from main_dino import train_dino
 
 # Three epochs of six steps; each end of an epoch stays.
 RUN = (*SMALL_RUN, "--epochs", 3, "--saveckp_freq", 1, "--saveckp_iters", 4, "--log_freq", 4)

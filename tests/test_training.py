@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN, run_script
+from errors import Diverged
+from training_flags import parse_args
 
 import main_dino
 import utils
 from dino import DINOLoss, MultiCropWrapper
-from errors import Diverged
-from training_flags import parse_args
 from vision_transformer import DINOHead, vit_nano
 
 

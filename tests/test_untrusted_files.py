@@ -10,20 +10,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, photograph
-from test_checkpoints import training_objects
-
-import eval_knn
 from checkpoints import (
     flags_in,
     random_state,
     restore_training,
     training_payload,
 )
+from conftest import SMALL_RUN, photograph
 from errors import UserError
 from pretrained import PUBLISHED_BACKBONES, load_backbone
 from resume import Progress, check_same_run, initialise_from, restore_progress
 from saving import find_checkpoint
+from test_checkpoints import training_objects
+
+import eval_knn
 
 EVALUATION = ("--device", "cpu", "--num_workers", "0", "--data_path", "labelled")
 COMMANDS = {

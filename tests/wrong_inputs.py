@@ -4,10 +4,10 @@
 import json
 
 import torch
-from conftest import photograph
-
 from backbones import build_backbone
 from checkpoints import backbone_payload, random_state, training_payload
+from conftest import photograph
+
 from dino import DINOLoss, MultiCropWrapper
 from utils import get_params_groups
 from vision_transformer import DINOHead

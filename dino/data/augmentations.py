@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens to an image: DINO's multi-crop augmentation (Sec. 3.2), and evaluation.
+"""Views of an image: DINO's multi-crop augmentation (Sec. 3.2), the linear probe's, evaluation's.
 
 Drawing is apart from applying. Everything random about an image is drawn at once, from its own
 generator, into arrays with one row per view; what applies them draws nothing.
@@ -19,25 +19,48 @@ from torchvision.transforms import functional as F
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-FLIP_P = 0.5
-JITTER_P = 0.8
-# Brightness, contrast and saturation are multiplied by U(1 - x, 1 + x); hue turns by U(-x, x) of a
-# circle.
-JITTER_STRENGTH = np.array([0.4, 0.4, 0.2, 0.1])
-GRAYSCALE_P = 0.2
-BLUR_RADIUS = (0.1, 2.0)  # pixels of the crop: the standard deviation of the Gaussian
 LOG_RATIO = np.log([3 / 4, 4 / 3])  # of a crop's width to its height
 CROP_ATTEMPTS = 10
+NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0])  # factors of jitter that change nothing
 
 
 @dataclass(frozen=True)
 class View:
-    """One kind of crop: pixels, range of its share of the image, and what it alone may undergo."""
+    """One kind of crop and what it may undergo, in this order; the defaults are the official ones.
 
-    size: int
-    scale: tuple[float, float]
-    blur_p: float
+    Brightness, contrast and saturation are multiplied by U(1 - x, 1 + x), hue turns by U(-x, x) of
+    a circle, x from `jitter`. Blur radii are the standard deviation of the Gaussian in pixels of
+    the crop.
+    """
+
+    size: int  # side in pixels, after resizing
+    scale: tuple[float, float]  # range of the crop's share of the image
+    flip_p: float = 0.5
+    jitter_p: float = 0.8
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    grayscale_p: float = 0.2
+    blur_p: float = 0.0
+    blur_radius: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0.0
+
+
+def dino_views(
+    global_crops_scale,
+    local_crops_scale,
+    local_crops_number,
+    global_crop_size=224,
+    local_crop_size=96,
+):
+    """The official Views: two global ones, unlike in blur and solarization, and the local ones."""
+    global_crops_scale, local_crops_scale = tuple(global_crops_scale), tuple(local_crops_scale)
+    return [
+        View(global_crop_size, global_crops_scale, blur_p=1.0),
+        View(global_crop_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
+        *[View(local_crop_size, local_crops_scale, blur_p=0.5)] * local_crops_number,
+    ]
+
+
+# ---- drawing ----
 
 
 class ViewParameters(NamedTuple):
@@ -56,33 +79,52 @@ class ViewParameters(NamedTuple):
     solarize: np.ndarray  # (V,) bool
 
 
+# Uniform numbers that a view takes from the generator, in this order, whatever it does with them.
+DRAWN = {
+    "areas": CROP_ATTEMPTS,
+    "ratios": CROP_ATTEMPTS,
+    "position": 2,
+    "jitter_order": 4,
+    "jitter_factors": 4,
+    "flip": 1,
+    "jitter": 1,
+    "grayscale": 1,
+    "blur": 1,
+    "blur_radius": 1,
+    "solarize": 1,
+}
+
+
 def draw_views(rng, views, width, height):
     """ViewParameters for an image of `width` x `height` pixels.
 
-    Each view reads its own stretch of the generator's stream, so that what it draws does not
-    depend on the other views, nor on whether an operation took place.
+    Each view reads its own stretch of the generator's stream, so that what it draws depends neither
+    on the other views nor on whether an operation took place.
     """
-    uniform = rng.random((len(views), 2 * CROP_ATTEMPTS + 2 + 4 + 10))
-    areas, ratios, position, order, factors, rest = np.split(
-        uniform, np.cumsum([CROP_ATTEMPTS, CROP_ATTEMPTS, 2, 4, 4]), axis=1
-    )
-    flip, jitter, grayscale, blur, radius, solarize = rest.T
-    smallest, largest = BLUR_RADIUS
+    ends = np.cumsum(list(DRAWN.values()))
+    columns = np.split(rng.random((len(views), ends[-1])), ends[:-1], axis=1)
+    drawn = dict(zip(DRAWN, columns, strict=True))
+
+    def field(name):
+        return np.array([getattr(view, name) for view in views])
+
+    def happens(name):
+        return drawn[name][:, 0] < field(f"{name}_p")
+
+    smallest, largest = field("blur_radius").T
     return ViewParameters(
         boxes=draw_boxes(
-            areas, ratios, position, np.array([view.scale for view in views]), width, height
+            drawn["areas"], drawn["ratios"], drawn["position"], field("scale"), width, height
         ),
-        flip=flip < FLIP_P,
-        jitter=jitter < JITTER_P,
-        jitter_order=order.argsort(axis=1),
-        jitter_factors=np.array([1, 1, 1, 0]) + JITTER_STRENGTH * (2 * factors - 1),
-        grayscale=grayscale < GRAYSCALE_P,
+        flip=happens("flip"),
+        jitter=happens("jitter"),
+        jitter_order=drawn["jitter_order"].argsort(axis=1),
+        jitter_factors=NEUTRAL + field("jitter") * (2 * drawn["jitter_factors"] - 1),
+        grayscale=happens("grayscale"),
         blur_radius=np.where(
-            blur < np.array([view.blur_p for view in views]),
-            smallest + (largest - smallest) * radius,
-            0.0,
+            happens("blur"), smallest + (largest - smallest) * drawn["blur_radius"][:, 0], 0.0
         ),
-        solarize=solarize < np.array([view.solarize_p for view in views]),
+        solarize=happens("solarize"),
     )
 
 
@@ -114,30 +156,21 @@ def central_box(width, height):
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+# ---- applying ----
+
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
-class DataAugmentationDINO:
-    """Multi-crop: a PIL image -> [global 1, global 2, local 1, ...], normalised, each (3, S, S).
+class MultiCrop:
+    """A PIL image -> its views in order, normalised by `mean` and `std`, each (3, S, S).
 
-    With a `key` (integers, such as seed, epoch and number of the image) the result is a function
-    of image and key alone. Without, the key comes from torch's global generator.
+    The first two views are the global ones, which the teacher sees. With a `key` (integers, such as
+    seed, epoch and number of the image) the result is a function of image and key alone. Without,
+    the key comes from torch's global generator.
     """
 
-    def __init__(
-        self,
-        global_crops_scale,
-        local_crops_scale,
-        local_crops_number,
-        global_crop_size=224,
-        local_crop_size=96,
-    ):
-        global_crops_scale, local_crops_scale = tuple(global_crops_scale), tuple(local_crops_scale)
-        self.views = [
-            View(global_crop_size, global_crops_scale, blur_p=1.0),
-            View(global_crop_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
-            *[View(local_crop_size, local_crops_scale, blur_p=0.5)] * local_crops_number,
-        ]
+    def __init__(self, views, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        self.views, self.mean, self.std = list(views), tuple(mean), tuple(std)
 
     def __call__(self, image, key=None):
         parameters = self.draw(image, key)
@@ -159,25 +192,35 @@ class DataAugmentationDINO:
             view = F.hflip(view)
         if parameters.jitter[number]:
             for operation in parameters.jitter_order[number]:
-                view = ADJUST[operation](view, float(parameters.jitter_factors[number, operation]))
+                factor = parameters.jitter_factors[number, operation]
+                if factor != NEUTRAL[operation]:
+                    view = ADJUST[operation](view, float(factor))
         if parameters.grayscale[number]:
             view = F.rgb_to_grayscale(view, num_output_channels=3)
         if parameters.blur_radius[number]:
             view = view.filter(ImageFilter.GaussianBlur(float(parameters.blur_radius[number])))
         if parameters.solarize[number]:
             view = ImageOps.solarize(view)
-        return F.normalize(F.to_tensor(view), IMAGENET_MEAN, IMAGENET_STD)
+        return F.normalize(F.to_tensor(view), self.mean, self.std)
+
+
+class DataAugmentationDINO(MultiCrop):
+    """The official views; the arguments are those of `dino_views`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(dino_views(*args, **kwargs))
 
 
 class LinearProbeAugmentation:
     """What the linear evaluation trains on: a box of a PIL image, flipped or not, as (3, S, S).
 
-    The box has 8 to 100 % of the image and is resized bilinearly, officially, where everything else
-    is bicubic. A function of image and `key` alone, as DataAugmentationDINO's views are.
+    The box has 8 to 100 % of the image and is resized bilinearly, as in the official code, where
+    everything else is bicubic. A function of image and `key` alone, as DataAugmentationDINO's views
+    are.
     """
 
     def __init__(self, image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-        self.view = View(image_size, (0.08, 1.0), blur_p=0.0)
+        self.view = View(image_size, (0.08, 1.0))
         self.mean, self.std = mean, std
 
     def __call__(self, image, key):
@@ -196,7 +239,7 @@ class GaussianBlur:
     For code that composes its own transforms with the official name; draws from Python's `random`.
     """
 
-    def __init__(self, p=0.5, radius_min=BLUR_RADIUS[0], radius_max=BLUR_RADIUS[1]):
+    def __init__(self, p=0.5, radius_min=0.1, radius_max=2.0):
         self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
 
     def __call__(self, image):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The multi-crop augmentation in two stages: crops on the loader's workers, colours on the device.
 
-The same draws as DataAugmentationDINO's give the same views, to a few of 255 levels; the tests say
-how many for each operation. Decoding, cropping and flipping leave uint8 tensors; what costs the
-workers most (jitter, of it the hue, and blur) is done for whole batches, each image by its own
-parameters. Values are whole levels, 0 to 255, after each operation, as in Pillow.
+The same draws as MultiCrop's give the same views, to a few of 255 levels; the tests say how many
+for each operation. Decoding, cropping and flipping leave uint8 tensors; what costs the workers most
+(jitter, most of all the hue, and blur) is done for whole batches, each image by its own parameters.
+Values are whole levels, 0 to 255, after each operation, as in Pillow.
 """
 
 from typing import NamedTuple
@@ -13,53 +13,48 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from augmentations import (
-    BLUR_RADIUS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    DataAugmentationDINO,
-    ViewParameters,
-)
+from dino.data.augmentations import NEUTRAL, ViewParameters
 
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in units of 1/65536, as in Pillow
 BLUR_PASSES = 3  # of a box, which Pillow takes for a Gaussian
 
 
-def whole_reach(variance):
-    """Pixels wholly inside a box to each side of its centre, if its passes have this variance."""
-    return ((12 * variance / BLUR_PASSES + 1) ** 0.5 - 1) / 2 // 1
-
-
-# Pixels to each side that a pass can take from, the last one in part.
-FURTHEST = int(whole_reach(BLUR_RADIUS[1] ** 2)) + 1
-
-
 class CroppedViews(NamedTuple):
     """The views of an image, or with a dimension of B before the others of a batch."""
 
-    global_crops: torch.Tensor  # (2, 3, S, S) uint8, flipped where that was drawn
-    local_crops: torch.Tensor  # (V - 2, 3, s, s) uint8
+    crops: list[
+        torch.Tensor
+    ]  # (v, 3, S, S) uint8, flipped where drawn, for each size: views_by_size
     parameters: ViewParameters
 
 
-class CropsDINO(DataAugmentationDINO):
-    """First stage: a PIL image -> CroppedViews, by the draws of DataAugmentationDINO."""
+def views_by_size(views):
+    """{size: numbers of the views of that size}, in the order in which sizes first occur."""
+    numbers = {}
+    for number, view in enumerate(views):
+        numbers.setdefault(view.size, []).append(number)
+    return numbers
+
+
+class CropStage:
+    """First stage of a MultiCrop: a PIL image -> CroppedViews, by the same draws."""
+
+    def __init__(self, augmentation):
+        self.augmentation = augmentation
 
     def __call__(self, image, key=None):
-        parameters = self.draw(image, key)
+        parameters = self.augmentation.draw(image, key)
         # channels last in memory, for which torch resizes 8-bit images fastest
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        groups = views_by_size(self.augmentation.views)
         return CroppedViews(
-            self.crop(pixels, parameters, slice(2)),
-            self.crop(pixels, parameters, slice(2, None)),
+            [self.crop(pixels, parameters, size, numbers) for size, numbers in groups.items()],
             parameters,
         )
 
-    def crop(self, pixels, parameters, numbers):
+    def crop(self, pixels, parameters, size, numbers):
         """The views with these `numbers`, all of one size, of an image (3, H, W)."""
-        views = self.views[numbers]
-        size = views[0].size if views else 1
-        crops = torch.empty(len(views), 3, size, size, dtype=torch.uint8)
+        crops = torch.empty(len(numbers), 3, size, size, dtype=torch.uint8)
         boxes, flips = parameters.boxes[numbers].tolist(), parameters.flip[numbers].tolist()
         for crop, (top, left, height, width), flip in zip(crops, boxes, flips, strict=True):
             box = pixels[None, :, top : top + height, left : left + width]
@@ -75,35 +70,36 @@ class DeviceStage:
     the step on the batch before.
     """
 
-    def __init__(self, device):
-        self.device = device
+    def __init__(self, augmentation, device):
+        self.augmentation, self.device = augmentation, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch):
         if self.stream is None:
-            return self.views(batch)
+            return self.finish(batch)
         with torch.cuda.stream(self.stream):
-            views = self.views(batch)
+            views = self.finish(batch)
         step = torch.cuda.current_stream(self.device)
         step.wait_stream(self.stream)
         for view in views:
             view.record_stream(step)  # or its memory would serve the next batch too early
         return views
 
-    def views(self, batch):
+    def finish(self, batch):
+        """The views of a batch from the loader, in their order."""
         if not isinstance(batch, CroppedViews):
             return [view.to(self.device, non_blocking=True) for view in batch]
-        return [
-            *self.coloured(batch.global_crops, rows_of(batch.parameters, slice(2))),
-            *self.coloured(batch.local_crops, rows_of(batch.parameters, slice(2, None))),
-        ]
+        views = {}
+        groups = views_by_size(self.augmentation.views)
+        for crops, numbers in zip(batch.crops, groups.values(), strict=True):
+            parameters = rows_of(batch.parameters, numbers)
+            views |= zip(numbers, self.coloured(crops, parameters), strict=True)
+        return [views[number] for number in sorted(views)]
 
     @torch.no_grad()
     def coloured(self, crops, parameters):
         """(B, v, 3, S, S) uint8 -> v views (B, 3, S, S), with colours changed and normalised."""
         batch, views = crops.shape[:2]
-        if not views:
-            return []
         pixels = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float()
         plan = list(colour_plan(parameters))
         counts = [len(rows) for _, rows, _ in plan]
@@ -115,7 +111,8 @@ class DeviceStage:
             if len(rows_here):
                 pixels[rows_here] = operation(pixels[rows_here], amounts_here[:, None, None, None])
         mean, std = (
-            self.send(torch.tensor(value)[:, None, None]) for value in (IMAGENET_MEAN, IMAGENET_STD)
+            self.send(torch.tensor(value)[:, None, None])
+            for value in (self.augmentation.mean, self.augmentation.std)
         )
         return pixels.div_(255).sub_(mean).div_(std).unflatten(0, (views, batch)).unbind()
 
@@ -126,9 +123,11 @@ class DeviceStage:
         return tensor.to(self.device, non_blocking=True)
 
 
-def rows_of(parameters, views):
-    """Of a batch's parameters (B, V, ...), those of `views`, view by view: (v B, ...)."""
-    return ViewParameters(*[value[:, views].transpose(0, 1).flatten(0, 1) for value in parameters])
+def rows_of(parameters, numbers):
+    """Of a batch's parameters (B, V, ...), those of some views, view by view: (v B, ...)."""
+    return ViewParameters(
+        *[value[:, numbers].transpose(0, 1).flatten(0, 1) for value in parameters]
+    )
 
 
 def colour_plan(parameters):
@@ -139,8 +138,10 @@ def colour_plan(parameters):
     """
     for due in parameters.jitter_order.unbind(dim=1):
         for number, operation in enumerate(JITTER):
-            rows = (parameters.jitter & (due == number)).nonzero()[:, 0]
-            yield operation, rows, parameters.jitter_factors[rows, number]
+            factors = parameters.jitter_factors[:, number]
+            chosen = parameters.jitter & (due == number) & (factors != NEUTRAL[number])
+            rows = chosen.nonzero()[:, 0]
+            yield operation, rows, factors[rows]
     radius = parameters.blur_radius
     for operation, amounts in (
         (to_greyscale, parameters.grayscale),
@@ -226,17 +227,25 @@ def blur_matrix(radius, size):
     Three passes of a box with fractional ends, whose variance is that of the Gaussian; a pixel
     beyond the edge counts as the one at the edge. (Gwosdek et al. 2011, as in Pillow.)
     """
-    whole = whole_reach(radius**2)
-    inner, variance = 2 * whole + 1, radius**2 / BLUR_PASSES
-    end = inner * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    weight = 1 / (inner + 2 * end)  # of each pixel that is wholly in the box
+    radius = radius[:, None, None]
+    variance = radius**2 / BLUR_PASSES
+    whole = ((12 * variance + 1) ** 0.5 - 1) / 2 // 1  # pixels to each side wholly in the box
+    end = (
+        (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    )  # share of the next one
+
+    def share(distance):
+        return (distance <= whole) + end * (distance == whole + 1)
+
+    def share_from(distance):
+        """Of all pixels at this distance or further, on one side."""
+        return (whole + 1 - distance).clamp(min=0) + end * (distance <= whole + 1)
+
     position = torch.arange(size, device=radius.device)
-    box = torch.zeros(len(radius), size, size, device=radius.device)
-    for offset in range(-FURTHEST, FURTHEST + 1):
-        share = (whole + 1 - abs(offset)).clamp(0, 1)  # 1 inside, 0 outside
-        share = torch.where(whole + 1 == abs(offset), end, share)
-        column = (position + offset).clamp(0, size - 1)
-        box[:, position, column] += (weight * share)[:, None]
+    box = share((position[:, None] - position).abs())
+    box[:, :, 0] = share_from(position[:, None])[..., 0]
+    box[:, :, -1] = share_from(size - 1 - position[:, None])[..., 0]
+    box = box / box.sum(dim=-1, keepdim=True)
     return box @ box @ box
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from distributed import barrier, is_main_process
+from dino.distributed import barrier, is_main_process
 
 DEMO = "demo://"  # as --data_path
 
@@ -30,15 +30,20 @@ PHOTOGRAPHS = (
 TILE = 32  # pixels
 # Tiles of each photograph: many without a label to train on, few with one for the k-NN.
 UNLABELLED, LABELLED, HELD_OUT = 200, 50, 80
-IMAGES = len(PHOTOGRAPHS) * UNLABELLED  # to train on
+NUMBER_OF_IMAGES = len(PHOTOGRAPHS) * UNLABELLED  # to train on
 GRID = 4  # blocks per side, of which one in each row and column is held out
+
+
+def demo_folder(output_dir):
+    """Where the demo's images of a run are: images/ to train on, train/ and val/ for the k-NN."""
+    return Path(output_dir) / "demo_images"
 
 
 def write_demo_images(folder):
     """Write images/, without labels, and train/ and val/, with a folder per photograph.
 
-    Returns the paths (of images/, of `folder`). Rank 0 writes, and the tiles are always the same
-    ones. Those of val/ come from blocks of the photograph that no other tile touches.
+    Rank 0 writes, and the tiles are always the same ones. Those of val/ come from blocks of the
+    photograph that no other tile touches.
     """
     folder = Path(folder)
     if is_main_process():
@@ -50,7 +55,6 @@ def write_demo_images(folder):
             write_tiles(name, blocks, LABELLED, folder / "train" / stem, "", rng)
             write_tiles(name, held_out_blocks, HELD_OUT, folder / "val" / stem, "", rng)
     barrier()
-    return str(folder / "images"), str(folder)
 
 
 def open_photograph(name):

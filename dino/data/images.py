@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images on disk: finding them, refusing a wrong --data_path helpfully, reading one.
-
-python data.py photos/    # looks at all of them before a long run does: see check_data.py
-"""
+"""Images on disk: finding them, refusing a wrong --data_path with advice, reading one."""
 
 import os
 import warnings
@@ -13,12 +10,13 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from errors import UserError
+from dino.errors import UserError
 
 
 def find_images(folder):
-    """Paths of all images under `folder`, at any depth, in the order of ImageFolder. Links are
-    followed, once.
+    """Paths of all images under `folder`, at any depth, in ImageFolder's order.
+
+    Links are followed, once.
     """
     found, visited = [], set()
     for directory, subdirectories, names in os.walk(folder, followlinks=True):
@@ -36,12 +34,24 @@ def find_images(folder):
     return found
 
 
-def list_training_images(data_path, flag="--data_path"):
-    """Paths of the images to train on: of a folder, with or without class folders, or of a text
-    file of paths.
+class ImageFiles:
+    """Images on disk as a sequence: `images[i]` reads the i-th path."""
 
-    A relative path in the file starts from the file's folder. Raises UserError where there is no
-    image; `flag` is where `data_path` is from.
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        return read_image(self.paths[number])
+
+
+def list_training_images(data_path, flag="--data_path"):
+    """Paths of the images to train on: those of a folder, or those listed in a text file.
+
+    The folder may have class folders or not. A relative path in the file starts from the file's
+    folder. Raises UserError where there is no image; `flag` is where `data_path` is from.
     """
     path = given_path(data_path, flag)
     if path.is_dir():
@@ -62,7 +72,10 @@ def list_training_images(data_path, flag="--data_path"):
 
 
 def given_path(data_path, flag="--data_path"):
-    """The Path; UserError for "", which would be the present folder: an unset shell variable."""
+    """The Path; UserError for "", which Path would read as the current folder.
+
+    It is usually an unset shell variable.
+    """
     if not str(data_path):
         raise UserError(f"{flag} '' is empty. Give a folder, or . for this one.")
     return Path(data_path)
@@ -123,35 +136,41 @@ def list_labelled_images(data_path, split, classes=None, flag="--data_path"):
 
 
 class UnreadableImage(UserError):
-    """An image that could not be decoded; its text names the file and says why."""
+    """(path, reason): an image that could not be decoded."""
+
+    def __init__(self, path, reason):
+        super().__init__(printable(str(path)), printable(reason))
+
+    @property
+    def path(self):
+        return self.args[0]
+
+    def __str__(self):
+        path, reason = self.args
+        return f"{path}: cannot be read as an image ({reason}). Repair or remove it."
 
 
 def read_image(path):
     """The image at `path` as PIL RGB, as the official code reads it. Raises UnreadableImage.
 
     The first frame of an animation; no rotation by EXIF; transparency is dropped. Values of 16 bits
-    are scaled to 8, which PIL alone would cut off at 255.
+    are scaled to 8, where PIL alone would cut them off at 255.
     """
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes below PIL's limit
-            image = Image.open(file)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
+            return to_rgb(Image.open(file))
     except Exception as error:  # whatever a decoder may raise on somebody's bytes
-        reason = str(error) or type(error).__name__
-        raise UnreadableImage(
-            printable(f"{path}: cannot be read as an image ({reason}). Repair or remove it.")
-        ) from None
+        raise UnreadableImage(path, str(error) or type(error).__name__) from None
+
+
+def to_rgb(image):
+    """A PIL image of any mode as RGB."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def printable(text):
     """`text` with the bytes of a file name that is not UTF-8 written out."""
     return text.encode(errors="backslashreplace").decode()
-
-
-if __name__ == "__main__":
-    from check_data import main  # which needs this module
-
-    main()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images on their way to the network: datasets, order, a loader that outlives its workers."""
+"""Batches in a reproducible order: datasets, sampler, a loader that outlives its workers."""
 
 import contextlib
 import itertools
@@ -8,30 +8,32 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from data import UnreadableImage, printable, read_image
-from distributed import get_rank, get_world_size
-from errors import UserError
-from interruption import leave_signals_to_parent
+from dino.data.images import UnreadableImage, read_image, to_rgb
+from dino.distributed import get_rank, get_world_size
+from dino.errors import UserError
+from dino.signals import leave_signals_to_parent
 
-# What --on_bad_image skip puts up with: this share of the images, this many for one place.
+# --on_bad_image skip tolerates this share of bad images, and so many replacements for one image.
 MOST_BAD, MOST_ATTEMPTS = 0.01, 10
 
 
 class TrainingImages(Dataset):
     """Augmented views, by (epoch, number of the image): a function of these and the seed alone.
 
-    An unreadable image gives its UnreadableImage as the item, or with `skip_bad` a Replaced: raised
-    inside a loader worker it would come out as a traceback of the worker.
+    `images` is any sequence of PIL images, or of tuples that begin with one. An unreadable image
+    gives its UnreadableImage as the item, or with `skip_bad` a Replaced: raised inside a loader
+    worker it would come out as a traceback of the worker.
     """
 
-    def __init__(self, paths, augmentation, seed=0, skip_bad=False):
-        self.paths, self.augmentation = paths, augmentation
+    def __init__(self, images, augmentation, seed=0, skip_bad=False):
+        self.images, self.augmentation = images, augmentation
         self.seed, self.skip_bad = seed, skip_bad
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.images)
 
     def __getitem__(self, epoch_and_index):
         epoch, index = epoch_and_index
@@ -39,15 +41,25 @@ class TrainingImages(Dataset):
         others = np.random.default_rng((self.seed, epoch, index, 1))  # not the views' generator
         for number in (index, *others.integers(len(self), size=MOST_ATTEMPTS).tolist()):
             try:
-                image = read_image(self.paths[number])
+                image = pil_image(self.images[number], number)
             except UnreadableImage as error:
-                bad.append((printable(self.paths[number]), str(error)))
+                bad.append(error)
                 if not self.skip_bad:
                     return error
             else:
                 views = self.augmentation(image, key=(self.seed, epoch, index))
                 return Replaced(views, bad) if bad else views
-        return UnreadableImage(bad[0][1])
+        return bad[0]
+
+
+def pil_image(item, number):
+    """The image of an item of a sequence of images or of tuples (image, label, ...), as RGB."""
+    image = item[0] if isinstance(item, tuple | list) else item
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"images[{number}] is a {type(item).__name__}, not a PIL image or (PIL image, label)"
+        )
+    return to_rgb(image)
 
 
 @dataclass
@@ -55,14 +67,14 @@ class Replaced:
     """An item in the place of unreadable images, or a batch with such items."""
 
     item: object
-    bad: list  # (path, why it could not be read)
+    bad: list  # their UnreadableImages
 
 
 class LabelledTrainingImages(TrainingImages):
     """(augmented image, label), by (epoch, number of the image); else as TrainingImages."""
 
-    def __init__(self, paths, labels, augmentation, seed=0):
-        super().__init__(paths, augmentation, seed)
+    def __init__(self, images, labels, augmentation, seed=0):
+        super().__init__(images, augmentation, seed)
         self.labels = labels
 
     def __getitem__(self, epoch_and_index):
@@ -104,13 +116,14 @@ def collate_readable(items):
 class ImageLoader(DataLoader):
     """A DataLoader that raises the UnreadableImage that comes instead of a batch.
 
-    It keeps account of Replaced images, and replaces a worker that the system has killed: it starts
-    anew from the batch that is due. It draws a seed for its workers, which nothing here uses, from
-    a generator of its own: torch's global one would move on, and with it stochastic depth.
+    It counts Replaced images, and replaces a worker that the system has killed, starting from the
+    batch that is due. The seed that a DataLoader draws for its workers, which nothing here uses,
+    comes from a generator of its own: torch's global one would advance, and change stochastic
+    depth.
     """
 
     def __init__(self, dataset, finish=None, **options):
-        """`finish`: what still happens to a batch, in this process, such as DeviceStage."""
+        """`finish` is what this process still does to a batch, such as DeviceStage."""
         self.skipped, self.new_skipped = set(), set()
         self.finish = finish or (lambda batch: batch)
         super().__init__(
@@ -149,14 +162,14 @@ class ImageLoader(DataLoader):
         return iterator
 
     def after_death(self, error, deaths):
-        """Say what killed a worker, have a new iterator made; UserError the third time."""
+        """Report a killed worker and have a new iterator made; UserError the third time."""
         advice = (
-            "The system kills them for want of memory, or of shared memory (in Docker --shm-size):"
+            "The system kills them when memory, or shared memory (in Docker --shm-size), runs out:"
             " lower --num_workers or --batch_size_per_gpu."
         )
         if deaths > 2:
             raise UserError(f"Loader processes died three times in a row ({error}). {advice}")
-        print(f"A loader process died, and is replaced ({error}). {advice}", flush=True)
+        print(f"Warning: a loader process died and is replaced ({error}). {advice}", flush=True)
         self._iterator = None  # of persistent workers
 
     def readable(self, batch):
@@ -164,14 +177,14 @@ class ImageLoader(DataLoader):
             raise batch
         if not isinstance(batch, Replaced):
             return batch
-        self.new_skipped |= set(batch.bad) - self.skipped
+        self.new_skipped |= {(error.path, str(error)) for error in batch.bad} - self.skipped
         self.skipped |= self.new_skipped
         if len(self.skipped) > MOST_BAD * len(self.dataset):
             _, reason = min(self.skipped)
             raise UserError(
                 f"--on_bad_image skip: {len(self.skipped)} of {len(self.dataset)} images could not"
                 f" be read, more than {MOST_BAD:.0%}. The first: {reason} For all of them:"
-                " python data.py PATH."
+                " python check_data.py PATH."
             )
         return batch.item
 
@@ -208,7 +221,7 @@ class EpochSampler(DistributedSampler):
 
 
 def training_loader(
-    paths,
+    images,
     augmentation,
     *,
     batch_size,
@@ -221,13 +234,14 @@ def training_loader(
 ):
     """Loader of lists of V view tensors (B, 3, S, S), without the last, smaller batch of an epoch.
 
-    With `labels`: of pairs (images, labels), and no batch is dropped. `skip_bad`: other images take
-    the places of those that cannot be read. `finish` is the ImageLoader's.
+    `images` is any sequence of PIL images. With `labels`: of pairs (images, labels), and no batch
+    is dropped. `skip_bad`: other images take the places of those that cannot be read. `finish` is
+    the ImageLoader's.
     """
     if labels is None:
-        dataset = TrainingImages(paths, augmentation, seed, skip_bad)
+        dataset = TrainingImages(images, augmentation, seed, skip_bad)
     else:
-        dataset = LabelledTrainingImages(paths, labels, augmentation, seed)
+        dataset = LabelledTrainingImages(images, labels, augmentation, seed)
     return ImageLoader(
         dataset,
         finish,

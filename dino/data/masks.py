@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with true masks of what they show, in VOC2012's layout or as images/ beside masks/."""
+"""Images with ground-truth masks, in VOC2012's layout or as images/ beside masks/."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import find_images, read_image
-from errors import UserError
+from dino.data.images import find_images, read_image
+from dino.errors import UserError
 
 BACKGROUND, VOID = 0, 255  # labels of VOC; void is what its annotators left undecided
 
@@ -37,7 +37,7 @@ class SegmentedImages:
         for _, *paths in self.samples:
             for path in paths:
                 if not Path(path).is_file():
-                    raise UserError(f"--data_path {data_path} lists {path}, which is no file.")
+                    raise UserError(f"--data_path {data_path} lists {path}, which is not a file.")
 
     def __len__(self):
         return len(self.samples)

@@ -9,19 +9,19 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from backbones import canonical_name
-from distributed import Launch, choose_device
-from errors import UserError
-from pretrained import load_backbone
+from dino.backbones import canonical_name
+from dino.distributed import Launch, choose_device
+from dino.errors import UserError
+from dino.weights.pretrained import open_backbone
 from vision_transformer import ARCHITECTURES
 
 
-def load_vit(args, given):
-    """The Pretrained of `load_backbone`, on --device; UserError for what has no map of [CLS]."""
+def open_vit(args):
+    """`open_backbone`, on --device; UserError for a network without attention maps of [CLS]."""
     device = choose_device(args.device, Launch("python"))
     if not args.pretrained_weights:
         check_has_class_attention(args.arch, f"--arch {args.arch}")  # rather than download it
-    pretrained = load_backbone(args, given)
+    pretrained = open_backbone(args)
     source = f"--pretrained_weights {args.pretrained_weights} ({pretrained.arch})"
     check_has_class_attention(pretrained.arch, source)
     pretrained.backbone.to(device)
@@ -36,7 +36,7 @@ def check_has_class_attention(arch, source):
     if arch.startswith("xcit_"):
         reason = "XCiT attends from channel to channel, not from patch to patch"
     elif arch.startswith("timm:"):
-        reason = "timm's networks do not hand out theirs"
+        reason = "timm's networks do not return theirs"
     else:
         reason = "this network has no class token"
     raise UserError(
@@ -50,8 +50,8 @@ def fit_to_patches(image, image_size, patch_size, name):
     """(PIL image of whole patches, (height, width) before the rest of a patch was cut off).
 
     `image_size` is [height, width], or [short side], which keeps the aspect ratio, or [0], the
-    image as it is. Rows and columns are cut at the bottom and on the right, as officially.
-    UserError, with the image's `name`, where not even one patch fits.
+    image as it is. Rows and columns are cut at the bottom and on the right, as in the official
+    code. UserError, with the image's `name`, where not even one patch fits.
     """
     if image_size != [0]:
         image = F.resize(image, image_size, InterpolationMode.BILINEAR)

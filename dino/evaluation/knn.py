@@ -1,50 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted k-NN on frozen features (Sec. 4.1, Wu et al. 2018): features over all ranks, then votes.
+"""Weighted k-NN on frozen features (Sec. 4.1, Wu et al. 2018).
 
 n training and m test images, D width of the features, C classes, k neighbours.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from augmentations import eval_transform
-from data import list_labelled_images
-from distributed import all_reduce_sum, gather_interleaved, get_rank, get_world_size
-from loading import evaluation_loader
-from neighbours import nearest
+from dino.data.augmentations import eval_transform
+from dino.data.images import list_labelled_images
+from dino.data.loaders import evaluation_loader
+from dino.distributed import all_reduce_sum, get_rank, get_world_size
+from dino.evaluation.features import extract_features
+from dino.evaluation.neighbours import nearest
 
 VOTES_AT_A_TIME = 2**24  # classes times test images: 64 MiB
-
-
-@torch.no_grad()
-def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, keep_on_device=True):
-    """L2-normalised features (total, D) float32 and labels (total,), of all ranks, on every rank.
-
-    `loader` gives this rank's share of the `total` images: see data.evaluation_loader. `model` is
-    in evaluation mode meanwhile. The result is on the device, or else on the CPU.
-    """
-    training = model.training
-    model.eval()
-    features, labels = [], []
-    for images, targets in loader:
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-            output = model(images.to(device, non_blocking=True))
-        output = output[0] if isinstance(output, tuple) else output
-        output = F.normalize(output.float(), dim=1)
-        features.append(output if keep_on_device else output.cpu())
-        labels.append(targets.to(features[-1].device))
-    model.train(training)
-    return [
-        gather_interleaved(torch.cat(rows) if rows else None, total) for rows in (features, labels)
-    ]
 
 
 def knn_classifier(
     train_features, train_labels, test_features, test_labels, k, T, num_classes=1000
 ):
-    """Official interface: (top-1, top-5) in percent, for one k. See knn_accuracies; here every
-    rank counts all images.
+    """Official interface: (top-1, top-5) in percent, for one k. Every rank counts all images.
+
+    See knn_accuracies.
     """
     votes = count_correct(
         train_features, train_labels, test_features, test_labels, [k], T, num_classes
@@ -81,11 +59,10 @@ def knn_accuracies(
 def count_correct(
     train_features, train_labels, test_features, test_labels, ks, temperature, num_classes
 ):
-    """Test images whose class is first, and among the first five, by each k's vote: (len(ks), 2)
-    float64.
+    """Numbers of test images whose class is first, and among the first five, by each k's vote.
 
-    One search serves all k: the neighbours for a smaller one come first among those for a larger
-    one, so that votes are only ever added.
+    Returns (len(ks), 2) float64. One search serves all k: the neighbours for a smaller one come
+    first among those for a larger one, so that votes are only ever added.
     """
     num_classes = max(num_classes, int(torch.cat([train_labels, test_labels]).max()) + 1)
     correct = torch.zeros(len(ks), 2, dtype=torch.float64, device=train_features.device)
@@ -98,7 +75,7 @@ def count_correct(
         for k in sorted(ks):
             votes.scatter_add_(1, voted[:, counted:k], weight[:, counted:k])
             counted, place = k, places(votes, labels)
-            # five or, as officially, k if that is fewer
+            # five or, as in the official code, k if that is fewer
             correct[ks.index(k)] += torch.stack([place < 1, place < min(5, k)], dim=1).sum(dim=0)
     if num_classes < 5:
         correct[:, 1] = torch.nan
@@ -106,9 +83,7 @@ def count_correct(
 
 
 def places(votes, labels):
-    """How many classes are ahead of the right one, (m, C) and (m,) -> (m,): those with more votes
-    and, of those with as many, the ones before it.
-    """
+    """Rank of the true class by votes (0 = first), ties in class order: (m, C), (m,) -> (m,)."""
     labels = labels[:, None]
     own = votes.gather(1, labels)
     before = torch.arange(votes.shape[1], device=votes.device) < labels
@@ -143,16 +118,14 @@ class KnnProbe:
         self.device, self.amp_dtype = device, amp_dtype
 
     def accuracy(self, backbone, wrap=iter):
-        """Top-1 in percent. `wrap` goes around the loaders, and may raise to break off."""
+        """Top-1 in percent. `wrap` goes around the loaders, and may raise to stop early."""
         train, val = (
             extract_features(backbone, wrap(loader), total, self.device, amp_dtype=self.amp_dtype)
             for loader, total in (self.train, self.val)
         )
-        return knn_accuracies(*train, *val, [self.k], self.temperature, len(self.classes))[self.k][
-            0
-        ]
+        accuracies = knn_accuracies(*train, *val, [self.k], self.temperature, len(self.classes))
+        return accuracies[self.k][0]
 
-
-def raw_pixels():
-    """The features of someone who has no network: the image at 32 x 32 pixels."""
-    return nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())
+    def raw_pixel_accuracy(self):
+        """The baseline without a network: images at 32 x 32 pixels."""
+        return self.accuracy(nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()))

@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from backbones import canonical_name, is_vit
-from checkpoints import (
+from dino.backbones import canonical_name, is_vit
+from dino.distributed import is_main_process
+from dino.errors import UserError
+from dino.weights.files import (
     load_exactly,
     read,
     restore,
@@ -25,8 +27,7 @@ from checkpoints import (
     without_prefix,
     write_atomically,
 )
-from distributed import is_main_process
-from errors import UserError
+from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 
 # The flags that a head's file states, so that --evaluate needs none of them.
 HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
@@ -48,7 +49,7 @@ class LinearClassifier(nn.Module):
 
 
 @dataclass
-class TrainState:
+class HeadsState:
     """What is stepped together, and so saved together. The names are entries of the checkpoint."""
 
     heads: nn.ModuleList  # one for each learning rate
@@ -56,18 +57,18 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
-def build_state(dim, num_labels, lrs, epochs, device):
+def build_heads(dim, num_labels, lrs, epochs, device):
     """Heads that start alike, and their SGD: from each of `lrs` along a cosine to 0, by epochs."""
     first = LinearClassifier(dim, num_labels)
     heads = nn.ModuleList(copy.deepcopy(first) for _ in lrs).to(device)
     groups = [dict(params=head.parameters(), lr=lr) for head, lr in zip(heads, lrs, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
-    return TrainState(heads, optimizer, scheduler)
+    return HeadsState(heads, optimizer, scheduler)
 
 
 @dataclass
-class Progress:
+class HeadsProgress:
     """How far a run is. Its fields are entries of the checkpoint."""
 
     epoch: int = 0  # epochs done
@@ -146,13 +147,30 @@ def load_head(checkpoint, source):
     return head
 
 
+def published_head(arch, patch_size):
+    """Entries of the released linear head's file, downloaded once, and the flags it is for."""
+    found = published_entry(PUBLISHED_HEADS, arch, patch_size)
+    if found is None:
+        raise UserError(
+            f"there is no published linear head for --arch {arch} --patch_size {patch_size}: give"
+            " --classifier, or train one without --evaluate."
+        )
+    file, flags = found
+
+    def check(content):
+        load_head(content, f"the published file {file}")
+
+    why = "--evaluate without --classifier takes the published head"
+    return {**download(file, why, check), **flags}
+
+
 def check_backbone(description, backbone, source, weights):
-    """UserError unless `backbone`, read from `weights`, is the one that the head was trained on."""
+    """Raise UserError unless the head was trained on `backbone`, which was read from `weights`."""
     if description.get("backbone", fingerprint(backbone)) != fingerprint(backbone):
         trained_on = description["pretrained_weights"]
         raise UserError(
-            f"{source} was trained on the features of {trained_on or PUBLISHED}, and the weights"
-            f" of {weights or PUBLISHED} are others."
+            f"{source} was trained on the features of {trained_on or PUBLISHED}, but the weights"
+            f" of {weights or PUBLISHED} are different."
         )
 
 

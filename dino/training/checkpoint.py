@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run goes on from its checkpoint, and how a new one starts from somebody's weights."""
+"""What a training checkpoint holds, and how a run resumes from one.
 
+The official entries, `student`, `teacher`, `optimizer`, `dino_loss`, `epoch` (of the next epoch),
+`args` and, with float16, `fp16_scaler`, under the official key names; `args` is a plain dict.
+Beside them `rng`, the random state of each rank, and the fields of Progress.
+"""
+
+import os
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 
-from backbones import canonical_name
-from checkpoints import is_named, load_exactly, read, unwrap, without_prefix
-from distributed import print0
-from errors import UserError
-from pretrained import backbone_weights
+from dino.backbones import canonical_name, has_batchnorms
+from dino.distributed import get_rank, get_world_size, print0
+from dino.errors import UserError
+from dino.networks import unwrap
+from dino.randomness import set_random_state
+from dino.weights.files import read, restore, with_prefix
 
 # Flags that say what the networks and the optimizer's state are: a run cannot change them.
 FIXED = (
@@ -24,7 +30,7 @@ FIXED = (
     "global_crop_size",
     "optimizer",
 )
-# Flags that have no part in what is learnt.
+# Flags that do not affect what is learned.
 INDIFFERENT = {
     *("output_dir", "preset", "device", "num_workers", "dist_url", "local_rank", "resume"),
     *("init_from", "saveckp_freq", "saveckp_iters", "saveckp_minutes", "keep_checkpoints"),
@@ -36,17 +42,67 @@ INDIFFERENT = {
 class Progress:
     """How far a run is. Its fields are entries of the checkpoint."""
 
-    epoch: int = 0  # finished ones, with their k-NN and their line of log.txt
+    epoch: int = 0  # finished ones
     iteration: int = 0  # steps done
     iterations_per_epoch: int = 0
     global_batch: int = 0
     best_knn: float = 0.0  # percent, of the best teacher so far
-    sums: dict = field(default_factory=dict)  # of the figures of an epoch under way
+    sums: dict = field(default_factory=dict)  # of the figures of an epoch in progress
+    unlogged: dict = field(default_factory=dict)  # means of an epoch not yet measured and logged
 
     @property
     def steps(self):
-        """Steps done in the epoch under way."""
+        """Steps done in the current epoch."""
         return self.iteration - self.epoch * self.iterations_per_epoch
+
+    @property
+    def logged_epochs(self):
+        """Epochs with a line in log.txt."""
+        return self.epoch - bool(self.unlogged)
+
+
+def training_payload(state, progress, args, rng):
+    """The content of a training checkpoint.
+
+    `state`: student, teacher, dino_loss, optimizer and scaler by these names; `progress`, `args`:
+    dicts of plain values; `rng`: the random_state of each rank.
+
+    The official student is always wrapped in DistributedDataParallel, the teacher only if it has
+    batch norms; the keys say so here whether or not there was a wrapper, so that either code reads
+    the other's file.
+    """
+    teacher_prefix = "module." if has_batchnorms(state["teacher"]) else ""
+    payload = {
+        "student": with_prefix(unwrap(state["student"]).state_dict(), "module."),
+        "teacher": with_prefix(unwrap(state["teacher"]).state_dict(), teacher_prefix),
+        "optimizer": state["optimizer"].state_dict(),
+        "dino_loss": state["dino_loss"].state_dict(),
+        "args": args,
+        "rng": rng,
+        **progress,
+    }
+    if state["scaler"].is_enabled():
+        payload["fp16_scaler"] = state["scaler"].state_dict()
+    return payload
+
+
+def restore_training(checkpoint, source, state):
+    """Load a training checkpoint, ours or official, into the objects of `state`.
+
+    `source` names the flag and the file, for errors. A float16 scaler may be new to the run: where
+    the checkpoint has none, it starts afresh. So do the random states if the number of ranks
+    differs.
+    """
+    objects = {name: value for name, value in state.items() if name != "scaler"}
+    if state["scaler"].is_enabled() and "fp16_scaler" in checkpoint:
+        objects["fp16_scaler"] = state["scaler"]
+    restore(checkpoint, source, **objects)
+    rng = checkpoint.get("rng", [])
+    try:
+        if len(rng) == get_world_size():
+            set_random_state(rng[get_rank()])
+    except Exception:  # whatever torch may raise on somebody's values
+        raise UserError(f"{source}: rng does not hold the random states of the ranks.") from None
 
 
 def check_same_run(path, saved, args):
@@ -63,15 +119,15 @@ def check_same_run(path, saved, args):
         if name in changed:
             before, now = changed[name]
             raise UserError(
-                f"--{name} {now}: {path} is of a run with {before}, which cannot go on with another"
-                " value. Give that one, or another --output_dir."
+                f"--{name} {now}: {path} is of a run with {before}, which cannot resume with"
+                " another value. Give that one, or another --output_dir."
             )
     for name, (before, now) in changed.items():
         print0(f"--{name} was {before} when {path} was written; from here it is {now}.")
 
 
 def same(name, a, b):
-    """Whether the flag means the same twice; a list is as good as a tuple, an old name as a new."""
+    """Whether two values of a flag are equivalent: list and tuple, `deit_small` and `vit_small`."""
     if name == "arch":
         return canonical_name(str(a)) == canonical_name(b)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -82,84 +138,42 @@ def same(name, a, b):
 def restore_progress(progress, checkpoint, source):
     """Fill `progress`, which has the sizes of this run, from a checkpoint: `source` says which.
 
-    Where the number of iterations per epoch was another then, since the global batch or the images
-    were, the run goes on at the same share of its epoch, and so of its schedules. UserError for
-    what can be no progress.
+    If the number of iterations per epoch has changed with the global batch or the images, the run
+    resumes at the same share of its epoch, and so of its schedules. UserError for invalid values.
     """
     now = progress.iterations_per_epoch
     batch_now = progress.global_batch
     for name, default in vars(progress).items():
         value = checkpoint.get(name, default)
-        if type(value) is not type(default) or (name != "sums" and not value >= 0):
-            raise UserError(f"{source}: its entry {name} is {value}, which can be no progress.")
+        if type(value) is not type(default) or not (isinstance(value, dict) or value >= 0):
+            raise UserError(f"{source}: invalid value {value} for entry {name!r}.")
         setattr(progress, name, value)
     before = progress.iterations_per_epoch
     steps = max(0, progress.steps)  # official checkpoints, of ends of epochs, have no iteration
     if before == 0 or steps > before:
-        raise UserError(f"{source}: {steps} steps of an epoch of {before} can be no progress.")
+        raise UserError(f"{source}: claims {steps} steps of a {before}-step epoch.")
     if before != now:
         print0(
             f"An epoch had {before} iterations of {progress.global_batch} images, and has {now} of"
-            f" {batch_now} now: the schedules go on from the same share of the run."
+            f" {batch_now} now: the schedules resume at the same share of the run."
         )
         steps = steps * now // before
     progress.iterations_per_epoch, progress.global_batch = now, batch_now
     progress.iteration = progress.epoch * now + steps
 
 
-def initialise_from(path, student, teacher, dino_loss):
-    """Start a new run from weights, ours or official: --init_from.
+def restart_from_checkpoint(ckp_path, run_variables=None, **kwargs):
+    """Official interface: load each named object, and the run variables, if the file exists.
 
-    A training checkpoint gives student, teacher, both with their heads, and center, as far as they
-    fit; a backbone alone goes into both networks. Prints what was taken. The backbone must fit.
+    Unlike the official function it raises UserError where something is absent or does not fit.
     """
-    checkpoint = read(path, "--init_from")
-    taken = []
-    for name, network in (("student", unwrap(student)), ("teacher", unwrap(teacher))):
-        key = name if isinstance(checkpoint, dict) and name in checkpoint else "teacher"
-        weights = backbone_weights(checkpoint, key, path, flag="--init_from")
-        load_backbone(network.backbone, weights, f"--init_from {path}: {key}")
-        taken.append(f"backbone of the {name}")
-        head = head_weights(checkpoint.get(name))
-        if fits(network.head, head):
-            load_exactly(network.head, head, f"--init_from {path}: head of the {name}")
-            taken.append(f"head of the {name}")
-    center = checkpoint.get("dino_loss")
-    if fits(dino_loss, center):
-        load_exactly(dino_loss, center, f"--init_from {path}: center")
-        taken.append("center")
-    everything = 5
-    rest = "" if len(taken) == everything else "; the rest starts afresh"
-    print0(f"From {path}: {', '.join(taken)}{rest}.")
-
-
-def head_weights(state_dict):
-    """The entries of DINO's head, without prefixes; {} of what is no state dict."""
-    state_dict = without_prefix(state_dict, "module.") if is_named(state_dict) else {}
-    head = {name: value for name, value in state_dict.items() if name.startswith("head.")}
-    return without_prefix(head, "head.")
-
-
-def fits(module, state_dict):
-    """Whether names and shapes are those of `module`."""
-    entries = state_dict if is_named(state_dict) else {}
-    shapes = {name: getattr(value, "shape", None) for name, value in entries.items()}
-    return shapes == {name: value.shape for name, value in module.state_dict().items()}
-
-
-def load_backbone(backbone, weights, what):
-    """load_exactly, after position embeddings were resized to the grid of `backbone`."""
-    own = backbone.state_dict().get("pos_embed")
-    positions = weights.get("pos_embed")
-    if own is not None and positions is not None and own.shape != positions.shape:
-        weights = {**weights, "pos_embed": resize_positions(positions, own.shape[1] - 1)}
-        print0(f"{what}: position embeddings resized from {positions.shape[1] - 1} patches.")
-    load_exactly(backbone, weights, what)
-
-
-def resize_positions(positions, patches):
-    """(1, 1 + n, D) -> (1, 1 + patches, D), both grids square, by bicubic interpolation."""
-    size, new_size = round((positions.shape[1] - 1) ** 0.5), round(patches**0.5)
-    grid = positions[:, 1:].unflatten(1, (size, size)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new_size, new_size), mode="bicubic")
-    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    if not os.path.isfile(ckp_path):
+        return
+    checkpoint = read(ckp_path, "resume from")
+    restore(
+        checkpoint,
+        f"resume from {ckp_path}",
+        **{name: value for name, value in kwargs.items() if value is not None},
+    )
+    for name in run_variables or {}:
+        run_variables[name] = checkpoint.get(name, run_variables[name])

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which flags of main_dino.py cannot be, or be together: refused before anything is opened."""
+"""Invalid values and combinations of main_dino.py's flags, refused before anything is opened."""
 
 from pathlib import Path
 
-from backbones import canonical_name, check_arch
-from errors import UserError
-from flags import check_output_folder
+from dino.backbones import canonical_name, check_arch
+from dino.command_line import check_output_folder
+from dino.errors import UserError
 from vision_transformer import ARCHITECTURES
 
 
-def check_args(args):
+def check_training_flags(args):
     """Raise UserError for the first mistake."""
     check_arch(args.arch)
     check_places(args)
@@ -29,12 +29,12 @@ def check_places(args):
     if args.init_from and args.resume not in ("auto", "never"):
         raise UserError(
             f"--init_from {args.init_from} and --resume {args.resume} exclude each other: the one"
-            " starts a run, the other goes on with one."
+            " starts a run, the other resumes one."
         )
 
 
 def check_lengths(args):
-    """What takes a part of the run fits into it."""
+    """Warm-ups and freezing must not be longer than the run."""
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
         epochs = getattr(args, name)
         if epochs > args.epochs:

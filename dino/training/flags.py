@@ -3,16 +3,16 @@
 
 import argparse
 
-from demo import DEMO
-from flags import (
+from dino.command_line import (
     LARGEST_SEED,
     Parser,
     add_launch_arguments,
-    given_flags,
+    add_precision_argument,
+    bool_flag,
     number,
 )
-from presets import PRESETS
-from utils import bool_flag
+from dino.data.demo import DEMO
+from dino.training.presets import PRESETS
 
 
 def get_args_parser():
@@ -170,12 +170,7 @@ def add_optimisation_arguments(group):
         type=bool_flag,
         help="mixed precision where the device has it; false if the loss is unstable",
     )
-    add(
-        "--amp_dtype",
-        default="auto",
-        choices=["auto", "bfloat16", "float16", "float32"],
-        help="type of mixed precision; auto is bfloat16 or else float16 on a GPU, float32 on a CPU",
-    )
+    add_precision_argument(group)
     add(
         "--compile",
         action="store_true",
@@ -321,9 +316,13 @@ def parse_args(argv=None):
         description="Train DINO on images without labels.",
     )
     args = parser.parse_args(argv)
+    given = vars(args).pop("given")
     if args.preset:
-        given = given_flags(parser, argv)
-        vars(args).update(
-            {name: value for name, value in PRESETS[args.preset].flags.items() if name not in given}
-        )
+        flags = PRESETS[args.preset].flags
+        vars(args).update({name: value for name, value in flags.items() if name not in given})
     return args
+
+
+def complete(args):
+    """`args`, which may be the official parser's, with our defaults for flags that it lacks."""
+    return argparse.Namespace(**{**vars(get_args_parser().parse_args([])), **vars(args)})

@@ -7,24 +7,22 @@ what the student has left to learn. A collapse shows in the two of them, and may
 
 import torch
 
-from distributed import all_reduce_sum, get_world_size
+from dino.distributed import all_reduce_sum, get_world_size
 
-# Shares of ln K beyond which all outputs count as alike, or one as alone.
-NEARLY_ALL, NEARLY_NONE = 0.99, 0.01
-# A collapse must last for an epoch, and for so many iterations, before it is called one.
-PERSISTENCE = 20
-WAITING = 0.3  # share of the time that is worth a word
+NEARLY_ALL, NEARLY_NONE = 0.99, 0.01  # shares of ln K: uniform, a single output
+PERSISTENCE = 20  # iterations, and a whole epoch, that a collapse must last before it is reported
+WAITING = 0.3  # share of the time waiting for data that is reported
 
 
 class Monitor:
-    """Figures of the steps that are logged, from tensors that these have anyway.
+    """Figures of the logged steps, from tensors that these steps compute anyway.
 
-    It looks at the loss's inputs through a hook, before the center moves, and changes nothing.
+    A hook reads the loss's inputs before the center moves, and changes nothing.
     """
 
     def __init__(self, dino_loss):
         self.watching = False
-        self.parts = []  # of the batch under way: one, unless gradients are accumulated
+        self.parts = []  # of the current batch: one, unless gradients are accumulated
         dino_loss.register_forward_pre_hook(self.look)
 
     @torch.no_grad()
@@ -63,12 +61,12 @@ def entropy(probs):
 
 
 class Health:
-    """Reads the records of the logged steps, and says once what is wrong, or only looks so."""
+    """Turns logged records into verdicts; each is given once."""
 
     def __init__(self, log_out_dim, freeze_last_layer, said=()):
         self.log_out_dim = log_out_dim  # ln K
         self.freeze_last_layer = freeze_last_layer
-        self.since = {}  # collapse: first iteration of the records that all show it
+        self.since = {}  # {collapse: iteration from which on all records show it}
         self.epoch_records = []
         self.loss_before = None  # mean of the epoch before
         self.said = set(said)
@@ -95,7 +93,7 @@ class Health:
         first, last = records[0]["iteration"], records[-1]["iteration"]
         loss = sum(record["loss"] for record in records) / len(records)
         verdicts = []
-        if epoch >= self.freeze_last_layer:  # until then outputs may be alike in a sound run
+        if epoch >= self.freeze_last_layer:  # until then outputs may be alike in a healthy run
             long_enough = min(first, last + 1 - PERSISTENCE)
             verdicts = [name for name, since in self.since.items() if since <= long_enough]
         rose = self.loss_before is not None and loss > 1.05 * self.loss_before
@@ -113,16 +111,16 @@ class Health:
 
 VERDICTS = {
     "uniform collapse": "Uniform collapse: teacher and student give every output the same share for"
-    " every image, so that the loss stays at ln(out_dim) = {ln_k:.3f} and nothing is learnt. Common"
-    " with small or grey data. Try --use_bn_in_head true first; then a lower --warmup_teacher_temp"
-    " and --teacher_temp (0.02), a smaller --out_dim, milder crops (--global_crops_scale 0.5 1), a"
+    " every image, so that the loss stays at ln(out_dim) = {ln_k:.3f} and nothing is learned."
+    " Common with small or grey data. Try --use_bn_in_head true first; then a lower"
+    " --warmup_teacher_temp and --teacher_temp (0.02), a smaller --out_dim, milder crops (--global_crops_scale 0.5 1), a"
     " higher --lr, a longer --freeze_last_layer.",
     "one-output collapse": "One-output collapse: the teacher gives all images to one and the same"
-    " output, so that its entropy and the loss are 0 and nothing is learnt. The center cannot keep"
+    " output, so that its entropy and the loss are 0 and nothing is learned. The center cannot keep"
     " up: try a higher --teacher_temp (0.04 to 0.07), a lower --lr, a lower --clip_grad.",
     "unfreezing": "The loss rose from {before:.2f} to {loss:.2f} as the head's last layer began to"
-    " learn in epoch {epoch} (--freeze_last_layer). That is usual, and it falls again.",
-    "waiting for data": "{waited:.0f} % of the time of epoch {epoch} went by waiting for images."
-    " --augment device asks a fifth of the loader; more --num_workers help if there are idle cores;"
-    " smaller image files, or a faster disk, help if there are none.",
+    " learn in epoch {epoch} (--freeze_last_layer). This is normal; it falls again.",
+    "waiting for data": "{waited:.0f} % of the time of epoch {epoch} was spent waiting for images."
+    " --augment device needs about a fifth of the loader's time; more --num_workers help if there"
+    " are idle cores; smaller image files or a faster disk help if there are none.",
 }

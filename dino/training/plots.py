@@ -10,15 +10,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from distributed import is_main_process
-from metrics import RunLog, best_effort
+from dino.distributed import is_main_process
+from dino.run_log import RunLog, best_effort
 
 
-def draw_augmentations(path, views, names):
+def draw_augmentations(path, views, names, mean, std):
     """Contact sheet: a row for each image, a column for each view, as the network receives them.
 
-    `views`: for each image the list of its V normalised views (3, S, S), S the view's own size.
+    `views`: for each image the list of its V views (3, S, S), S the view's own size, normalised by
+    `mean` and `std`.
     """
     rows, columns = len(views), len(names)
     figure, axes = plt.subplots(
@@ -30,7 +30,7 @@ def draw_augmentations(path, views, names):
     )
     for row, image_views in zip(axes, views, strict=True):
         for axis, view in zip(row, image_views, strict=True):
-            axis.imshow(displayable(view), interpolation="nearest")
+            axis.imshow(displayable(view, mean, std), interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
     for axis, name, view in zip(axes[0], names, views[0], strict=True):
@@ -38,14 +38,14 @@ def draw_augmentations(path, views, names):
     save(figure, path)
 
 
-def displayable(view):
+def displayable(view, mean, std):
     """Undo the normalisation: (3, S, S) -> (S, S, 3) in [0, 1]."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    mean, std = torch.tensor(mean), torch.tensor(std)
     return (view.permute(1, 2, 0) * std + mean).clamp(0, 1).numpy()
 
 
 def save(figure, path):
-    """Write and close `figure`, whole or not at all: somebody may be looking at the file."""
+    """Write `figure` atomically, since somebody may be viewing the file, and close it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=90)
@@ -53,14 +53,15 @@ def save(figure, path):
     temporary.replace(path)
 
 
-def draw_first_views(path, loader, images=4):
+def draw_first_views(path, loader, augmentation, images=4):
     """`draw_augmentations` of a few images from all over the data set, as epoch 0 will see them."""
     if not is_main_process():
         return
     indices = sorted({i * len(loader.dataset) // images for i in range(images)})
     views = [[view[0].cpu() for view in loader.batch_of([(0, index)])] for index in indices]
     local = [f"local {i + 1}" for i in range(len(views[0]) - 2)]
-    draw_augmentations(path, views, ["global 1", "global 2", *local])
+    names = ["global 1", "global 2", *local]
+    draw_augmentations(path, views, names, augmentation.mean, augmentation.std)
 
 
 def draw_run(folder):
@@ -68,10 +69,10 @@ def draw_run(folder):
     path = Path(folder) / "curves.png"
     if is_main_process():
         with best_effort(path):
-            draw_curves(path, [Run(folder)])
+            draw_curves(path, [LoggedRun(folder)])
 
 
-class Run:
+class LoggedRun:
     """The figures of a run's folder."""
 
     def __init__(self, folder):
@@ -85,7 +86,7 @@ class Run:
 
 
 def draw_curves(path, runs):
-    """All that a run has logged in one picture or, with several runs, how they compare."""
+    """Everything that a run has logged in one picture, or several runs over each other."""
     figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
     panels = zip(axes.flat, PANELS, strict=True)
     for axis, (title, panel) in panels:
@@ -110,7 +111,7 @@ def line(axis, run, name, scale=1.0, **style):
 def draw_loss(axis, run, color, prefix):
     line(axis, run, "loss", color=color, label=f"{prefix}loss")
     axis.axhline(
-        run.ln_k, color=color, ls=":", label=f"{prefix}ln K = {run.ln_k:.2f}: nothing learnt"
+        run.ln_k, color=color, ls=":", label=f"{prefix}ln K = {run.ln_k:.2f}: nothing learned"
     )
     for verdict in run.verdicts:
         axis.axvline(verdict["epoch"], color="red", lw=0.8)
@@ -165,9 +166,9 @@ def draw_schedules(axis, run, color, prefix):
 
 
 def draw_throughput(axis, run, color, prefix):
-    """Images/s, and below them what waiting for data cost.
+    """Images/s, and the part of them lost to waiting for data.
 
-    Without the first step of an epoch, if others were logged: it waits for the loader to start.
+    Leaves out the first step of an epoch, if others were logged: it waits for the loader to start.
     """
     steps = [step for step in run.steps if not is_first_of_epoch(step)] or run.steps
     epochs = [step["epoch"] for step in steps]

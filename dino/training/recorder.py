@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written down of a run while it trains: one wait for the device per logged iteration."""
+"""Logging during training. Synchronises with the device once per logged iteration."""
 
 import math
 
 import torch
 
-from distributed import all_reduce_sum, get_world_size, heartbeat
-from errors import Diverged
-from metrics import MetricLogger, RunLog, SmoothedValue, is_due, peak_memory_mb
-from monitor import Health, Monitor
+from dino.distributed import all_reduce_sum, get_world_size, heartbeat, is_main_process, print0
+from dino.errors import Diverged
+from dino.meters import MetricLogger, SmoothedValue, is_due, peak_memory_mb
+from dino.run_log import RunLog
+from dino.training.health import Health, Monitor
+from dino.training.presets import PRESETS
 
 # Means over all iterations of an epoch, by their official names, and over its logged ones, by ours.
 OFFICIAL = ("loss", "lr", "wd")
@@ -16,9 +18,9 @@ FIGURES = ("teacher_entropy", "kl", "outputs_used", "agreement", "grad_norm", "i
 
 
 class Recorder:
-    """Takes every step's loss, and at the logged ones looks, judges, prints and writes.
+    """Collects every step's loss; on logged steps computes the figures, judges, prints and writes.
 
-    `log` has the files. `stop` is whether the ranks agreed, at the last logged iteration, to stop.
+    `log` has the files.
     """
 
     def __init__(self, output_dir, dino_loss, args):
@@ -28,55 +30,47 @@ class Recorder:
         self.log_out_dim = math.log(dino_loss.center.shape[1])
         said = {line["verdict"] for line in self.log.read("verdict")}
         self.health = Health(self.log_out_dim, args.freeze_last_layer, said)
-        self.epochs, self.log_freq, self.save_iters = args.epochs, args.log_freq, args.saveckp_iters
-        self.stop = False
+        self.epochs, self.log_freq = args.epochs, args.log_freq
 
-    def steps(self, loader, progress, interruption):
-        """Yield the batches of an epoch, or those that are left of it, and show progress."""
+    def steps(self, loader, progress):
+        """Yield the batches left of an epoch, show progress, and watch the steps to be logged."""
         self.logger, self.figures = console_logger(), MetricLogger()
         self.restore_sums(progress.sums)
-        self.interruption = interruption
-        self.losses = []  # of the steps since the last logged one, still on the device
+        self.losses = []  # of the steps since the last fetch, still on the device
         header = f"Epoch: [{progress.epoch}/{self.epochs}]"
-        batches = self.logger.log_every(loader, self.log_freq, header, start=progress.steps)
-        for images in batches:
-            self.monitor.watching = self.is_watched(progress)
+        for images in self.logger.log_every(loader, self.log_freq, header, start=progress.steps):
+            self.monitor.watching = is_due(
+                progress.steps, progress.iterations_per_epoch, self.log_freq
+            )
             yield images
 
-    def is_watched(self, progress):
-        """Whether to look at the coming step: to log it, to save after it, or to stop after it.
-
-        Of these only the first two are the same on every rank by themselves.
-        """
-        logged = is_due(progress.steps, progress.iterations_per_epoch, self.log_freq)
-        saved = self.save_iters and (progress.iteration + 1) % self.save_iters == 0
-        return bool(logged or saved or (get_world_size() == 1 and self.interruption.requested))
-
-    def add(self, progress, loss, grad_norm, scheduled, time_to_save):
-        """Take what a step gave, on the device; return whether a rank's clock says to save now.
-
-        Raises Diverged for a loss that is not finite.
-        """
+    def add(self, progress, loss, grad_norm, scheduled):
+        """Take what a step gave, on the device. Raises Diverged for a loss that is not finite."""
         self.losses.append(loss)
         self.logger.update(lr=scheduled["lr"], wd=scheduled["weight_decay"])
-        if not self.monitor.watching:
-            return False
+        if self.monitor.watching:
+            figures = self.monitor.take() | {"grad_norm": grad_norm}
+            loss, figures = self.fetch(progress, progress.iteration, figures)
+            self.write(progress, loss, figures, scheduled)
+
+    def fetch(self, progress, last_iteration, figures):
+        """(last loss, figures) as floats, means over all processes: here the host waits for it.
+
+        All losses up to that of `last_iteration` go into the epoch's mean. Raises Diverged for one
+        that is not finite.
+        """
         heartbeat()
-        wishes = torch.tensor(
-            [float(self.interruption.requested), float(time_to_save)], device=loss.device
-        )
-        figures = self.monitor.take() | {"grad_norm": grad_norm}
-        losses, figures, (stop, save) = fetch_means(self.losses, figures, wishes)
-        self.losses, self.stop = [], stop > 0
-        for back, value in enumerate(losses, start=1 - len(losses)):
-            if not math.isfinite(value):
+        scalars = torch.stack([*self.losses, *figures.values()])
+        values = (all_reduce_sum(scalars) / get_world_size()).tolist()
+        losses, values = values[: len(self.losses)], values[len(self.losses) :]
+        self.losses = []
+        for iteration, loss in enumerate(losses, start=last_iteration + 1 - len(losses)):
+            if not math.isfinite(loss):
                 raise Diverged(
-                    f"the loss is {value} at epoch {progress.epoch},"
-                    f" iteration {progress.iteration + back}"
+                    f"the loss is {loss} at epoch {progress.epoch}, iteration {iteration}"
                 )
-            self.logger.update(loss=value)
-        self.write(progress, losses[-1], figures, scheduled)
-        return save > 0
+            self.logger.update(loss=loss)
+        return losses[-1], dict(zip(figures, values, strict=True))
 
     def write(self, progress, loss, figures, scheduled):
         """A line of metrics.jsonl: entropies in nats and as shares of ln K, times as shares."""
@@ -105,7 +99,7 @@ class Recorder:
         self.log.iteration(record)
 
     def end_epoch(self, progress, loader, student):
-        """The epoch's line of log.txt, the official keys first; says what the epoch has shown.
+        """The epoch's line of log.txt, the official keys first; prints new verdicts.
 
         Raises Diverged for a weight that is not finite, which a step after a finite loss can leave.
         """
@@ -118,8 +112,10 @@ class Recorder:
         means = {f"train_{name}": self.logger.meters[name].global_avg for name in OFFICIAL}
         return means | {"epoch": progress.epoch} | self.figures.means()
 
-    def sums(self):
-        """Totals and counts of the epoch under way, for a checkpoint inside it."""
+    def sums(self, progress):
+        """Totals and counts of the epoch so far, for a checkpoint inside it."""
+        if self.losses:
+            self.fetch(progress, progress.iteration - 1, {})
         meters = {name: self.logger.meters[name] for name in OFFICIAL} | self.figures.meters
         return {name: [meter.total, meter.count] for name, meter in meters.items()}
 
@@ -140,10 +136,47 @@ def console_logger():
     return logger
 
 
-def fetch_means(losses, figures, wishes):
-    """Means over all processes of scalars on the device, as floats: here the host waits for it."""
-    scalars = torch.cat([torch.stack([*losses, *figures.values()]), wishes])
-    values = (all_reduce_sum(scalars) / get_world_size()).tolist()
-    values, wishes = values[: -len(wishes)], values[-len(wishes) :]
-    split = len(losses)
-    return values[:split], dict(zip(figures, values[split:], strict=True)), wishes
+def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
+    """Every flag with its value, and what follows from them."""
+    print0(*[f"{flag}: {value}" for flag, value in sorted(vars(args).items())], sep="\n")
+    if args.preset:
+        preset = PRESETS[args.preset]
+        print0(f"Preset {args.preset}: {preset.source}. Reported: {preset.reported}.")
+    if device.type == "cuda":
+        place = torch.cuda.get_device_name(device)
+    else:
+        place = f"CPU with {torch.get_num_threads()} threads"
+    processes = "process" if launch.world_size == 1 else "processes"
+    precision = str(amp_dtype).removeprefix("torch.")
+    iterations, global_batch = progress.iterations_per_epoch, progress.global_batch
+    print0(
+        f"{launch.world_size} {processes} by {launch.launcher}, {place}, {precision},"
+        f" PyTorch {torch.__version__}"
+    )
+    print0(
+        f"{images} images, {iterations} iterations of {global_batch} images per epoch,"
+        f" {iterations * args.epochs} in all"
+    )
+    print0(
+        f"learning rate {args.lr:g} x {global_batch} / 256 = {scaled_lr:.3g}; a loss that stays"
+        f" at ln(out_dim) = {math.log(args.out_dim):.3f} means that nothing is learned"
+    )
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+    if launch.launcher == "python" and gpus > 1:
+        command = f"torchrun --standalone --nproc_per_node={gpus} main_dino.py"
+        print0(f"1 of {gpus} GPUs is used; for all of them: {command} ...")
+
+
+def report_end(probe, log):
+    """The k-NN accuracy before and after training, and that of raw pixels."""
+    if probe is None:
+        return
+    measured = log.read("knn_teacher")
+    raw = probe.raw_pixel_accuracy()
+    if is_main_process():
+        print0(
+            f"k-NN accuracy (k = {probe.k}) on the held-out images of {probe.data_path}:\n"
+            f"  raw pixels         {raw:5.1f} %\n"
+            f"  untrained backbone {measured[0]['knn_teacher']:5.1f} %\n"
+            f"  trained backbone   {measured[-1]['knn_teacher']:5.1f} %"
+        )

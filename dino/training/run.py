@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run does between its steps: begin, resume, measure, save, stop."""
+"""What a run does around its steps: begin, resume, log, agree, save, measure, stop."""
 
 import argparse
 from dataclasses import dataclass
@@ -7,23 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import canonical_name
-from checkpoints import (
-    backbone_payload,
-    flags_in,
-    random_state,
+from dino.backbones import canonical_name
+from dino.data.augmentations import MultiCrop
+from dino.distributed import gather_objects, print0, shut_down
+from dino.loss import DINOLoss
+from dino.networks import unwrap
+from dino.randomness import random_state
+from dino.signals import Interruption
+from dino.training.agreement import Agreement
+from dino.training.checkpoint import (
+    Progress,
+    check_same_run,
+    restore_progress,
     restore_training,
     training_payload,
-    unwrap,
 )
-from dino import DINOLoss
-from distributed import gather_objects, print0, shut_down
-from interruption import Interruption
-from plots import draw_first_views, draw_run
-from recorder import Recorder
-from resume import Progress, check_same_run, initialise_from, restore_progress
-from saving import NEWEST, Saver
+from dino.training.plots import draw_first_views, draw_run
+from dino.training.recorder import Recorder
+from dino.training.saver import NEWEST, Saver
+from dino.weights.files import backbone_payload, flags_in
+from dino.weights.pretrained import initialise_from
 
 BEST = "checkpoint_best_knn.pth"
 
@@ -41,53 +44,84 @@ class TrainState:
 
 @dataclass
 class Run:
-    """What a run carries along, beside the state that it trains."""
+    """Everything a run needs besides the state it trains."""
 
     args: argparse.Namespace
-    schedules: object  # with the values of each iteration: `at`
+    schedules: object  # `at(iteration)`: learning rate, weight decay, momentum
     progress: Progress
     recorder: Recorder
     saver: Saver
     interruption: Interruption
+    agreement: Agreement
+    augmentation: MultiCrop
     amp_dtype: torch.dtype
 
-    def begin(self, state, loader, probe):
-        """A new run: weights to start from, empty logs, the picture of its views, a first k-NN."""
-        if self.args.init_from:
-            initialise_from(self.args.init_from, state.student, state.teacher, state.dino_loss)
+    def begin(self, state, loader, probe, weights=None):
+        """Start a new run: initial weights, empty logs, the picture of its views, a first k-NN.
+
+        `weights` is the content of the file --init_from, if that is given.
+        """
+        if weights is not None:
+            networks = state.student, state.teacher, state.dino_loss
+            initialise_from(weights, self.args.init_from, *networks)
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.start(vars(self.args))
-        draw_first_views(self.saver.folder / "augmentations.png", loader)
+        draw_first_views(self.saver.folder / "augmentations.png", loader, self.augmentation)
         self.measure_knn(state, probe)
 
     def resume(self, state, path, checkpoint):
-        """An interrupted run: everything as the checkpoint has it, or a UserError."""
+        """Resume an interrupted run: everything as the checkpoint has it, or a UserError."""
         check_same_run(path, flags_in(checkpoint), vars(self.args))
         flag = "--output_dir" if self.args.resume == "auto" else "--resume"
         restore_training(checkpoint, f"{flag} {path}", vars(state))
         restore_progress(self.progress, checkpoint, f"{flag} {path}")
         self.saver.folder.mkdir(parents=True, exist_ok=True)
-        self.recorder.log.rewind(vars(self.args), self.progress.epoch, self.progress.iteration)
-        inside = f" and {self.progress.steps} iterations" if self.progress.steps else ""
-        done = f"{self.progress.epoch} of {self.args.epochs} epochs{inside}"
-        print0(f"Resumed from {path}: {done} are done.")
+        progress = self.progress
+        self.recorder.log.rewind(vars(self.args), progress.logged_epochs, progress.iteration)
+        inside = f" and {progress.steps} iterations" if progress.steps else ""
+        print0(f"Resumed from {path}: {progress.epoch} of {self.args.epochs} epochs{inside} done.")
 
-    def end_epoch(self, state, probe, means):
-        """After the last step of an epoch: k-NN where it is due, checkpoints, log, curves."""
-        args, progress, epoch = self.args, self.progress, self.progress.epoch
-        names = [NEWEST]
+    def after_step(self, state, loss, grad_norm, scheduled):
+        """All that happens between two steps, in order. Raises StopRequested to end the run."""
+        self.recorder.add(self.progress, loss, grad_norm, scheduled)
+        self.progress.iteration += 1
+        last_of_epoch = self.progress.steps == self.progress.iterations_per_epoch
+        wanted = self.agreement.after_step(save=self.saver.is_time())
+        if (wanted or self.saver.is_due(self.progress.iteration)) and not last_of_epoch:
+            self.save(state)
+
+    def end_epoch(self, state, loader, probe):
+        """After the last step of an epoch: its means, checkpoint, k-NN if due, and line of log.txt.
+
+        The checkpoint comes before the measurement, so that nothing can lose the epoch.
+        """
+        self.progress.unlogged = self.recorder.end_epoch(self.progress, loader, state.student)
+        self.progress.epoch += 1
+        if probe is not None and self.is_knn_due():
+            self.save(state)
+        self.agreement.settle()
+        self.log_epoch(state, probe)
+
+    def log_epoch(self, state, probe):
+        """Measure and log the epoch in `progress.unlogged`; write the checkpoints due after it."""
+        args, progress, names = self.args, self.progress, [NEWEST]
+        means, epoch = progress.unlogged, progress.epoch - 1
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
             names.append(f"checkpoint{epoch:04}.pth")
-        if (epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs:
+        if self.is_knn_due():
             knn = self.measure_knn(state, probe)
             if knn.get("knn_teacher", 0.0) > progress.best_knn:
                 progress.best_knn = knn["knn_teacher"]
                 names.append(BEST)
-            means |= knn
+            means = means | knn
         self.recorder.log.epoch(means)  # before the save: a resumed run drops a line, adds none
-        progress.epoch = epoch + 1
+        progress.unlogged = {}
         self.save(state, names)
         draw_run(self.saver.folder)
+
+    def is_knn_due(self):
+        epochs = self.progress.epoch
+        return epochs % self.args.knn_freq == 0 or epochs == self.args.epochs
 
     def measure_knn(self, state, probe):
         """k-NN of both backbones: {"knn_teacher": percent, "knn_student": percent}, or {}."""
@@ -97,7 +131,7 @@ class Run:
         with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
             accuracies = {
                 f"knn_{name}": probe.accuracy(
-                    unwrap(getattr(state, name)).backbone, self.interruption.unless_asked
+                    unwrap(getattr(state, name)).backbone, self.agreement.until_asked
                 )
                 for name in ("teacher", "student")
             }
@@ -105,17 +139,17 @@ class Run:
         return accuracies
 
     def save(self, state, names=(NEWEST,)):
-        """A checkpoint of this moment under each of `names`, and the teacher's backbone."""
+        """Write a checkpoint of this moment under each of `names`, and the teacher's backbone."""
         rng = gather_objects(random_state())
-        self.progress.sums = self.recorder.sums() if self.progress.steps else {}
+        self.progress.sums = self.recorder.sums(self.progress) if self.progress.steps else {}
         training = training_payload(vars(state), vars(self.progress), vars(self.args), rng)
         backbone = backbone_payload(
             state.teacher,
             arch=canonical_name(self.args.arch),
             patch_size=self.args.patch_size,
             image_size=self.args.global_crop_size,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            mean=self.augmentation.mean,
+            std=self.augmentation.std,
         )
         self.saver.save(dict.fromkeys(names, training) | {"backbone.pth": backbone})
 

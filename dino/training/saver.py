@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When checkpoints are written, by whom, which are kept, and which one a run goes on from.
+"""When checkpoints are written, by whom, which are kept, and which one a run resumes from.
 
-Rank 0 writes, in a thread of its own from a copy on the host, so that training goes on meanwhile. A
-write that fails, for want of space or permission, is reported and tried again at the next save.
+Rank 0 writes, in a thread of its own from a copy on the host, while training continues. A write
+that fails (no space, no permission) is reported, and the next save tries again.
 """
 
 import re
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import DamagedFile, flags_in, read, write_atomically
-from distributed import is_main_process, is_restart, print0
-from errors import UserError
+from dino.distributed import is_main_process, is_restart, print0
+from dino.errors import UserError
+from dino.weights.files import DamagedFile, flags_in, read, write_atomically
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
@@ -64,8 +64,8 @@ class Saver:
         except OSError as error:
             self.failure = error
             print0(
-                f"{self.folder}: a checkpoint could not be written ({error.strerror or error})."
-                " The run goes on, and tries again at the next save."
+                f"Warning: {self.folder}: a checkpoint could not be written"
+                f" ({error.strerror or error}). The next save tries again."
             )
 
     def previous(self, name):
@@ -78,7 +78,7 @@ class Saver:
             path.unlink()
 
     def wait(self):
-        """Let the write under way end."""
+        """Wait for the write in progress."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
@@ -99,7 +99,7 @@ def number_in(path):
 
 
 def on_host(value):
-    """A copy of nested dicts and lists whose tensors are on the CPU, and change no more."""
+    """A copy of nested dicts and lists, with tensors on the CPU that nothing changes any more."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -110,12 +110,11 @@ def on_host(value):
 
 
 def find_checkpoint(resume, output_dir):
-    """(path, content) of the checkpoint to go on from, or None for a new run.
+    """(path, content) of the checkpoint to resume from, or None for a new run.
 
-    `resume` is --resume: auto takes the newest one in `output_dir` that is whole; never wants a
-    folder without any; else it is a path. Whoever gives the same path again, or is restarted by
-    torchrun, goes on with the run in `output_dir` that this began. UserError where another run
-    would be lost.
+    `resume` is --resume: auto takes the newest readable one in `output_dir`; never wants a folder
+    without any; else it is a path. The same path given again, or a restart by torchrun, resumes the
+    run in `output_dir` that it began. UserError where another run would be lost.
     """
     folder = Path(output_dir)
     own = [path for path in (folder / NEWEST, folder / PREVIOUS) if path.exists()]
@@ -124,7 +123,7 @@ def find_checkpoint(resume, output_dir):
         return newest_whole(own)
     another = (
         "belongs to another run, which would be lost. Give another --output_dir, or leave the flag"
-        " out to go on with that run."
+        " out to resume that run."
     )
     if resume == "never":
         if own:
@@ -139,15 +138,15 @@ def find_checkpoint(resume, output_dir):
 
 
 def newest_whole(paths):
-    """(path, content) of the first that is, with a notice for each damaged one; None of no paths.
+    """(path, content) of the first readable checkpoint, or None if `paths` is empty.
 
-    UserError if none is.
+    Prints a warning for each damaged one; UserError if all are.
     """
     for path in paths:
         try:
             return path, read(path, "--output_dir")
         except DamagedFile as error:
-            print0(f"{error} Looking for an older one.")
+            print0(f"Warning: {error} Looking for an older one.")
     if paths:
         raise UserError(
             f"--output_dir {paths[0].parent}: none of its {len(paths)} checkpoints can be read."

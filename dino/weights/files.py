@@ -1,13 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: written atomically, read without running code in them, and never half loaded.
+"""Files of weights: written atomically, read without running code in them, and never half loaded.
 
-A training checkpoint holds the official entries, `student`, `teacher`, `optimizer`, `dino_loss`,
-`epoch` (of the next epoch), `args` and, with float16, `fp16_scaler`, under the official key names;
-`args` is a plain dict. Ours beside them: `rng`, the random state of each rank, and the fields of
-resume.Progress.
-
-`backbone.pth` holds the teacher's backbone alone, under `teacher`, and beside it all that is needed
-to use it.
+`backbone.pth` holds the teacher's backbone alone, under `teacher`, and beside it everything needed
+to use it. What a training checkpoint holds is in training.checkpoint.
 """
 
 import argparse
@@ -21,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from backbones import has_batchnorms
-from distributed import get_rank, get_world_size
-from errors import UserError
+from dino.errors import UserError
+from dino.networks import unwrap
 
 # What official checkpoints hold besides tensors: their parsed flags, and numbers of numpy. None
 # can run code.
@@ -37,13 +31,13 @@ SAFE_TYPES = [
 
 
 class DamagedFile(UserError):
-    """A checkpoint that is cut short, or was none to begin with."""
+    """A checkpoint that is cut short, or not a checkpoint at all."""
 
 
 def write_atomically(payload, path, keep_as=None):
-    """torch.save to `path`, which holds what it held or all of the new, whenever the power fails.
+    """Atomic torch.save: after a crash `path` holds the old content or the new, never part of it.
 
-    What it held becomes `keep_as`, if that is given.
+    The old file is kept as `keep_as`, if that is given.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -67,7 +61,7 @@ def write_atomically(payload, path, keep_as=None):
 
 
 def save_to(file, payload):
-    """torch.save whose complaint about a full disk is the OSError that it was."""
+    """torch.save that raises the underlying OSError (disk full) instead of RuntimeError."""
     try:
         torch.save(payload, file)
     except RuntimeError as error:
@@ -77,7 +71,7 @@ def save_to(file, payload):
 
 
 def sync_folder(folder):
-    """Make renames in `folder` last; a file system that cannot is none to insist on."""
+    """fsync `folder` so that renames survive a crash, where the file system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -103,11 +97,11 @@ def read(path, flag="--pretrained_weights"):
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise UserError(
-                f"{flag} {path}: holds code ({code[1]}) beside tensors and plain values, and is not"
-                " opened."
+                f"{flag} {path}: contains pickled code ({code[1]}); refused. Only tensors and plain"
+                " values are loaded."
             ) from None
         kind = type(error).__name__
-        raise DamagedFile(f"{flag} {path}: damaged, or no checkpoint ({kind}).") from None
+        raise DamagedFile(f"{flag} {path}: damaged, or not a checkpoint ({kind}).") from None
 
 
 def flags_in(checkpoint):
@@ -118,11 +112,6 @@ def flags_in(checkpoint):
     args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     return args if isinstance(args, dict) else {}
-
-
-def unwrap(model):
-    """The module inside a DistributedDataParallel."""
-    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
 def is_named(value):
@@ -138,53 +127,10 @@ def without_prefix(state_dict, prefix):
     return {name.removeprefix(prefix): value for name, value in state_dict.items()}
 
 
-def training_payload(state, progress, args, rng):
-    """What a training checkpoint holds. `progress` and `args`: dicts of plain values.
-
-    `state`: student, teacher, dino_loss, optimizer and scaler by these names; `rng`: each rank's
-    random_state.
-
-    The official student is always wrapped in DistributedDataParallel, the teacher only if it has
-    batch norms; the keys say so here whether or not there was a wrapper, so that either code reads
-    the other's file.
-    """
-    teacher_prefix = "module." if has_batchnorms(state["teacher"]) else ""
-    payload = {
-        "student": with_prefix(unwrap(state["student"]).state_dict(), "module."),
-        "teacher": with_prefix(unwrap(state["teacher"]).state_dict(), teacher_prefix),
-        "optimizer": state["optimizer"].state_dict(),
-        "dino_loss": state["dino_loss"].state_dict(),
-        "args": args,
-        "rng": rng,
-        **progress,
-    }
-    if state["scaler"].is_enabled():
-        payload["fp16_scaler"] = state["scaler"].state_dict()
-    return payload
-
-
-def restore_training(checkpoint, source, state):
-    """Put a training checkpoint's content, ours or official, into the objects of `state`.
-
-    `source` names the flag and the file, for errors.
-    A float16 scaler may be new to the run: where the checkpoint has none, it starts afresh. So do
-    the random states where there is another number of ranks.
-    """
-    objects = {name: value for name, value in state.items() if name != "scaler"}
-    if state["scaler"].is_enabled() and "fp16_scaler" in checkpoint:
-        objects["fp16_scaler"] = state["scaler"]
-    restore(checkpoint, source, **objects)
-    rng = checkpoint.get("rng", [])
-    try:
-        if len(rng) == get_world_size():
-            set_random_state(rng[get_rank()])
-    except Exception:  # whatever torch may raise on somebody's values
-        raise UserError(f"{source}: rng does not hold the random states of the ranks.") from None
-
-
 def restore(checkpoint, source, **objects):
-    """Load each object from the entry of its name, in any wrapper. UserError for what is absent or
-    does not fit.
+    """Load each object from the entry of its name, in any wrapper.
+
+    Raises UserError for entries that are absent or do not fit.
     """
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     missing = [name for name in [*objects, "epoch"] if name not in entries]
@@ -221,20 +167,6 @@ def check_moments(optimizer, what):
                 raise UserError(f"{what}: {name} has values that are not finite.")
 
 
-def random_state():
-    """States of this process's generators, from which stochastic depth and dropout draw."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 def load_exactly(module, state_dict, what):
     """load_state_dict that names the first keys and shapes that differ, in a UserError."""
     own = module.state_dict()
@@ -263,7 +195,7 @@ def load_exactly(module, state_dict, what):
 
 
 def backbone_payload(teacher, *, arch, patch_size, image_size, mean, std):
-    """What `backbone.pth` holds: clean keys under `teacher`, and how to build and feed it."""
+    """The content of `backbone.pth`: clean keys under `teacher`, and how to build and feed it."""
     return {
         "teacher": unwrap(teacher).backbone.state_dict(),
         "arch": arch,
@@ -276,21 +208,3 @@ def backbone_payload(teacher, *, arch, patch_size, image_size, mean, std):
 
 def save_backbone(path, teacher, **description):
     write_atomically(backbone_payload(teacher, **description), path)
-
-
-def restart_from_checkpoint(ckp_path, run_variables=None, **kwargs):
-    """Official interface: if the file exists, load each named object from its entry, and the run
-    variables.
-
-    Unlike the official function it raises UserError where something is absent or does not fit.
-    """
-    if not os.path.isfile(ckp_path):
-        return
-    checkpoint = read(ckp_path, "resume from")
-    restore(
-        checkpoint,
-        f"resume from {ckp_path}",
-        **{name: value for name, value in kwargs.items() if value is not None},
-    )
-    for name in run_variables or {}:
-        run_variables[name] = checkpoint.get(name, run_variables[name])

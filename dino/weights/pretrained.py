@@ -1,77 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frozen backbone: from a checkpoint of any layout, or the weights that the authors published."""
+"""A backbone with weights: from a file of any layout, or those that the authors published."""
 
-import hashlib
-import http.client
 import math
 import re
 import textwrap
-import urllib.request
-import uuid
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
-from checkpoints import DamagedFile, flags_in, is_named, load_exactly, read, without_prefix
-from distributed import print0
-from errors import UserError
-from linear_heads import load_head
-from metrics import progress_bar
+from dino.backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from dino.distributed import print0
+from dino.errors import UserError
+from dino.networks import unwrap
+from dino.weights.files import flags_in, is_named, load_exactly, read, without_prefix
+from dino.weights.published import PUBLISHED_BACKBONES, download, published_entry
 from vision_transformer import ARCHITECTURES
-
-PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/"
-PUBLISHED_BACKBONES = {  # (arch, patch size or None where it is in the name): file
-    ("vit_small", 16): "dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
-    ("vit_small", 8): "dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-    ("vit_base", 16): "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
-    ("vit_base", 8): "dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth",
-    (
-        "xcit_small_12_p16",
-        None,
-    ): "dino_xcit_small_12_p16_pretrain/dino_xcit_small_12_p16_pretrain.pth",
-    ("xcit_small_12_p8", None): "dino_xcit_small_12_p8_pretrain/dino_xcit_small_12_p8_pretrain.pth",
-    (
-        "xcit_medium_24_p16",
-        None,
-    ): "dino_xcit_medium_24_p16_pretrain/dino_xcit_medium_24_p16_pretrain.pth",
-    (
-        "xcit_medium_24_p8",
-        None,
-    ): "dino_xcit_medium_24_p8_pretrain/dino_xcit_medium_24_p8_pretrain.pth",
-    ("resnet50", None): "dino_resnet50_pretrain/dino_resnet50_pretrain.pth",
-}
-# Linear heads on these: file, and the flags of eval_linear.py with which they were trained.
-PUBLISHED_HEADS = {
-    ("vit_small", 16): (
-        "dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth",
-        dict(n_last_blocks=4, avgpool_patchtokens=False),
-    ),
-    ("vit_small", 8): (
-        "dino_deitsmall8_pretrain/dino_deitsmall8_linearweights.pth",
-        dict(n_last_blocks=4, avgpool_patchtokens=False),
-    ),
-    ("vit_base", 16): (
-        "dino_vitbase16_pretrain/dino_vitbase16_linearweights.pth",
-        dict(n_last_blocks=1, avgpool_patchtokens=True),
-    ),
-    ("vit_base", 8): (
-        "dino_vitbase8_pretrain/dino_vitbase8_linearweights.pth",
-        dict(n_last_blocks=1, avgpool_patchtokens=True),
-    ),
-    ("resnet50", None): ("dino_resnet50_pretrain/dino_resnet50_linearweights.pth", {}),
-}
-# The authors publish no hashes. This one, of the only file for which several others do (343242485
-# bytes), is the same wherever it is given.
-SHA256 = {
-    "dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth": (
-        "bf34ad0f424b9029b593e8dc3ed553bf26e88bcba0d32bf3e62a6209cb64c85e"
-    ),
-}
-CHUNK, PATIENCE = 2**20, 60  # bytes of a download at a time; seconds without any
 
 
 @dataclass
@@ -86,12 +32,19 @@ class Pretrained:
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
 
+    @property
+    def transform(self):
+        """PIL image -> normalised central crop (3, image_size, image_size)."""
+        return eval_transform(self.image_size, self.mean, self.std)
 
-def load_backbone(args, given):
+
+def open_backbone(args, image_size=None):
     """The Pretrained that the flags of `add_weights_arguments` ask for.
 
-    A checkpoint that says what it holds decides; one of the flags `given` on the command line that
-    says otherwise is an error. Without --pretrained_weights: the published weights.
+    A checkpoint that says what it holds decides; a flag given on the command line (`args.given`)
+    that contradicts it is an error. Without --pretrained_weights: the published weights.
+    `image_size` overrides the checkpoint's. UserError unless the backbone takes images of that
+    size.
     """
     if args.pretrained_weights:
         source = f"--pretrained_weights {args.pretrained_weights}"
@@ -101,6 +54,7 @@ def load_backbone(args, given):
         check_description(described, source)
     else:
         described = {}
+    given = getattr(args, "given", {})
     for flag in ("arch", "patch_size"):
         stated = str(described.get(flag))
         if flag in given and flag in described and canonical_name(str(given[flag])) != stated:
@@ -114,12 +68,15 @@ def load_backbone(args, given):
         weights, source = published_weights(arch, patch_size), f"the published weights of {arch}"
     backbone, embed_dim = build_with(weights, arch, patch_size, source)
     print_loaded(backbone, arch, source)
-    return Pretrained(backbone.eval(), embed_dim, **options)
+    size = image_size or options.get("image_size") or trained_img_size(weights, arch, patch_size)
+    pretrained = Pretrained(backbone.eval(), embed_dim, **{**options, "image_size": size})
+    check_takes_sizes(backbone, arch, [size], source=f"--image_size {size}: {arch}")
+    return pretrained
 
 
 def build_with(weights, arch, patch_size, source):
     """(backbone, embed_dim) that holds the `weights`; UserError where they do not fit."""
-    img_size = trained_img_size(weights, patch_size) if arch in ARCHITECTURES else 224
+    img_size = trained_img_size(weights, arch, patch_size)
     backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size)
     fit_weights(backbone, weights, arch, source)
     return backbone, embed_dim
@@ -128,12 +85,6 @@ def build_with(weights, arch, patch_size, source):
 def print_loaded(backbone, arch, source):
     tensors = len(backbone.state_dict())
     print0(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}.")
-
-
-def check_image_size(pretrained):
-    """Raise UserError unless the backbone takes images of its `image_size`."""
-    arch, size = pretrained.arch, pretrained.image_size
-    check_takes_sizes(pretrained.backbone, arch, [size], source=f"--image_size {size}: {arch}")
 
 
 def describe(checkpoint):
@@ -172,11 +123,11 @@ def check_description(described, source):
     for name, value in described.items():
         if not right[name](value):
             shown = textwrap.shorten(repr(value), 60)
-            raise UserError(f"{source} says that {name} is {shown}, which cannot be.")
+            raise UserError(f"{source} has an invalid {name}: {shown}.")
 
 
 def vit_in(weights):
-    """{"arch", "patch_size"} of one of our ViTs, which its shapes tell, or {}."""
+    """{"arch", "patch_size"} of one of our ViTs, from the shapes of its weights, or {}."""
     try:
         width, depth = weights["cls_token"].shape[-1], 1 + max(map(block_number, weights))
         patch_size = weights["patch_embed.proj.weight"].shape[-1]
@@ -194,11 +145,13 @@ def block_number(name):
     return int(match[1]) if match else -1
 
 
-def trained_img_size(weights, patch_size):
-    """Side in pixels of the images whose patches the position embeddings of a ViT are for."""
-    positions = weights.get("pos_embed")  # (1, 1 + patches, D), or else it is found not to fit
+def trained_img_size(weights, arch, patch_size):
+    """Side in pixels of the images for whose patches a ViT has position embeddings; else 224."""
+    positions = weights.get("pos_embed")  # (1, 1 + patches, D), or it is found not to fit
     known = isinstance(positions, torch.Tensor) and positions.ndim == 3 and positions.shape[1] > 1
-    return math.isqrt(positions.shape[1] - 1) * patch_size if known else 224
+    if arch not in ARCHITECTURES or not known:
+        return 224
+    return math.isqrt(positions.shape[1] - 1) * patch_size
 
 
 def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
@@ -219,7 +172,7 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
             f" {', '.join(map(str, checkpoint))}. Choose one with --checkpoint_key."
         )
     if not is_named(state_dict):
-        raise UserError(f"{flag} {path} holds weights by names that are no text.")
+        raise UserError(f"{flag} {path} holds weights whose names are not text.")
     state_dict = without_prefix(state_dict, "module.")
     if any(name.startswith("backbone.") for name in state_dict):
         state_dict = {
@@ -231,86 +184,19 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
 def published_weights(arch, patch_size):
     """State dict of the released backbone, downloaded once into torch.hub's folder."""
     check_arch(arch)
-    file = PUBLISHED_BACKBONES.get((arch, patch_size)) or PUBLISHED_BACKBONES.get((arch, None))
-    if file is None:
+    name = published_entry(PUBLISHED_BACKBONES, arch, patch_size)
+    if name is None:
         raise UserError(
             f"there are no published weights for --arch {arch} --patch_size {patch_size}: give"
             " --pretrained_weights."
         )
+    file = f"{name}/{name}.pth"
 
     def check(content):
         weights = backbone_weights(content, "teacher", file, flag="the published file")
         build_with(weights, arch, patch_size, f"the published file {file}")
 
     return download(file, "without --pretrained_weights the published ones are used", check)
-
-
-def published_head(arch, patch_size):
-    """Entries of the released linear head's file, downloaded likewise, and the flags it is for."""
-    key = (arch, patch_size) if (arch, patch_size) in PUBLISHED_HEADS else (arch, None)
-    if key not in PUBLISHED_HEADS:
-        raise UserError(
-            f"there is no published linear head for --arch {arch} --patch_size {patch_size}: give"
-            " --classifier, or train one without --evaluate."
-        )
-    file, flags = PUBLISHED_HEADS[key]
-
-    def check(content):
-        load_head(content, f"the published file {file}")
-
-    why = "--evaluate without --classifier takes the published head"
-    return {**download(file, why, check), **flags}
-
-
-def download(file, why, check):
-    """The content of a file that the authors published, which torch.hub's folder keeps.
-
-    `why` it is needed goes into errors; `check` raises UserError for content that does not fit. A
-    download gets its name only when all of that is known to be right.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(file).name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of this process alone
-        try:
-            fetch(PUBLISHED_URL + file, temporary, why, SHA256.get(file), check)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    try:
-        return read(path, f"{why}:")
-    except DamagedFile as error:
-        raise UserError(f"{error} Delete it, and it is downloaded again.") from None
-
-
-def fetch(url, path, why, sha256, check):
-    """Write what `url` holds to `path`. UserError unless that is whole and what it should be."""
-    request = urllib.request.Request(url, headers={"User-Agent": "torch.hub"})
-    digest, size = hashlib.sha256(), 0
-    try:
-        with urllib.request.urlopen(request, timeout=PATIENCE) as sent, path.open("wb") as file:
-            length = int(sent.headers.get("Content-Length", 0))
-            chunks = iter(lambda: sent.read(CHUNK), b"")
-            for chunk in progress_bar(chunks, path.name, -(-length // CHUNK) or None):
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"{why}, but {url} could not be downloaded ({error}).") from None
-    if length and size != length:
-        raise UserError(f"{why}, but of {url} only {size} of {length} bytes came. Try again.")
-    if sha256 and digest.hexdigest() != sha256:
-        raise UserError(f"{why}, but {url} has the SHA-256 {digest.hexdigest()}, not {sha256}.")
-    try:
-        content = read(path, f"what {url} sent, in")
-    except DamagedFile:
-        raise UserError(
-            f"{why}, but {url} sent no checkpoint: it begins with {path.read_bytes()[:20]}. Is"
-            " there a proxy with a page of its own? Download it by other means, and give the file"
-            " with --pretrained_weights or --classifier."
-        ) from None
-    check(content)
-    print0(f"Downloaded {url}: {size} bytes, SHA-256 {digest.hexdigest()}.")
 
 
 def fit_weights(backbone, weights, arch, source):
@@ -341,3 +227,63 @@ def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_nam
     source = pretrained_weights or "the published weights"
     fit_weights(model, weights, model_name, source)
     print_loaded(model, model_name, source)
+
+
+# ---- weights to start a run from ----
+
+
+def initialise_from(checkpoint, path, student, teacher, dino_loss):
+    """Start a new run from weights, ours or official: the content of the file `path`, --init_from.
+
+    A training checkpoint gives student, teacher, both with their heads, and center, as far as they
+    fit; a backbone alone goes into both networks. Prints what was taken. The backbone must fit.
+    """
+    taken = []
+    for name, network in (("student", unwrap(student)), ("teacher", unwrap(teacher))):
+        key = name if isinstance(checkpoint, dict) and name in checkpoint else "teacher"
+        weights = backbone_weights(checkpoint, key, path, flag="--init_from")
+        load_resized(network.backbone, weights, f"--init_from {path}: {key}")
+        taken.append(f"backbone of the {name}")
+        head = head_weights(checkpoint.get(name))
+        if fits(network.head, head):
+            load_exactly(network.head, head, f"--init_from {path}: head of the {name}")
+            taken.append(f"head of the {name}")
+    center = checkpoint.get("dino_loss")
+    if fits(dino_loss, center):
+        load_exactly(dino_loss, center, f"--init_from {path}: center")
+        taken.append("center")
+    everything = 5
+    rest = "" if len(taken) == everything else "; the rest starts afresh"
+    print0(f"From {path}: {', '.join(taken)}{rest}.")
+
+
+def head_weights(state_dict):
+    """The entries of DINO's head, without prefixes; {} if this is not a state dict."""
+    state_dict = without_prefix(state_dict, "module.") if is_named(state_dict) else {}
+    head = {name: value for name, value in state_dict.items() if name.startswith("head.")}
+    return without_prefix(head, "head.")
+
+
+def fits(module, state_dict):
+    """Whether names and shapes are those of `module`."""
+    entries = state_dict if is_named(state_dict) else {}
+    shapes = {name: getattr(value, "shape", None) for name, value in entries.items()}
+    return shapes == {name: value.shape for name, value in module.state_dict().items()}
+
+
+def load_resized(backbone, weights, what):
+    """load_exactly, after resizing position embeddings to the grid of `backbone`."""
+    own = backbone.state_dict().get("pos_embed")
+    positions = weights.get("pos_embed")
+    if own is not None and positions is not None and own.shape != positions.shape:
+        weights = {**weights, "pos_embed": resize_positions(positions, own.shape[1] - 1)}
+        print0(f"{what}: position embeddings resized from {positions.shape[1] - 1} patches.")
+    load_exactly(backbone, weights, what)
+
+
+def resize_positions(positions, patches):
+    """(1, 1 + n, D) -> (1, 1 + patches, D), both grids square, by bicubic interpolation."""
+    size, new_size = round((positions.shape[1] - 1) ** 0.5), round(patches**0.5)
+    grid = positions[:, 1:].unflatten(1, (size, size)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new_size, new_size), mode="bicubic")
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images on their way to the network.
+
+`images` finds and reads files; `augmentations` draws and applies views, `augmentations_on_device`
+does the second half on the device; `loaders` serves batches in a reproducible order; `demo` is the
+embedded data set, `masks` are images with ground-truth masks.
+"""

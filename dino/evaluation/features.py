@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Features of a frozen backbone: of all images over all ranks, or of a batch for a linear head.
+
+D width of the features, B images of a batch.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from dino.backbones import first_of, is_vit
+from dino.distributed import gather_interleaved
+from dino.errors import UserError
+from dino.precision import autocast
+
+
+@torch.no_grad()
+def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, keep_on_device=True):
+    """L2-normalised features (total, D) float32 and labels (total,), of all ranks, on every rank.
+
+    `loader` gives this rank's share of the `total` images: see loaders.evaluation_loader. `model`
+    is in evaluation mode meanwhile. The result is on the device, or else on the CPU.
+    """
+    training = model.training
+    model.eval()
+    features, labels = [], []
+    for images, targets in loader:
+        with autocast(device, amp_dtype):
+            output = first_of(model(images.to(device, non_blocking=True)))
+        output = F.normalize(output.float(), dim=1)
+        features.append(output if keep_on_device else output.cpu())
+        labels.append(targets.to(features[-1].device))
+    model.train(training)
+    return [
+        gather_interleaved(torch.cat(rows) if rows else None, total) for rows in (features, labels)
+    ]
+
+
+class FrozenFeatures:
+    """Images (B, 3, H, W) on any device -> what a linear head sees of them, (B, dim) float32.
+
+    Of our ViTs [CLS] of the last `n_last_blocks` blocks, each after the final norm, side by side;
+    with `avgpool_patchtokens`, which goes with one block only, [CLS] of the last interleaved with
+    its mean patch token: cls_0, mean_0, cls_1, mean_1, ... Of other networks their output.
+    UserError for more blocks than there are.
+    """
+
+    def __init__(
+        self,
+        backbone,
+        embed_dim,
+        device,
+        *,
+        n_last_blocks=4,
+        avgpool_patchtokens=False,
+        amp_dtype=torch.float32,
+    ):
+        self.backbone, self.device, self.amp_dtype = backbone.to(device), device, amp_dtype
+        self.n_last_blocks, self.avgpool_patchtokens = n_last_blocks, avgpool_patchtokens
+        self.dim = embed_dim
+        if is_vit(backbone):
+            self.check_blocks()
+            self.dim *= n_last_blocks + avgpool_patchtokens
+
+    def check_blocks(self):
+        depth = len(self.backbone.blocks)
+        if self.n_last_blocks > depth:
+            raise UserError(
+                f"--n_last_blocks {self.n_last_blocks}: this backbone has {depth} blocks."
+            )
+        if self.avgpool_patchtokens and self.n_last_blocks != 1:
+            raise UserError(
+                f"--avgpool_patchtokens true and --n_last_blocks {self.n_last_blocks} exclude each"
+                " other: the mean patch token goes with the [CLS] of the last block alone,"
+                " --n_last_blocks 1."
+            )
+
+    @torch.no_grad()
+    def __call__(self, images):
+        images = images.to(self.device, non_blocking=True)
+        with autocast(self.device, self.amp_dtype):
+            return self.extract(images).float()
+
+    def extract(self, images):
+        if not is_vit(self.backbone):
+            return first_of(self.backbone(images))
+        blocks = self.backbone.get_intermediate_layers(images, self.n_last_blocks)
+        features = torch.cat([tokens[:, 0] for tokens in blocks], dim=-1)
+        if self.avgpool_patchtokens:
+            mean_patch = blocks[-1][:, 1:].mean(dim=1)
+            # [cls_0, mean_0, cls_1, mean_1, ...]: the order that the released heads were trained in
+            features = torch.stack([features, mean_patch], dim=-1).flatten(1)
+        return features

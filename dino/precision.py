@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed precision: which type, and the autocast context of it."""
+
+import torch
+
+AMP_DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def choose_amp_dtype(use_fp16, amp_dtype, device):
+    """torch dtype of autocast on `device`; float32 means none.
+
+    `auto`: bfloat16 where the GPU computes in it, else float16, which needs a GradScaler; float32
+    on a CPU.
+    """
+    if not use_fp16 or amp_dtype == "float32":
+        return torch.float32
+    if amp_dtype != "auto":
+        return getattr(torch, amp_dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
+
+
+def autocast(device, dtype):
+    """torch.autocast in `dtype`, which does nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

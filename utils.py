@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names that code written for the official repository imports from `utils`.
+
+Nothing is defined here, and nothing in `dino/` imports this file.
+"""
+
+from dino.backbones import has_batchnorms
+from dino.command_line import bool_flag
+from dino.data.augmentations import GaussianBlur, Solarization
+from dino.distributed import get_rank, get_world_size, is_main_process
+from dino.meters import MetricLogger, SmoothedValue, accuracy
+from dino.networks import MultiCropWrapper
+from dino.optim import (
+    LARS,
+    cancel_gradients_last_layer,
+    clip_gradients,
+    cosine_scheduler,
+    get_params_groups,
+)
+from dino.randomness import fix_random_seeds
+from dino.training.checkpoint import restart_from_checkpoint
+from dino.weights.pretrained import load_pretrained_weights
+from vision_transformer import trunc_normal_
+
+__all__ = [
+    "LARS",
+    "GaussianBlur",
+    "MetricLogger",
+    "MultiCropWrapper",
+    "SmoothedValue",
+    "Solarization",
+    "accuracy",
+    "bool_flag",
+    "cancel_gradients_last_layer",
+    "clip_gradients",
+    "cosine_scheduler",
+    "fix_random_seeds",
+    "get_params_groups",
+    "get_rank",
+    "get_world_size",
+    "has_batchnorms",
+    "is_main_process",
+    "load_pretrained_weights",
+    "restart_from_checkpoint",
+    "trunc_normal_",
+]
