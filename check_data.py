@@ -322,3 +322,7 @@ def check_data(args):
 def main():
     with exit_on_user_error("check_data.py"):
         sys.exit(check_data(get_args_parser().parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -181,7 +181,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
     def check_divisible(self, height, width):
-        """Raise where the convolution would drop rows or columns, as it silently does officially.
+        """Raise where the convolution would drop rows or columns, silently in the official code.
 
         Only for patches side by side: whoever sets a smaller `proj.stride` knows the grid.
         """
@@ -250,7 +250,7 @@ class VisionTransformer(nn.Module):
         trunc_normal_(self.cls_token, std=0.02)
         self.apply(
             init_linear_and_norm
-        )  # the patch convolution keeps torch's default, as officially
+        )  # the patch convolution keeps torch's default, as in the official code
 
     def forward(self, x):
         """(B, C, H, W) -> [CLS] after the last block and the final norm, (B, D)."""

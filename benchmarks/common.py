@@ -20,7 +20,7 @@ import torchvision
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where the project's modules are
 
-from errors import UserError
+from dino.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 from common import ROOT, describe_machine, print_result, run_official
-from data import list_training_images
+
+from dino.data.images import list_training_images
 
 STRETCH = 10  # steps between two waits for the device
 WARMUP = 2  # stretches: the loader fills its queue, CUDA chooses its kernels

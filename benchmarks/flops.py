@@ -6,11 +6,11 @@ only to save memory, such as a second forward pass, does not count: it is the mo
 """
 
 import torch
-from backbones import build_backbone
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino import MultiCropWrapper
+from dino.backbones import build_backbone
+from dino.networks import MultiCropWrapper
 from vision_transformer import DINOHead
 
 # Dense TFLOP/s with float32 sums, in half precision and in float32 without TF32, from NVIDIA's data

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 from common import ROOT, print_result
-from demo import PHOTOGRAPHS, TILE, open_photograph
+
+from dino.data.demo import PHOTOGRAPHS, TILE, open_photograph
 
 TILES = 8  # of each photograph
 # A checkpoint, of 12 MB, is due at every step, so that one is being written most of the time.

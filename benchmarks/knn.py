@@ -13,8 +13,6 @@ official code runs before ours, in a process of its own, on the same features.
 import argparse
 from unittest.mock import patch
 
-import knn  # the project's, which common.py puts before this folder
-import neighbours
 import torch
 from common import (
     describe_machine,
@@ -24,10 +22,12 @@ from common import (
     run_official_or_say_why,
     with_ratios,
 )
-from distributed import Launch, choose_device
-from errors import exit_on_user_error
 from features import two_sets
-from neighbours import nearest
+
+from dino.distributed import Launch, choose_device
+from dino.errors import exit_on_user_error
+from dino.evaluation import knn, neighbours
+from dino.evaluation.neighbours import nearest
 
 COMPARED = 1000  # queries that are looked up wholly in float32 too
 

@@ -13,14 +13,15 @@ import statistics
 import time
 
 import torch
-from augmentations import DataAugmentationDINO
 from common import describe_machine, print_result, run_official, synchronize
-from data import list_training_images, read_image
-from device_augmentation import CropsDINO, DeviceStage
-from loading import collate_readable
 from torch.utils.data._utils.pin_memory import pin_memory
 
-CROPS = ((0.4, 1.0), (0.05, 0.4), 8)  # the official defaults: 2 x 224 and 8 x 96 pixels
+from dino.data.augmentations import DataAugmentationDINO
+from dino.data.augmentations_on_device import CropStage, DeviceStage
+from dino.data.images import list_training_images, read_image
+from dino.data.loaders import collate_readable
+
+AUGMENTATION = DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8)  # the official defaults
 
 
 def main():
@@ -38,8 +39,8 @@ def main():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader's worker
     rates = {
-        "device": worker_rate(CropsDINO(*CROPS), paths, args.passes),
-        "cpu": worker_rate(DataAugmentationDINO(*CROPS), paths, args.passes),
+        "device": worker_rate(CropStage(AUGMENTATION), paths, args.passes),
+        "cpu": worker_rate(AUGMENTATION, paths, args.passes),
     }
     parts = worker_parts(paths, args.passes)
     torch.set_num_threads(threads)
@@ -77,24 +78,23 @@ def worker_rate(augmentation, paths, passes):
 
 def worker_parts(paths, passes):
     """Milliseconds per image: decoding, the drawing of parameters, and the crops."""
-    augmentation = CropsDINO(*CROPS)
     images = [read_image(path) for path in paths]
     rates = {
         "decode": rate(read_image, paths, passes),
-        "draw": rate(lambda image: augmentation.draw(image, key=0), images, passes),
-        "draw_and_crop": rate(lambda image: augmentation(image, key=0), images, passes),
+        "draw": rate(lambda image: AUGMENTATION.draw(image, key=0), images, passes),
+        "draw_and_crop": rate(lambda image: CropStage(AUGMENTATION)(image, key=0), images, passes),
     }
     return {name: round(1000 / value, 3) for name, value in rates.items()}
 
 
 def device_stage(paths, batch, passes, device):
     """Images/s and milliseconds per batch of the colours, copies to the device included."""
-    augmentation = CropsDINO(*CROPS)
-    items = [augmentation(read_image(path), key=n) for n, path in enumerate(paths)]
+    crops = CropStage(AUGMENTATION)
+    items = [crops(read_image(path), key=n) for n, path in enumerate(paths)]
     cropped = collate_readable([items[n % len(items)] for n in range(batch)])
     if device.type == "cuda":
         cropped = pin_memory(cropped)
-    stage = DeviceStage(device)
+    stage = DeviceStage(AUGMENTATION, device)
 
     def whole_batch(_):
         stage(cropped)

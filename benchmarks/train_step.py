@@ -27,13 +27,14 @@ from common import (
     synchronize,
     with_ratios,
 )
-from distributed import Launch, choose_device
-from errors import exit_on_user_error
 from flops import peak_flops, training_flops
-from monitor import Monitor
 
 import main_dino
-import utils
+from dino.distributed import Launch, choose_device
+from dino.errors import exit_on_user_error
+from dino.precision import autocast, choose_amp_dtype
+from dino.training.flag_checks import check_training_flags
+from dino.training.health import Monitor
 
 # Schedules do not change the time of a step; that the last layer learns does.
 SCHEDULED = dict(lr=1e-4, weight_decay=0.04, momentum=0.996, epoch=1, freeze_last_layer=1)
@@ -49,9 +50,9 @@ def main(argv=None):
 
 def benchmark(args, training):
     """What the JSON line says."""
-    main_dino.check_args(training)
+    check_training_flags(training)
     device = choose_device(training.device, Launch("python"))
-    amp_dtype = utils.choose_amp_dtype(training.use_fp16, training.amp_dtype, device)
+    amp_dtype = choose_amp_dtype(training.use_fp16, training.amp_dtype, device)
     steps = args.steps or (30 if device.type == "cuda" else 5)
     result = {
         "benchmark": "train_step",
@@ -94,9 +95,9 @@ class Step:
         torch.manual_seed(0)
         torch.backends.cudnn.benchmark = True
         self.training, self.device, self.amp_dtype = training, device, amp_dtype
-        self.state = main_dino.build_state(training, device, amp_dtype)
-        self.crop_sizes = 2 * [training.global_crop_size]
-        self.crop_sizes += training.local_crops_number * [training.local_crop_size]
+        views = main_dino.build_augmentation(training).views
+        self.state = main_dino.build_state(training, views, device, amp_dtype)
+        self.crop_sizes = [view.size for view in views]
         batch = training.batch_size_per_gpu
         self.images = [torch.randn(batch, 3, size, size, device=device) for size in self.crop_sizes]
 
@@ -166,11 +167,8 @@ class Step:
         training, state = self.training, self.state
         monitor = Monitor(state.dino_loss)
         monitor.watching = True
-        autocast = torch.autocast(
-            self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype != torch.float32
-        )
-        part = next(utils.in_parts(state.student, self.images, training.accum_steps))
-        with torch.no_grad(), autocast:
+        part = [view.chunk(training.accum_steps)[0] for view in self.images]
+        with torch.no_grad(), autocast(self.device, self.amp_dtype):
             outputs = state.student(part), state.teacher(part[:2]), SCHEDULED["epoch"]
 
         def look():

@@ -14,11 +14,11 @@ import skimage
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from backbones import build_backbone
-from checkpoints import save_backbone
 from PIL import Image
 
-from dino import MultiCropWrapper
+from dino.backbones import build_backbone
+from dino.networks import MultiCropWrapper
+from dino.weights.files import save_backbone
 from vision_transformer import DINOHead
 
 ROOT = Path(__file__).parent.parent

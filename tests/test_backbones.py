@@ -3,11 +3,11 @@
 
 import pytest
 import torch
-from backbones import build_backbone, check_takes_sizes, has_batchnorms
-from errors import UserError
 from torch import nn
 
-from dino import MultiCropWrapper
+from dino.backbones import build_backbone, check_takes_sizes, has_batchnorms
+from dino.errors import UserError
+from dino.networks import MultiCropWrapper
 from vision_transformer import DINOHead
 
 SMALL_ONE_OF_EACH_FAMILY = [

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, run_script
-from errors import exit_on_user_error
 from wrong_inputs import write_inputs
+
+from dino.errors import exit_on_user_error
 
 pytestmark = pytest.mark.usefixtures("inputs")
 
@@ -25,10 +26,9 @@ RIGHT = {
     "eval_linear": f"--device cpu --num_workers 0 --data_path labelled {WEIGHTS} --output_dir run",
     "visualize_attention": f"--device cpu {WEIGHTS} --image_path images/0.png --output_dir run",
     "eval_attention": f"--device cpu {WEIGHTS} --data_path pairs --output run/figures.json",
-    "metrics": "--output run.png",
+    "compare_runs": "--output run.png",
     "check_data": "",
 }
-PROGRAMS = {"check_data": "data.py"}
 READERS = ("eval_knn", "eval_linear", "visualize_attention", "eval_attention")
 
 
@@ -52,7 +52,7 @@ def tree():
 
 def refused(monkeypatch, capsys, script, flags):
     """What `script` says about `flags`, after the checks that hold for every mistake."""
-    program = PROGRAMS.get(script, f"{script}.py")
+    program = f"{script}.py"
     monkeypatch.setattr(sys, "argv", [program, *shlex.split(f"{RIGHT[script]} {flags}")])
     before = tree()
     with pytest.raises(SystemExit) as stopped:
@@ -132,9 +132,9 @@ def test_every_flag_that_takes_a_number_is_among_these_cases(script):
 BAD_WEIGHTS = {
     "nowhere.pth": "no such file",
     "folder.pth": "is a folder",
-    "text.pth": "damaged, or no checkpoint",
-    "zero.pth": "damaged, or no checkpoint",
-    "cut.pth": "damaged, or no checkpoint",
+    "text.pth": "damaged, or not a checkpoint",
+    "zero.pth": "damaged, or not a checkpoint",
+    "cut.pth": "damaged, or not a checkpoint",
     "list.pth": "holds a list, not the weights",
     "tensor.pth": "holds a Tensor, not the weights",
     "short.pth": r"norm\.bias is missing",
@@ -185,8 +185,8 @@ CASES = [
     ("main_dino", "--knn_data_path nowhere", "no folder train/ in it"),
     ("main_dino", "--knn_data_path images", "no folder train/ in it"),
     ("main_dino", "--knn_data_path zebra", "'zebra' of val/ has no counterpart"),
-    ("main_dino", "--output_dir file", "is no folder that can be written to"),
-    ("main_dino", "--output_dir file/run", "is no folder that can be written to"),
+    ("main_dino", "--output_dir file", "is not a folder that can be written to"),
+    ("main_dino", "--output_dir file/run", "is not a folder that can be written to"),
     ("main_dino", "--output_dir ''", "is empty"),
     ("main_dino", "--output_dir finished --out_dim 32", "is of a run with 64"),
     ("main_dino", "--output_dir finished --arch vit_tiny", "is of a run with vit_nano"),
@@ -198,7 +198,7 @@ CASES = [
     ("main_dino", "--output_dir infinite", r"infinite.*cls_token has values that are not finite"),
     ("main_dino", "--output_dir linear", r"eval_linear\.py"),
     ("main_dino", "--resume nowhere.pth", "no such file"),
-    ("main_dino", "--resume text.pth", "damaged, or no checkpoint"),
+    ("main_dino", "--resume text.pth", "damaged, or not a checkpoint"),
     ("main_dino", "--resume backbone.pth", "not a training checkpoint"),
     ("main_dino", "--resume training.pth --init_from backbone.pth", "exclude each other"),
     ("main_dino", "--data_path demo:// --batch_size_per_gpu 5000", "2800 images are fewer"),
@@ -212,15 +212,15 @@ CASES = [
     ("eval_knn", "--image_size 30", "does not take crops of 30 pixels"),
     ("eval_knn", "--arch vit_smal --pretrained_weights ''", "Close to it: vit_small"),
     ("eval_knn", "--arch vit_nano --pretrained_weights ''", "no published weights"),
-    ("eval_knn", "--dump_features file", "is no folder that can be written to"),
+    ("eval_knn", "--dump_features file", "is not a folder that can be written to"),
     ("eval_knn", "--load_features nowhere", "no such file"),
     ("eval_knn", "--load_features part", r"trainlabels\.pth: no such file"),
-    ("eval_knn", "--load_features unequal", r"trainfeat\.pth is no table with a row per label"),
+    ("eval_knn", "--load_features unequal", r"trainfeat\.pth does not have one row per label"),
     ("eval_knn", "--load_features narrow", "8 numbers in a row of trainfeat.pth and 5"),
     ("eval_knn", "--load_features notfinite", r"trainfeat\.pth has values that are not finite"),
-    ("eval_knn", "--load_features unlabelled", r"trainlabels\.pth .*whole numbers"),
-    ("eval_knn", "--load_features negative", r"trainlabels\.pth .*whole numbers"),
-    ("eval_knn", "--load_features nothing", r"trainfeat\.pth is no table with a row per label"),
+    ("eval_knn", "--load_features unlabelled", r"trainlabels\.pth is not a 1-D tensor"),
+    ("eval_knn", "--load_features negative", r"trainlabels\.pth has negative class numbers"),
+    ("eval_knn", "--load_features nothing", r"trainfeat\.pth does not have one row per label"),
     ("eval_knn", "--dump_features run --load_features part", "exclude each other"),
     # eval_linear.py
     ("eval_linear", "--data_path nowhere", "no folder train/ in it"),
@@ -233,12 +233,12 @@ CASES = [
     ("eval_linear", "--image_size 30", "does not take crops of 30 pixels"),
     ("eval_linear", "--lr 0.1 0.10", "give each rate once"),
     ("eval_linear", "--amp_dtype int8", "invalid choice"),
-    ("eval_linear", "--output_dir file", "is no folder that can be written to"),
+    ("eval_linear", "--output_dir file", "is not a folder that can be written to"),
     ("eval_linear", "--output_dir dino", r"log\.txt there is of a run of main_dino\.py"),
-    ("eval_linear", "--output_dir linear", "damaged, or no checkpoint"),
+    ("eval_linear", "--output_dir linear", "damaged, or not a checkpoint"),
     ("eval_linear", "--classifier backbone.pth", "is for --evaluate"),
     ("eval_linear", "--evaluate --classifier nowhere.pth", "no such file"),
-    ("eval_linear", "--evaluate --classifier zero.pth", "damaged, or no checkpoint"),
+    ("eval_linear", "--evaluate --classifier zero.pth", "damaged, or not a checkpoint"),
     ("eval_linear", "--evaluate --classifier list.pth", "no linear classifier"),
     ("eval_linear", "--evaluate --classifier backbone.pth", "no linear classifier"),
     # visualize_attention.py
@@ -249,7 +249,7 @@ CASES = [
     ("visualize_attention", "--image_size 1 2 3", "give height and width"),
     ("visualize_attention", "--image_size 0 5", "give height and width"),
     ("visualize_attention", "--image_size 5", "do not hold a patch of 8 x 8"),
-    ("visualize_attention", "--output_dir file", "is no folder that can be written to"),
+    ("visualize_attention", "--output_dir file", "is not a folder that can be written to"),
     ("visualize_attention", "--arch resnet50 --pretrained_weights ''", "has no class token"),
     # eval_attention.py
     ("eval_attention", "--data_path nowhere", r"neither VOC2012's folder"),
@@ -259,16 +259,20 @@ CASES = [
     ("eval_attention", "--ground_truth pixels", "invalid choice"),
     ("eval_attention", "--image_size 5", "do not hold a patch of 8 x 8"),
     ("eval_attention", "--output empty", "is a folder"),
-    ("eval_attention", "--output file/figures.json", "is no folder that can be written to"),
-    # metrics.py
-    ("metrics", "nowhere", "no such folder"),
-    ("metrics", "images", "not the folder of a run"),
-    ("metrics", "argless", r"args\.json"),
-    ("metrics", "halfway", r"args\.json"),
-    ("metrics", "measured --output empty", "is a folder"),
-    ("metrics", "measured --output file/comparison.png", "is no folder that can be written to"),
-    ("metrics", "measured --no_such_flag 1", "unrecognized arguments"),
-    # data.py, which is check_data.main
+    ("eval_attention", "--output file/figures.json", "is not a folder that can be written to"),
+    # compare_runs.py
+    ("compare_runs", "nowhere", "no such folder"),
+    ("compare_runs", "images", "no metrics.jsonl with steps in it"),
+    ("compare_runs", "argless", r"args\.json"),
+    ("compare_runs", "halfway", r"args\.json"),
+    ("compare_runs", "measured --output empty", "is a folder"),
+    (
+        "compare_runs",
+        "measured --output file/comparison.png",
+        "is not a folder that can be written to",
+    ),
+    ("compare_runs", "measured --no_such_flag 1", "unrecognized arguments"),
+    # check_data.py
     ("check_data", "nowhere", "no such folder or file"),
     ("check_data", "empty", "no image in this folder"),
     ("check_data", "empty.txt", "this list of images is empty"),
@@ -296,7 +300,7 @@ def test_a_wrong_flag_or_file_is_refused_with_what_was_found(
     ("command", "message"),
     [
         ("eval_knn.py --device cpu --data_path images", "--data_path images: no folder train/"),
-        ("data.py nowhere", "PATH nowhere: no such folder or file"),
+        ("check_data.py nowhere", "PATH nowhere: no such folder or file"),
     ],
 )
 def test_the_real_process_says_the_same_and_nothing_else(command, message):
@@ -322,7 +326,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys, script):
     [
         *[("main_dino", "--output_dir"), ("eval_linear", "--output_dir")],
         *[("visualize_attention", "--output_dir"), ("eval_knn", "--dump_features")],
-        *[("eval_attention", "--output"), ("metrics", "measured --output")],
+        *[("eval_attention", "--output"), ("compare_runs", "measured --output")],
     ],
 )
 def test_a_folder_that_may_not_be_written_to_is_refused(monkeypatch, capsys, script, flag):
@@ -335,7 +339,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(monkeypatch, capsys, scr
         said = refused(monkeypatch, capsys, script, f"{flag} locked/new")
     finally:
         os.seteuid(user)
-    assert f"{flag.split()[-1]} locked/new: locked is no folder that can be written to" in said
+    assert f"{flag.split()[-1]} locked/new: locked is not a folder that can be written to" in said
 
 
 def test_a_full_device_and_a_full_disk_are_told_without_a_traceback(capsys):

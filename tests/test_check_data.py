@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python data.py PATH: what it finds in a data set, and that no file in it can end it."""
+"""python check_data.py PATH: what it finds in a data set, and that no file in it can end it."""
 
 import multiprocessing
 import os
@@ -69,9 +69,9 @@ def test_counts_sizes_and_formats_of_a_sound_folder_and_exit_code_0(tmp_path, ca
     assert check(tmp_path, "--global_crop_size", 64, "--batch_size_per_gpu", 4) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[:3] == ["9 images in 2 folders, 3 to 6 in one", "  cat: 6", "  dog/small: 3"]
-    assert "not looked at, as no image ends so: .heic (1)" in said
-    assert "width: 64 to 600 pixels, half of them up to 64" in said
-    assert "height: 64 to 400 pixels, half of them up to 64" in said
+    assert "ignored, not an image extension: .heic (1)" in said
+    assert "width: 64 to 600 pixels, median 64" in said
+    assert "height: 64 to 400 pixels, median 64" in said
     assert "format: PNG (8), JPEG (1)" in said
     assert "mode: RGB (9)" in said
     assert "unreadable: 0" in said
@@ -108,7 +108,7 @@ def test_files_that_are_equal_to_the_byte_are_named_together(tmp_path, capsys):
     (tmp_path / "link.png").symlink_to(tmp_path / "1.png")
     assert check(tmp_path) == 0
     said = capsys.readouterr().out
-    assert "duplicates: 2 files are, to the byte, like another one" in said
+    assert "duplicates: 2 files are byte-for-byte copies of another" in said
     assert "  1.png = again.png = link.png" in said
     assert "Warning: 2 of 6 images (33.3 %) are duplicates" in said
 
@@ -222,17 +222,18 @@ def test_no_process_outlives_a_check_that_is_killed(tmp_path):
         image.save(tmp_path / f"{i}.png")
     os.mkfifo(tmp_path / "pipe.jpg")
     process = subprocess.Popen(
-        [sys.executable, "data.py", str(tmp_path), "--num_workers", "2"], cwd=ROOT
+        [sys.executable, "check_data.py", str(tmp_path), "--num_workers", "2"], cwd=ROOT
     )
     children = []
     while len(children) < 2:
+        assert process.poll() is None
         time.sleep(0.05)
         with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
             children = file.read().split()
     time.sleep(0.5)
     process.kill()
     process.wait()
-    os.close(os.open(tmp_path / "pipe.jpg", os.O_WRONLY))  # so that the one that waits goes on
+    os.close(os.open(tmp_path / "pipe.jpg", os.O_RDWR))  # wakes the one that waits for a writer
     end = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{child}") for child in children):
         assert time.monotonic() < end, "they wait for a parent that is gone"

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 
-import distributed
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, SMALL_RUN, run_processes, run_script, run_torchrun
-from distributed import (
+from torch import nn
+
+from dino import distributed
+from dino.distributed import (
     Launch,
     agree_on_store,
     choose_device,
@@ -22,10 +24,9 @@ from distributed import (
     get_world_size,
     read_launch,
     slurm_rendezvous,
-    sync_batchnorms,
 )
-from errors import UserError
-from torch import nn
+from dino.errors import UserError
+from dino.sync_batchnorm import sync_batchnorms
 
 
 def batchnorm_step(images, amp_dtype=torch.float32):

@@ -5,22 +5,23 @@ gradients, center, weights), k-NN and linear evaluation. Each world is started o
 
 import shutil
 
-import linear
-import linear_heads
 import pytest
 import torch
-from augmentations import LinearProbeAugmentation, eval_transform
-from backbones import build_backbone
-from checkpoints import unwrap
 from conftest import SMALL_RUN, run_processes
-from data import list_labelled_images
-from distributed import get_world_size
-from knn import extract_features, knn_accuracies
-from loading import evaluation_loader, training_loader
-from training_flags import parse_args
 
 import main_dino
-import utils
+from dino.backbones import build_backbone
+from dino.data.augmentations import LinearProbeAugmentation, eval_transform
+from dino.data.images import ImageFiles, list_labelled_images
+from dino.data.loaders import evaluation_loader, training_loader
+from dino.distributed import get_world_size
+from dino.evaluation.features import FrozenFeatures, extract_features
+from dino.evaluation.knn import knn_accuracies
+from dino.evaluation.linear import evaluate_heads, train_heads_one_epoch
+from dino.evaluation.linear_files import build_heads
+from dino.networks import unwrap
+from dino.randomness import fix_random_seeds
+from dino.training.flags import parse_args
 
 GLOBAL_BATCH = 8
 CPU = torch.device("cpu")
@@ -33,9 +34,11 @@ def train(data, use_bn, seed=0):
     """Three steps on `data`: what the ranks saw, the first gradients, and what came of it."""
     flags = (*RUN, GLOBAL_BATCH // get_world_size(), "--use_bn_in_head", use_bn, "--seed", seed)
     args = parse_args([*map(str, flags), "--data_path", str(data)])
-    utils.fix_random_seeds(args.seed)
-    loader = main_dino.build_loader(args, 0, CPU)
-    state = main_dino.build_state(args, CPU, torch.float32)
+    fix_random_seeds(args.seed)
+    augmentation = main_dino.build_augmentation(args)
+    images = main_dino.open_images(args, GLOBAL_BATCH)
+    loader = main_dino.build_loader(args, images, augmentation, 0, CPU)
+    state = main_dino.build_state(args, augmentation.views, CPU, torch.float32)
     start = {name: value.clone() for name, value in unwrap(state.student).named_parameters()}
     found = {"views": [], "losses": []}
     loader.sampler.set_position(epoch=1)
@@ -84,20 +87,20 @@ def evaluate_linear(data, whole_data):
     """Three epochs of two heads on 24 images, and their validation on 11."""
     torch.manual_seed(0)
     backbone, embed_dim = build_backbone("vit_nano", 8, img_size=32)
-    features = linear.FrozenFeatures(backbone.eval(), embed_dim, CPU)
+    features = FrozenFeatures(backbone.eval(), embed_dim, CPU)
     options = dict(batch_size=GLOBAL_BATCH // get_world_size(), num_workers=0, pin_memory=False)
     paths, labels, _ = list_labelled_images(whole_data, "train")
     augmentation = LinearProbeAugmentation(32)
-    loader = training_loader(paths, augmentation, labels=labels, seed=0, **options)
-    state = linear_heads.build_state(features.dim, 3, [0.01, 0.1], 3, CPU)
+    loader = training_loader(ImageFiles(paths), augmentation, labels=labels, seed=0, **options)
+    state = build_heads(features.dim, 3, [0.01, 0.1], 3, CPU)
     losses = []
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
-        losses += linear.train_one_epoch(features, state.heads, state.optimizer, loader, epoch, 0)
+        losses += train_heads_one_epoch(features, state.heads, state.optimizer, loader, epoch, 0)
     paths, labels, _ = list_labelled_images(data, "val")
     options["batch_size"] = 3
     loader = evaluation_loader(paths, labels, eval_transform(32), **options)
-    results = linear.evaluate(features, state.heads, loader, len(paths))
+    results = evaluate_heads(features, state.heads, loader, len(paths))
     return {"heads": state.heads.state_dict(), "linear_losses": losses, "linear": results}
 
 

@@ -6,16 +6,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
 from conftest import photograph, run_script
-from errors import UserError
+from helpers import parse, save_random_backbone
 from PIL import Image
-from pretrained import Pretrained
-from segmentation import SegmentedImages
-from test_attention import parse, save_random_backbone
 from torch import nn
 
 import eval_attention
+from dino.data.masks import SegmentedImages
+from dino.errors import UserError
+from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_vit, upsample
+from dino.weights.pretrained import Pretrained
 from eval_attention import jaccard, patch_of_pixels
 
 
@@ -76,7 +76,7 @@ def two_known_heads(monkeypatch):
     maps[1, 2:, 2:] = 1 / 4
     monkeypatch.setattr(eval_attention, "class_attention", lambda pretrained, image: maps)
     pretrained = Pretrained(nn.Identity(), 96, "vit_nano", 8)
-    monkeypatch.setattr(eval_attention, "load_vit", lambda args, given: pretrained)
+    monkeypatch.setattr(eval_attention, "open_vit", lambda args: pretrained)
 
 
 def test_voc_scores_each_object_with_the_head_that_fits_it_best(two_known_heads, tmp_path, capsys):
@@ -165,7 +165,7 @@ def test_wrong_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="not labels with a palette"):
         list(SegmentedImages(voc))
     (voc / "JPEGImages" / "a.jpg").unlink()
-    with pytest.raises(UserError, match=r"lists .*a\.jpg, which is no file"):
+    with pytest.raises(UserError, match=r"lists .*a\.jpg, which is not a file"):
         SegmentedImages(voc)
 
 
@@ -178,7 +178,7 @@ def test_a_mask_of_another_shape_than_its_image_is_refused(two_known_heads, tmp_
 def test_the_script_measures_a_checkpoint(tmp_path):
     """Of one head's mask as an object, that head is the best, with 100 %."""
     checkpoint = save_random_backbone(tmp_path / "backbone.pth", "vit_nano")
-    pretrained = load_vit(parse(eval_attention, "--pretrained_weights", checkpoint), {})
+    pretrained = open_vit(parse(eval_attention, "--pretrained_weights", checkpoint))
     root = write_voc(tmp_path / "voc", {"a": TWO_OBJECTS})
     image, _ = fit_to_patches(Image.open(root / "JPEGImages" / "a.jpg"), [64], 8, "")
     mask = upsample(keep_mass(class_attention(pretrained, image), 0.6)[1], 4)  # 32 x 32

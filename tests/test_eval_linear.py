@@ -6,16 +6,16 @@ import math
 import shutil
 import urllib.request
 
-import pretrained
 import pytest
 import torch
-from backbones import build_backbone
 from conftest import run_script, run_torchrun
-from errors import Diverged, UserError
-from flags import given_flags
-from linear_heads import build_state
 
 import eval_linear as script
+from dino.backbones import build_backbone
+from dino.errors import Diverged, UserError
+from dino.evaluation import linear_files
+from dino.evaluation.linear_files import build_heads
+from dino.weights import published as released
 from eval_linear import eval_linear, get_args_parser
 
 
@@ -34,7 +34,7 @@ SMALL_RUN = ("--batch_size_per_gpu", 5, "--epochs", 4, "--num_workers", 0, "--de
 def run(*flags):
     """eval_linear with a command line, in this process; the best top-1."""
     parser, argv = get_args_parser(), [str(flag) for flag in (*SMALL_RUN, *flags)]
-    return eval_linear(parser.parse_args(argv), given_flags(parser, argv))
+    return eval_linear(parser.parse_args(argv))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_two_processes_take_the_steps_of_one_and_count_every_image_once(
 
 def build_heads_again(saved):
     torch.manual_seed(saved["seed"])
-    return build_state(4 * 96, 3, [1.0], 1, torch.device("cpu")).heads[0].linear.weight.detach()
+    return build_heads(4 * 96, 3, [1.0], 1, torch.device("cpu")).heads[0].linear.weight.detach()
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def published(monkeypatch, tmp_path, checkpoint):
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     torch.save(content(checkpoint)["teacher"], folder / "nano.pth")
-    monkeypatch.setitem(pretrained.PUBLISHED_BACKBONES, ("vit_nano", 8), "some_folder/nano.pth")
+    monkeypatch.setitem(released.PUBLISHED_BACKBONES, ("vit_nano", 8), "nano")
     return folder
 
 
@@ -227,11 +227,11 @@ def test_a_released_head_is_evaluated_with_the_flags_that_it_was_trained_with(
     features = ("--n_last_blocks", 1, "--avgpool_patchtokens", "true")
     run(*flags, *features, "--lr", 1, "--output_dir", tmp_path / "run")
     trained = content(tmp_path / "run" / "last_linear.pth")
-    released = {f"module.{name}": value for name, value in trained["state_dict"].items()}
-    torch.save({"epoch": 4, "state_dict": released, "best_acc": 0.0}, published / "head.pth")
+    head = {f"module.{name}": value for name, value in trained["state_dict"].items()}
+    torch.save({"epoch": 4, "state_dict": head, "best_acc": 0.0}, published / "head.pth")
     stated = dict(n_last_blocks=1, avgpool_patchtokens=True)
     entry = ("some_folder/head.pth", stated)
-    monkeypatch.setitem(pretrained.PUBLISHED_HEADS, ("vit_nano", 8), entry)
+    monkeypatch.setitem(released.PUBLISHED_HEADS, ("vit_nano", 8), entry)
     assert run(*flags, "--evaluate") == trained["accuracy"]
     assert run(*flags, *features, "--evaluate") == trained["accuracy"]
     with pytest.raises(UserError, match=r"--n_last_blocks 4: the published .* with 1\. Leave"):
@@ -255,12 +255,12 @@ def test_there_is_an_error_where_no_head_was_published_or_none_can_be_fetched(
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     with pytest.raises(UserError, match=r"takes the published head, but https://dl\.\S+/dino_vitb"):
-        pretrained.published_head("vit_base", 8)
+        linear_files.published_head("vit_base", 8)
 
 
 def test_published_heads_are_of_the_sizes_that_their_flags_give():
     """The authors' protocol: 4 x 384 numbers of a ViT-S, 768 and 768 of a ViT-B."""
-    for (arch, _), (file, flags) in pretrained.PUBLISHED_HEADS.items():
+    for (arch, _), (file, flags) in released.PUBLISHED_HEADS.items():
         assert file.endswith("_linearweights.pth")
         if arch.startswith("vit_"):
             expected = (4, False) if arch == "vit_small" else (1, True)
@@ -276,7 +276,7 @@ def test_another_network_trains_and_its_head_is_found_again(labelled, tmp_path):
     head = tmp_path / "best_linear.pth"
     assert "n_last_blocks" not in content(head)
     assert run(*needed, "--evaluate", "--classifier", head) == best
-    with pytest.raises(UserError, match=r"--n_last_blocks 1: resnet18 is no ViT of ours"):
+    with pytest.raises(UserError, match=r"--n_last_blocks 1: resnet18 is not one of our ViTs"):
         run(*needed, *flags, "--n_last_blocks", 1)
 
 
@@ -298,13 +298,13 @@ def test_best_is_kept_when_accuracy_falls_and_last_is_of_the_same_rate(
         heads_then.append([head.linear.weight.detach().clone() for head in heads])
         return [dict(loss=0.5, acc1=accuracy) for accuracy in accuracies[len(heads_then) - 1]]
 
-    def train_one_epoch(features, heads, optimizer, loader, epoch, shown):
+    def train_heads_one_epoch(features, heads, optimizer, loader, epoch, shown):
         epochs_seen.append(loader.sampler.epoch)
         return train(features, heads, optimizer, loader, epoch, shown)
 
-    train = script.train_one_epoch
-    monkeypatch.setattr(script, "evaluate", evaluate)
-    monkeypatch.setattr(script, "train_one_epoch", train_one_epoch)
+    train = script.train_heads_one_epoch
+    monkeypatch.setattr(script, "evaluate_heads", evaluate)
+    monkeypatch.setattr(script, "train_heads_one_epoch", train_heads_one_epoch)
     assert run(*flags[:-3], 0.1, 1, "--output_dir", tmp_path) == 60
     assert epochs_seen == [0, 1, 2, 3]
     for name, epoch, accuracy in (("best_linear.pth", 1, 60.0), ("last_linear.pth", 3, 30.0)):
@@ -365,8 +365,8 @@ def test_official_flags_have_their_official_defaults():
         ("--image_size 30", r"does not take crops of 30 pixels"),
         ("--patch_size 16", r"--patch_size 16: .* holds a backbone with patch_size 8"),
         ("--lr 0.1 0.10", r"--lr 0.1 0.1: give each rate once"),
-        ("--output_dir LICENSE", r"--output_dir LICENSE: .*LICENSE is no folder"),
-        ("--output_dir LICENSE/run", r"LICENSE is no folder that can be written to"),
+        ("--output_dir LICENSE", r"--output_dir LICENSE: .*LICENSE is not a folder"),
+        ("--output_dir LICENSE/run", r"LICENSE is not a folder that can be written to"),
         ("--classifier best.pth", r"--classifier best.pth is for --evaluate"),
         ("--evaluate --classifier best.pth", r"--classifier best\.pth: no such file"),
     ],
@@ -403,7 +403,7 @@ def test_a_head_is_refused_with_what_it_was_not_trained_for(
     other = content(checkpoint)
     other["teacher"] = {name: 2 * value for name, value in other["teacher"].items()}
     torch.save(other, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"features of .*backbone\.pth, and the weights of .*other"):
+    with pytest.raises(UserError, match=r"features of .*backbone\.pth, but the weights of .*different"):
         run("--pretrained_weights", tmp_path / "other.pth", *needed[2:], *best)
     shutil.copytree(labelled / "val" / "coffee", tmp_path / "val" / "zebra")
     with pytest.raises(UserError, match=r"knows 3 classes, .*--data_path 'zebra' is none of them"):

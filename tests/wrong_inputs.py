@@ -4,12 +4,15 @@
 import json
 
 import torch
-from backbones import build_backbone
-from checkpoints import backbone_payload, random_state, training_payload
 from conftest import photograph
 
-from dino import DINOLoss, MultiCropWrapper
-from utils import get_params_groups
+from dino.backbones import build_backbone
+from dino.loss import DINOLoss
+from dino.networks import MultiCropWrapper
+from dino.optim import get_params_groups
+from dino.randomness import random_state
+from dino.training.checkpoint import training_payload
+from dino.weights.files import backbone_payload
 from vision_transformer import DINOHead
 
 

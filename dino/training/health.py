@@ -113,7 +113,8 @@ VERDICTS = {
     "uniform collapse": "Uniform collapse: teacher and student give every output the same share for"
     " every image, so that the loss stays at ln(out_dim) = {ln_k:.3f} and nothing is learned."
     " Common with small or grey data. Try --use_bn_in_head true first; then a lower"
-    " --warmup_teacher_temp and --teacher_temp (0.02), a smaller --out_dim, milder crops (--global_crops_scale 0.5 1), a"
+    " --warmup_teacher_temp and --teacher_temp (0.02), a smaller --out_dim, milder crops"
+    " (--global_crops_scale 0.5 1), a"
     " higher --lr, a longer --freeze_last_layer.",
     "one-output collapse": "One-output collapse: the teacher gives all images to one and the same"
     " output, so that its entropy and the loss are 0 and nothing is learned. The center cannot keep"

@@ -79,7 +79,8 @@ class Run:
         progress = self.progress
         self.recorder.log.rewind(vars(self.args), progress.logged_epochs, progress.iteration)
         inside = f" and {progress.steps} iterations" if progress.steps else ""
-        print0(f"Resumed from {path}: {progress.epoch} of {self.args.epochs} epochs{inside} done.")
+        done = f"{progress.epoch} of {self.args.epochs} epochs{inside}"
+        print0(f"Resumed from {path}: {done} are done.")
 
     def after_step(self, state, loss, grad_norm, scheduled):
         """All that happens between two steps, in order. Raises StopRequested to end the run."""

@@ -4,18 +4,19 @@
 import numpy as np
 import pytest
 import torch
-from augmentations import (
+from conftest import photograph
+from PIL import Image, ImageFilter, ImageOps
+from scipy.stats import ks_2samp, kstest
+from torchvision import transforms
+from torchvision.transforms import functional as F
+
+from dino.data.augmentations import (
     DataAugmentationDINO,
     GaussianBlur,
     Solarization,
     draw_views,
     eval_transform,
 )
-from conftest import photograph
-from PIL import Image, ImageFilter, ImageOps
-from scipy.stats import ks_2samp, kstest
-from torchvision import transforms
-from torchvision.transforms import functional as F
 
 
 def many_parameters(augmentation, width, height, images=400):

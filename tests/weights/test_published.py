@@ -6,18 +6,18 @@ import http.server
 import sys
 import threading
 
-import pretrained
 import pytest
 import torch
-from backbones import build_backbone
-from errors import UserError
-from linear_heads import LinearClassifier
-from pretrained import load_pretrained_weights, published_head, published_weights
 
 import eval_knn
+from dino.backbones import build_backbone
+from dino.errors import UserError
+from dino.evaluation.linear_files import LinearClassifier, published_head
+from dino.weights import published
+from dino.weights.pretrained import load_pretrained_weights, published_weights
 from vision_transformer import vit_nano
 
-FILE = "nano/nano_pretrain.pth"
+FILE = "nano/nano.pth"
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def server(monkeypatch, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.requested = []
-        monkeypatch.setattr(pretrained, "PUBLISHED_URL", f"http://127.0.0.1:{server.server_port}/")
-        monkeypatch.setitem(pretrained.PUBLISHED_BACKBONES, ("vit_nano", 8), FILE)
-        monkeypatch.setitem(pretrained.PUBLISHED_HEADS, ("vit_nano", 8), (FILE, {}))
+        monkeypatch.setattr(published, "PUBLISHED_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setitem(published.PUBLISHED_BACKBONES, ("vit_nano", 8), "nano")
+        monkeypatch.setitem(published.PUBLISHED_HEADS, ("vit_nano", 8), (FILE, {}))
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         yield server
         server.shutdown()
@@ -80,7 +80,7 @@ def test_a_whole_file_is_kept_under_its_name_and_fetched_once(
     server.answer = (200, len(body) if says_length else None, body)
     first, again = published_weights("vit_nano", 8), published_weights("vit_nano", 8)
     assert server.requested == [f"/{FILE}"]
-    assert kept(tmp_path) == [tmp_path / "hub" / "checkpoints" / "nano_pretrain.pth"]
+    assert kept(tmp_path) == [tmp_path / "hub" / "checkpoints" / "nano.pth"]
     assert kept(tmp_path)[0].read_bytes() == body
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert hashlib.sha256(body).hexdigest() in capsys.readouterr().out
@@ -96,9 +96,12 @@ PAGE = b"<!DOCTYPE html><html><body>Please log in to the network.</body></html>"
     ("make", "message"),
     [
         (lambda files: (200, 100_000, files["right"][:5000]), "only 5000 of 100000 bytes came"),
-        (lambda files: (200, None, files["right"][:5000]), "sent no checkpoint: it begins with"),
+        (
+            lambda files: (200, None, files["right"][:5000]),
+            "did not send a checkpoint: it begins with",
+        ),
         (lambda files: (200, len(PAGE), PAGE), r"begins with b'<!DOCTYPE html.*a proxy"),
-        (lambda files: (200, 0, b""), "sent no checkpoint: it begins with b''"),
+        (lambda files: (200, 0, b""), "did not send a checkpoint: it begins with b''"),
         (lambda files: (404, len(PAGE), PAGE), "could not be downloaded .*404"),
         (lambda files: (503, 0, b""), "could not be downloaded .*503"),
         (lambda files: (200, None, files["of another size"]), "does not fit this network"),
@@ -133,13 +136,14 @@ def test_a_server_that_is_not_there_is_an_error_of_the_script(
 
 def test_a_file_whose_hash_is_known_must_have_it(server, files, tmp_path, monkeypatch):
     server.answer = (200, None, files["right"])
-    monkeypatch.setitem(pretrained.SHA256, FILE, "0" * 64)
+    monkeypatch.setitem(published.SHA256, FILE, "0" * 64)
     with pytest.raises(UserError, match=rf"has the SHA-256 [0-9a-f]{{64}}, not {'0' * 64}"):
         published_weights("vit_nano", 8)
     assert kept(tmp_path) == []
-    monkeypatch.setitem(pretrained.SHA256, FILE, hashlib.sha256(files["right"]).hexdigest())
+    monkeypatch.setitem(published.SHA256, FILE, hashlib.sha256(files["right"]).hexdigest())
     published_weights("vit_nano", 8)
-    assert set(pretrained.SHA256) <= {FILE, *pretrained.PUBLISHED_BACKBONES.values()}
+    files = {f"{name}/{name}.pth" for name in published.PUBLISHED_BACKBONES.values()}
+    assert set(published.SHA256) <= files
 
 
 def test_a_head_is_checked_like_a_backbone(server, files, tmp_path):
@@ -156,5 +160,5 @@ def test_a_file_that_was_broken_before_says_that_it_can_be_deleted(server, files
     published_weights("vit_nano", 8)
     (broken,) = kept(tmp_path)
     broken.write_bytes(files["right"][:5000])
-    with pytest.raises(UserError, match=r"nano_pretrain\.pth: damaged.* Delete it, and it is down"):
+    with pytest.raises(UserError, match=r"nano\.pth: damaged.* Delete it, and it is down"):
         published_weights("vit_nano", 8)

@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_atomically
 from conftest import SMALL_RUN
-from errors import UserError
-from saving import NEWEST, find_checkpoint
-from test_training import assert_equal_states, final_state
-from training_flags import parse_args
+from helpers import assert_equal_states, final_state
 
+from dino.errors import UserError
+from dino.training.flags import parse_args
+from dino.training.saver import NEWEST, find_checkpoint
+from dino.weights.files import write_atomically
 from main_dino import train_dino
 
 # Three epochs of six steps; each end of an epoch stays.

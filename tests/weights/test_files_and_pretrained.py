@@ -7,44 +7,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from backbones import build_backbone
-from checkpoints import (
-    backbone_payload,
-    random_state,
-    read,
-    restore_training,
-    training_payload,
-    write_atomically,
-)
 from conftest import ROOT
-from errors import UserError
-from pretrained import backbone_weights, describe, load_backbone
+from helpers import network, training_objects
 
 import utils
-from dino import DINOLoss, MultiCropWrapper
-from vision_transformer import DINOHead, vit_nano, vit_tiny
-
-
-def network(use_bn=False, out_dim=16):
-    backbone = vit_nano(patch_size=8, img_size=32)
-    head = DINOHead(96, out_dim, use_bn=use_bn, hidden_dim=8, bottleneck_dim=8)
-    return MultiCropWrapper(backbone, head)
-
-
-def training_objects(seed=0, use_bn=False):
-    """Student, teacher, loss, optimizer and scaler, with state in each of them."""
-    torch.manual_seed(seed)
-    student, teacher, loss = network(use_bn), network(use_bn), DINOLoss(16, 2, 0.04, 0.04, 0, 5)
-    optimizer = torch.optim.AdamW(utils.get_params_groups(student), lr=0.01)
-    loss(student([torch.randn(2, 3, 32, 32)] * 2), torch.randn(4, 16), 0).backward()
-    optimizer.step()
-    return dict(
-        student=student,
-        teacher=teacher,
-        dino_loss=loss,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
+from dino.backbones import build_backbone
+from dino.errors import UserError
+from dino.randomness import random_state
+from dino.training.checkpoint import restore_training, training_payload
+from dino.weights.files import backbone_payload, read, write_atomically
+from dino.weights.pretrained import backbone_weights, describe, open_backbone
+from vision_transformer import vit_nano, vit_tiny
 
 
 def save(objects, path, epoch=3):
@@ -145,7 +118,7 @@ def test_a_backbone_is_found_in_every_layout(tmp_path, key):
     torch.save(expected, tmp_path / "bare.pth")
     for name in ("ours.pth", "bare.pth"):
         flags = weights_flags(tmp_path / name, key, "vit_nano", 8)
-        pretrained = load_backbone(flags, given={})
+        pretrained = open_backbone(flags)
         assert (pretrained.arch, pretrained.patch_size) == ("vit_nano", 8)
         found = pretrained.backbone.state_dict()
         assert all(torch.equal(value, found[name]) for name, value in expected.items())
@@ -155,7 +128,7 @@ def test_a_backbone_is_found_in_every_layout(tmp_path, key):
 @pytest.mark.parametrize(("build", "patch_size"), [(vit_nano, 8), (vit_tiny, 16)])
 def test_the_shapes_of_a_bare_vit_say_what_it_is(tmp_path, build, patch_size):
     torch.save(build(patch_size).state_dict(), tmp_path / "bare.pth")
-    pretrained = load_backbone(weights_flags(tmp_path / "bare.pth", patch_size=4), given={})
+    pretrained = open_backbone(weights_flags(tmp_path / "bare.pth", patch_size=4))
     assert (pretrained.arch, pretrained.patch_size) == (build.__name__, patch_size)
 
 
@@ -163,7 +136,7 @@ def test_the_shapes_of_a_bare_vit_say_what_it_is(tmp_path, build, patch_size):
 def test_a_file_with_something_else_in_it_is_an_error(tmp_path, content):
     torch.save(content, tmp_path / "odd.pth")
     with pytest.raises(UserError, match=r"--pretrained_weights .*odd\.pth"):
-        load_backbone(weights_flags(tmp_path / "odd.pth"), given={})
+        open_backbone(weights_flags(tmp_path / "odd.pth"))
 
 
 def test_an_official_checkpoint_says_its_architecture_by_its_old_name(tmp_path):
@@ -183,7 +156,7 @@ def test_backbone_file_alone_says_how_to_build_and_feed_it(tmp_path):
         mean=(0.1, 0.2, 0.3),
         std=(1.0, 1.0, 1.0),
     )
-    pretrained = load_backbone(weights_flags(tmp_path / "backbone.pth"), given={})
+    pretrained = open_backbone(weights_flags(tmp_path / "backbone.pth"))
     assert pretrained.image_size == 32
     assert tuple(pretrained.mean) == (0.1, 0.2, 0.3)
     image = torch.randn(1, 3, 32, 32)
@@ -203,7 +176,7 @@ def test_official_xcit_weights_load_into_timms_network():
         elif not ("cls_attn" in name and (".attn.k." in name or ".attn.v." in name)):
             official[name] = value
     fresh, _ = build_backbone("xcit_nano_12_p16")
-    from pretrained import fit_weights
+    from dino.weights.pretrained import fit_weights
 
     fit_weights(fresh, official, "xcit_nano_12_p16", "a test")
     image = torch.randn(1, 3, 32, 32)
@@ -238,7 +211,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     proof = tmp_path / "proof"
     for name, write in (("zip.pth", torch.save), ("pickle.pth", plain_pickle)):
         write({"teacher": Malicious(proof)}, tmp_path / name)
-        with pytest.raises(UserError, match=rf"{name}: holds code \(\S+open\)"):
+        with pytest.raises(UserError, match=rf"{name}: contains pickled code \(\S+open\)"):
             read(tmp_path / name)
         assert not proof.exists()
 
@@ -250,7 +223,7 @@ def plain_pickle(payload, path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such file"), (b"", "damaged"), (b"hello, world\n" * 9, "no checkpoint")],
+    [(None, "no such file"), (b"", "damaged"), (b"hello, world\n" * 9, "not a checkpoint")],
 )
 def test_a_file_that_is_no_checkpoint_is_named_with_its_flag(tmp_path, content, message):
     path = tmp_path / "weights.pth"
@@ -280,7 +253,7 @@ def test_a_misfit_names_the_first_keys_and_shapes(tmp_path):
         weights[f"other.{name}"] = weights.pop(name)
     torch.save(weights, tmp_path / "tiny.pth")
     with pytest.raises(UserError, match=r"--arch vit_tiny.*fc1\.bias is missing.* and 9 more"):
-        load_backbone(weights_flags(tmp_path / "tiny.pth"), given={})
+        open_backbone(weights_flags(tmp_path / "tiny.pth"))
 
 
 def test_a_weight_that_is_not_finite_is_an_error(tmp_path):
@@ -289,7 +262,7 @@ def test_a_weight_that_is_not_finite_is_an_error(tmp_path):
         broken["teacher"].backbone.cls_token[0, 0, 3] = torch.nan
     save(broken, tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match=r"cls_token has values that are not finite"):
-        load_backbone(weights_flags(tmp_path / "checkpoint.pth"), given={})
+        open_backbone(weights_flags(tmp_path / "checkpoint.pth"))
 
 
 def test_a_wrong_key_names_those_that_there_are(tmp_path):
@@ -307,7 +280,7 @@ def test_a_mistyped_path_never_becomes_other_weights(tmp_path):
 
 def test_no_published_weights_for_a_network_is_an_error():
     with pytest.raises(UserError, match="no published weights for --arch vit_tiny --patch_size 4"):
-        load_backbone(weights_flags("", arch="vit_tiny", patch_size=4), given={})
+        open_backbone(weights_flags("", arch="vit_tiny", patch_size=4))
 
 
 def test_nothing_in_the_project_unpickles_code():

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nearest neighbours by way of half precision, in chunks and in groups, against all products."""
 
-import neighbours
 import pytest
 import torch
 import torch.nn.functional as F
-from neighbours import nearest, search, top
+
+from dino.evaluation import neighbours
+from dino.evaluation.neighbours import nearest, search, top
 
 FEW = (7, 900, 24)  # queries, keys, width
 MANY = (40, 13000, 48)  # enough for a first look at k = 20

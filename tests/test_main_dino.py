@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN, run_script
-from errors import Diverged
-from training_flags import parse_args
+from helpers import assert_equal_states, final_state, state_for_a_step
 
 import main_dino
 import utils
-from dino import DINOLoss, MultiCropWrapper
-from vision_transformer import DINOHead, vit_nano
+from dino.errors import Diverged
+from dino.training.failures import explain_divergence
+from dino.training.flags import parse_args
 
 
 def train(data, output_dir, *flags):
@@ -62,30 +62,6 @@ def test_output_says_what_follows_from_the_flags(finished, class_folders):
     assert f"held-out images of {class_folders}" in result.stdout
     for name in ("raw pixels", "untrained backbone", "trained backbone"):
         assert f"  {name}" in result.stdout
-
-
-def final_state(folder):
-    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
-    for time_or_place in ("args",):
-        checkpoint.pop(time_or_place)
-    return checkpoint
-
-
-def assert_equal_states(expected, found, path=""):
-    """Every number of two nested checkpoints is the same, bit for bit."""
-    assert type(expected) is type(found), path
-    if isinstance(expected, dict):
-        assert expected.keys() == found.keys(), path
-        for key in expected:
-            assert_equal_states(expected[key], found[key], f"{path}/{key}")
-    elif isinstance(expected, list):
-        assert len(expected) == len(found), path
-        for i, pair in enumerate(zip(expected, found, strict=True)):
-            assert_equal_states(*pair, f"{path}/{i}")
-    elif isinstance(expected, torch.Tensor):
-        assert torch.equal(expected, found), path
-    else:
-        assert expected == found, path
 
 
 def test_resumed_run_ends_where_the_unbroken_run_ends(finished, class_folders, tmp_path):
@@ -162,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(
 )
 def test_another_precision_is_advised_where_there_is_a_safer_one(flags, advice):
     args = parse_args([*flags.split(), "--output_dir", "nowhere"])
-    explained = str(main_dino.explain_divergence(Diverged("the loss is nan"), args))
+    explained = str(explain_divergence(Diverged("the loss is nan"), args))
     assert explained.startswith("the loss is nan (--lr 0.0005 for 256 images")
     assert f"nothing is saved yet. {advice}" in explained
 
@@ -179,24 +155,6 @@ def test_other_networks_optimizers_and_precisions_train(class_folders, tmp_path,
     result = train(class_folders / "train", tmp_path, *flags, "--epochs", 1)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "backbone.pth").exists()
-
-
-def state_for_a_step(seed=0):
-    torch.manual_seed(seed)
-    student, teacher = (
-        MultiCropWrapper(
-            vit_nano(8, img_size=32), DINOHead(96, 64, hidden_dim=32, bottleneck_dim=16)
-        )
-        for _ in range(2)
-    )
-    teacher.load_state_dict(student.state_dict())
-    teacher.requires_grad_(False)
-    # not AdamW, which divides by gradients that may be as small as the rounding
-    optimizer = torch.optim.SGD(utils.get_params_groups(student), lr=0, momentum=0.9)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return main_dino.TrainState(
-        student, teacher, DINOLoss(64, 4, 0.04, 0.04, 0, 2), optimizer, scaler
-    )
 
 
 def test_a_step_equals_algorithm_1_written_out_in_its_order():

@@ -10,20 +10,23 @@ import sys
 import numpy as np
 import pytest
 import torch
-from checkpoints import (
-    flags_in,
-    random_state,
+from conftest import SMALL_RUN, photograph
+from helpers import training_objects
+
+import eval_knn
+from dino.errors import UserError
+from dino.randomness import random_state
+from dino.training.checkpoint import (
+    Progress,
+    check_same_run,
+    restore_progress,
     restore_training,
     training_payload,
 )
-from conftest import SMALL_RUN, photograph
-from errors import UserError
-from pretrained import PUBLISHED_BACKBONES, load_backbone
-from resume import Progress, check_same_run, initialise_from, restore_progress
-from saving import find_checkpoint
-from test_checkpoints import training_objects
-
-import eval_knn
+from dino.training.saver import find_checkpoint
+from dino.weights.files import flags_in, read
+from dino.weights.pretrained import initialise_from, open_backbone
+from dino.weights.published import PUBLISHED_BACKBONES
 
 EVALUATION = ("--device", "cpu", "--num_workers", "0", "--data_path", "labelled")
 COMMANDS = {
@@ -120,7 +123,9 @@ def test_code_in_a_file_is_refused_by_name_and_does_not_run(
     before = sorted(here.rglob("*"))
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, script, *flags.split())
-    said = "damaged, or no checkpoint" if kind == "a pickle of today" else "holds code"
+    said = (
+        "damaged, or not a checkpoint" if kind == "a pickle of today" else "contains pickled code"
+    )
     assert f"{file}: {said}" in "".join(capsys.readouterr())
     assert not proof.exists()
     assert sorted(here.rglob("*")) == before
@@ -132,7 +137,7 @@ def test_code_in_a_downloaded_file_is_refused_as_well(here, monkeypatch, capsys,
     monkeypatch.setenv("TORCH_HOME", str(here))
     folder = here / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    name = PUBLISHED_BACKBONES["vit_small", 16].split("/")[-1]
+    name = PUBLISHED_BACKBONES["vit_small", 16] + ".pth"
     KINDS[kind](Malicious(here / "proof"), folder / name)
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "eval_knn", "--arch", "vit_small")
@@ -254,11 +259,11 @@ def test_weights_of_any_wrong_kind_are_refused_or_loaded_and_nothing_else(here, 
     refused = 0
     for payload in with_wrong_values(torch.load(checkpoint, weights_only=True)):
         torch.save(payload, "wrong.pth")
-        refused += ends_in_user_error(lambda: load_backbone(args, {}))
+        refused += ends_in_user_error(lambda: open_backbone(args))
     assert refused > 100
     for content in mutants(checkpoint, 60):
         (here / "wrong.pth").write_bytes(content)
-        ends_in_user_error(lambda: load_backbone(args, {}))
+        ends_in_user_error(lambda: open_backbone(args))
 
 
 def test_training_checkpoints_of_any_wrong_kind_likewise(tmp_path):
@@ -270,10 +275,14 @@ def test_training_checkpoints_of_any_wrong_kind_likewise(tmp_path):
         torch.save(wrong, tmp_path / "wrong.pth")
         refused[0] += ends_in_user_error(lambda: resume(tmp_path / "wrong.pth", flags, state))
         networks = state["student"], state["teacher"], state["dino_loss"]
-        init = functools.partial(initialise_from, tmp_path / "wrong.pth", *networks)
+        init = functools.partial(initialise, tmp_path / "wrong.pth", *networks)
         refused[1] += ends_in_user_error(init)
     assert refused[0] > 20
     assert refused[1] > 5
+
+
+def initialise(path, *networks):
+    initialise_from(read(path, "--init_from"), path, *networks)
 
 
 def resume(path, flags, state):

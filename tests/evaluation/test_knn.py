@@ -3,17 +3,18 @@
 
 import math
 
-import knn
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
-from backbones import build_backbone
 from conftest import photograph, run_processes, run_script, run_torchrun
-from data import list_labelled_images
-from loading import evaluation_loader
 
+from dino.backbones import build_backbone
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from dino.data.images import list_labelled_images
+from dino.data.loaders import evaluation_loader
+from dino.evaluation import knn
+from dino.evaluation.features import extract_features
 from eval_knn import eval_knn, get_args_parser, knn_classifier
 
 
@@ -119,7 +120,7 @@ def test_features_in_bfloat16_keep_the_accuracy():
             features = [
                 tensor
                 for loader in (train, test)
-                for tensor in knn.extract_features(backbone, loader, 1000, cpu, amp_dtype=dtype)
+                for tensor in extract_features(backbone, loader, 1000, cpu, amp_dtype=dtype)
             ]
             found.append(knn.knn_accuracies(*features, [20], 0.07, 4)[20][0])
     drift = np.diff(np.array(found).reshape(3, 2))
@@ -137,7 +138,7 @@ def features_and_accuracy(root):
         loader = evaluation_loader(
             paths, labels, eval_transform(32), batch_size=4, num_workers=0, pin_memory=False
         )
-        both += knn.extract_features(backbone, loader, len(paths), torch.device("cpu"))
+        both += extract_features(backbone, loader, len(paths), torch.device("cpu"))
     return both, knn.knn_accuracies(*both, [3], 0.07, 3)
 
 

@@ -6,12 +6,12 @@ import copy
 import pytest
 import torch
 from conftest import run_processes
-from networks import build_optimizer, compile_networks
-from test_training import state_for_a_step
+from helpers import state_for_a_step
 from torch.nn.parallel import DistributedDataParallel
 
 import main_dino
-import utils
+from dino.networks import compile_networks
+from dino.optim import build_optimizer, get_params_groups
 from vision_transformer import VisionTransformer, vit_nano
 
 STEP = dict(
@@ -132,7 +132,7 @@ def test_a_step_on_a_gpu_never_waits_for_the_device(amp_dtype):
     state = state_for_a_step()
     for network in (state.student, state.teacher, state.dino_loss):
         network.to(device)
-    state.optimizer = build_optimizer("adamw", utils.get_params_groups(state.student))
+    state.optimizer = build_optimizer("adamw", get_params_groups(state.student))
     state.scaler = torch.amp.GradScaler("cuda", enabled=amp_dtype == torch.float16)
     images = [torch.randn(4, 3, size, size, device=device) for size in (32, 32, 16, 16)]
     options = STEP | dict(amp_dtype=amp_dtype)

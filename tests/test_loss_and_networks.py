@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from dino import DINOLoss, MultiCropWrapper, cancel_gradients_last_layer, update_teacher
+from dino.loss import DINOLoss
+from dino.networks import MultiCropWrapper, update_teacher
+from dino.optim import cancel_gradients_last_layer
 from vision_transformer import DINOHead, vit_nano
 
 

@@ -6,16 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from augmentations import LinearProbeAugmentation, draw_views
-from backbones import build_backbone
 from conftest import photograph
-from data import list_labelled_images, read_image
-from linear import FrozenFeatures, evaluate, train_step
-from linear_heads import build_state
-from loading import EpochSampler, training_loader
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
+from dino.backbones import build_backbone
+from dino.data.augmentations import LinearProbeAugmentation, draw_views
+from dino.data.images import ImageFiles, list_labelled_images, read_image
+from dino.data.loaders import EpochSampler, training_loader
+from dino.evaluation.features import FrozenFeatures
+from dino.evaluation.linear import evaluate_heads, step_of_heads
+from dino.evaluation.linear_files import build_heads
 from eval_linear import LinearClassifier
 
 CPU = torch.device("cpu")
@@ -99,7 +100,7 @@ def test_classifier_starts_with_small_normal_weights_and_takes_any_shape():
 def test_steps_and_schedule_equal_the_formulas_written_out():
     """SGD with momentum 0.9 on softmax - onehot, its rate lr (1 + cos(pi e / E)) / 2 in epoch e."""
     torch.manual_seed(0)
-    state = build_state(5, 3, [0.4, 2.0], 4, CPU)
+    state = build_heads(5, 3, [0.4, 2.0], 4, CPU)
     lrs, momentum = np.array([0.4, 2.0]), 0.9
     start = state.heads[0].linear.weight.detach().double().numpy()
     weights, biases = [start.copy(), start.copy()], [np.zeros(3), np.zeros(3)]
@@ -110,7 +111,7 @@ def test_steps_and_schedule_equal_the_formulas_written_out():
         assert state.scheduler.get_last_lr() == pytest.approx(lrs * factor)
         for _ in range(2):
             x, labels = rng.standard_normal((6, 5)), rng.integers(0, 3, 6)
-            found = train_step(
+            found = step_of_heads(
                 state.heads,
                 state.optimizer,
                 torch.tensor(x, dtype=torch.float32),
@@ -151,7 +152,7 @@ def test_accuracies_and_loss_are_means_over_images_and_top_5_needs_five_classes(
     heads = [LinearClassifier(8, classes) for _ in range(2)]
     x, labels = torch.randn(11, 8), torch.arange(11) % classes
     batches = list(zip(x.split(4), labels.split(4), strict=True))  # of 4, 4 and 3
-    for head, found in zip(heads, evaluate(Identity(), heads, batches, 11), strict=True):
+    for head, found in zip(heads, evaluate_heads(Identity(), heads, batches, 11), strict=True):
         logits = head(x).detach().double().numpy()
         ranks = [sorted(-row).index(-row[label]) for row, label in zip(logits, labels, strict=True)]
         logs = [
@@ -196,7 +197,7 @@ def test_augmentation_crops_bilinearly_8_to_100_percent_and_flips_half():
 def labelled_batches(folder, workers, epoch):
     paths, labels, _ = list_labelled_images(folder, "train")
     loader = training_loader(
-        *(paths, LinearProbeAugmentation(16)),
+        *(ImageFiles(paths), LinearProbeAugmentation(16)),
         **dict(batch_size=5, num_workers=workers, seed=3, pin_memory=False, labels=labels),
     )
     loader.sampler.set_epoch(epoch)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from augmentations import DataAugmentationDINO
 from conftest import SMALL_RUN, photograph
-from data import UnreadableImage, list_training_images, read_image
-from errors import UserError
+from helpers import assert_equal_states, final_state
 from PIL import Image
-from test_training import assert_equal_states, final_state
-from training_flags import parse_args
 
+from dino.data.augmentations import DataAugmentationDINO
+from dino.data.images import UnreadableImage, list_training_images, read_image
+from dino.errors import UserError
+from dino.training.flags import parse_args
 from main_dino import train_dino
 
 
@@ -68,7 +68,7 @@ def test_sixteen_bits_are_scaled_and_not_cut_off(tmp_path):
     np.testing.assert_allclose(found, values / 257, atol=1)
 
 
-def test_exif_rotation_is_left_alone_as_officially(tmp_path):
+def test_exif_rotation_is_left_alone_as_in_the_official_code(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees
     photograph("coffee.png").save(tmp_path / "rotated.jpg", exif=exif)

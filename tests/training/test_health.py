@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN, photograph, run_script
-from monitor import Health, Monitor
 from PIL import Image, ImageDraw, ImageFont
-from training_flags import parse_args
 
 import main_dino
-from dino import DINOLoss
+from dino.loss import DINOLoss
+from dino.training.flags import parse_args
+from dino.training.health import Health, Monitor
 
 
 def test_figures_equal_those_computed_from_the_logits():
@@ -198,11 +198,11 @@ def test_runs_are_compared_in_a_table_and_a_picture(class_folders, tmp_path):
     train_in_this_process(tmp_path / "a", class_folders / "train", "--epochs", 1)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     picture = tmp_path / "comparison.png"
-    result = run_script("metrics.py", tmp_path / "a", tmp_path / "b", "--output", picture)
+    result = run_script("compare_runs.py", tmp_path / "a", tmp_path / "b", "--output", picture)
     assert result.returncode == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["run", "a", "b", "Curves:"]
     assert picture.exists()
-    result = run_script("metrics.py", tmp_path)
+    result = run_script("compare_runs.py", tmp_path)
     assert result.returncode == 2
     assert "not the folder of a run" in result.stderr
 

@@ -5,13 +5,13 @@ import argparse
 
 import pytest
 from conftest import run_script
-from errors import UserError
-from flags import given_flags
-from presets import PRESETS
-from training_checks import check_args
-from training_flags import parse_args
 
 import main_dino
+from dino.command_line import Parser
+from dino.errors import UserError
+from dino.training.flag_checks import check_training_flags
+from dino.training.flags import parse_args
+from dino.training.presets import PRESETS
 
 OFFICIAL_DEFAULTS = dict(
     arch="vit_small",
@@ -65,7 +65,7 @@ def test_a_preset_sets_defaults_and_a_given_flag_wins_even_at_its_default():
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_consists_of_flags_that_go_together_and_says_its_source(name):
     args = parse_args(["--preset", name])
-    check_args(args)
+    check_training_flags(args)
     preset = PRESETS[name]
     assert set(preset.flags) <= set(vars(args))
     assert preset.source
@@ -73,8 +73,8 @@ def test_each_preset_consists_of_flags_that_go_together_and_says_its_source(name
 
 
 def test_given_flags_are_those_on_the_command_line_only():
-    parser = argparse.ArgumentParser(parents=[main_dino.get_args_parser()])
-    assert given_flags(parser, ["--lr", "0.0005", "--seed", "3"]) == {"lr": 0.0005, "seed": 3}
+    parser = Parser(parents=[main_dino.get_args_parser()])
+    assert parser.parse_args(["--lr", "0.0005", "--seed", "3"]).given == {"lr": 0.0005, "seed": 3}
 
 
 @pytest.mark.parametrize(
@@ -94,12 +94,12 @@ def test_given_flags_are_those_on_the_command_line_only():
 )
 def test_flags_that_cannot_go_together_are_refused_with_their_values(flags, message):
     with pytest.raises(UserError, match=message):
-        check_args(parse_args(flags.split()))
+        check_training_flags(parse_args(flags.split()))
 
 
 SCRIPTS = [
     *("main_dino.py", "eval_knn.py", "eval_linear.py", "visualize_attention.py"),
-    *("eval_attention.py", "metrics.py", "data.py"),
+    *("eval_attention.py", "compare_runs.py", "check_data.py"),
 ]
 
 # Every attempt to reach another machine is an error.

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import read
 from conftest import ROOT, SMALL_RUN, run_torchrun
-from saving import NEWEST, PREVIOUS, Saver, find_checkpoint
-from test_training import assert_equal_states, final_state
+from helpers import assert_equal_states, final_state
+
+from dino.training.saver import NEWEST, PREVIOUS, Saver, find_checkpoint
+from dino.weights.files import read
 
 # Fifteen epochs of six steps, saved at every second one: long enough to be interrupted in.
 LONG_RUN = (*SMALL_RUN, "--epochs", 15, "--saveckp_iters", 2, "--log_freq", 4, "--num_workers", 1)

@@ -5,38 +5,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from attention import class_attention, fit_to_patches, keep_mass, load_vit, upsample
-from augmentations import IMAGENET_MEAN, IMAGENET_STD
-from backbones import build_backbone
-from checkpoints import save_backbone
 from conftest import photograph, run_script
-from errors import UserError
+from helpers import parse, save_random_backbone
 from PIL import Image
-from torch import nn
 from torchvision.transforms import functional as F
 
 import visualize_attention
-from dino import MultiCropWrapper
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from dino.errors import UserError
+from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_vit, upsample
 from visualize_attention import color_map, draw_mask
 
 RANDOM_MAPS = torch.from_numpy(np.random.default_rng(0).gamma(0.3, size=(5, 6, 9)))
 
 
-def save_random_backbone(path, arch):
-    torch.manual_seed(0)
-    backbone, _ = build_backbone(arch, 8, img_size=32)
-    fields = dict(patch_size=8, image_size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    save_backbone(path, MultiCropWrapper(backbone, nn.Identity()), arch=arch, **fields)
-    return path
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return save_random_backbone(tmp_path_factory.mktemp("nano") / "backbone.pth", "vit_nano")
-
-
-def parse(module, *flags):
-    return module.get_args_parser().parse_args([*map(str, flags), "--device", "cpu"])
 
 
 def visualize(checkpoint, output_dir, *flags):
@@ -49,7 +34,7 @@ def visualize(checkpoint, output_dir, *flags):
 
 @pytest.mark.parametrize("size", [(64, 40), (40, 64), (24, 24)])
 def test_maps_equal_the_first_row_of_the_last_blocks_map(checkpoint, size):
-    pretrained = load_vit(parse(visualize_attention, "--pretrained_weights", checkpoint), {})
+    pretrained = open_vit(parse(visualize_attention, "--pretrained_weights", checkpoint))
     image = photograph().resize(size)
     maps = class_attention(pretrained, image)
     pixels = F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)[None]
@@ -122,7 +107,7 @@ def test_official_flags_have_official_defaults():
     args = vars(visualize_attention.get_args_parser().parse_args([]))
     official = dict(arch="vit_small", patch_size=8, pretrained_weights="", checkpoint_key="teacher")
     official |= dict(image_path=None, image_size=[480, 480], output_dir=".", threshold=None)
-    assert args == official | {"device": "auto"}
+    assert args == official | {"device": "auto", "given": {}}
 
 
 def test_help_is_shown(capsys):
@@ -247,12 +232,12 @@ def test_no_photograph_is_overwritten(checkpoint, tmp_path):
     [
         ("resnet50", "no class token"),
         ("xcit_small_12_p16", "from channel to channel"),
-        ("timm:vit_tiny_patch16_224", "do not hand out"),
+        ("timm:vit_tiny_patch16_224", "do not return theirs"),
     ],
 )
 def test_networks_without_a_map_are_refused_before_a_download(arch, reason):
     with pytest.raises(UserError, match=rf"--arch {arch}: .*{reason}.*vit_small"):
-        load_vit(parse(visualize_attention, "--arch", arch), {"arch": arch})
+        open_vit(parse(visualize_attention, "--arch", arch))
 
 
 def test_a_checkpoint_of_a_resnet_is_refused_by_name(tmp_path):

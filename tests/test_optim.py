@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import utils
-from dino import MultiCropWrapper
+from dino.networks import MultiCropWrapper
+from dino.precision import choose_amp_dtype
 from vision_transformer import DINOHead, vit_nano
 
 
@@ -129,4 +130,4 @@ def test_bool_flag_refuses_other_words_by_name():
     ],
 )
 def test_mixed_precision_is_what_the_device_has(use_fp16, amp_dtype, device, expected):
-    assert utils.choose_amp_dtype(use_fp16, amp_dtype, torch.device(device)) is expected
+    assert choose_amp_dtype(use_fp16, amp_dtype, torch.device(device)) is expected

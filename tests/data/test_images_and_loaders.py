@@ -5,12 +5,19 @@ import os
 
 import pytest
 import torch
-from augmentations import DataAugmentationDINO
 from conftest import photograph
-from data import UnreadableImage, list_labelled_images, list_training_images, read_image
-from errors import UserError
-from loading import EpochSampler, LabelledImages, TrainingImages, training_loader
 from torchvision.datasets import ImageFolder
+
+from dino.data.augmentations import DataAugmentationDINO
+from dino.data.images import (
+    ImageFiles,
+    UnreadableImage,
+    list_labelled_images,
+    list_training_images,
+    read_image,
+)
+from dino.data.loaders import EpochSampler, LabelledImages, TrainingImages, training_loader
+from dino.errors import UserError
 
 
 def test_class_folders_are_listed_in_the_order_of_image_folder(class_folders):
@@ -107,8 +114,9 @@ def test_an_unreadable_image_is_named_in_the_error_and_in_the_batch(tmp_path):
     with pytest.raises(UnreadableImage, match=r"bad\.png.*Repair or remove it"):
         read_image(bad)
     augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 0, 16)
+    images = ImageFiles([str(good), str(bad)])
     loader = training_loader(
-        [str(good), str(bad)], augmentation, batch_size=2, num_workers=1, seed=0, pin_memory=False
+        images, augmentation, batch_size=2, num_workers=1, seed=0, pin_memory=False
     )
     with pytest.raises(UnreadableImage, match=r"bad\.png"):
         next(iter(loader))
@@ -127,7 +135,7 @@ def test_every_mode_of_pillow_becomes_three_channels(tmp_path, mode):
 def batches(paths, workers, epoch):
     augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 16, 8)
     loader = training_loader(
-        paths, augmentation, batch_size=5, num_workers=workers, seed=3, pin_memory=False
+        ImageFiles(paths), augmentation, batch_size=5, num_workers=workers, seed=3, pin_memory=False
     )
     loader.sampler.set_epoch(epoch)
     return list(loader)
@@ -145,7 +153,7 @@ def test_views_do_not_depend_on_the_number_of_workers_or_on_what_ran_before(clas
 
 
 def test_ranks_share_the_global_batch_that_one_process_would_see():
-    images = TrainingImages([""] * 23, None)
+    images = TrainingImages([None] * 23, None)
     whole = EpochSampler(images, 1, 0, seed=7)
     ranks = [EpochSampler(images, 2, rank, seed=7) for rank in (0, 1)]
     for sampler in (whole, *ranks):

@@ -1,19 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The augmentation in two stages against Pillow's, given the same draws."""
 
-import device_augmentation as stages
 import numpy as np
 import pytest
 import torch
-from augmentations import IMAGENET_MEAN, IMAGENET_STD, DataAugmentationDINO
 from conftest import photograph
-from device_augmentation import CropsDINO, DeviceStage
-from loading import TrainingImages, collate_readable
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as F
 
+from dino.data import augmentations_on_device as stages
+from dino.data.augmentations import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    DataAugmentationDINO,
+    MultiCrop,
+    View,
+)
+from dino.data.augmentations_on_device import CropStage, DeviceStage
+from dino.data.images import ImageFiles
+from dino.data.loaders import TrainingImages, collate_readable
+
 NAMES = ("astronaut.png", "coffee.png", "chelsea.png")
-SETTINGS = ((0.4, 1.0), (0.05, 0.4), 3, 64, 32)
+AUGMENTATION = DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 3, 64, 32)
 
 
 def levels(image):
@@ -58,13 +66,13 @@ def test_an_operation_agrees_with_pillow_to_a_few_levels(name):
 
 
 def test_crops_and_flips_agree_with_pillow_to_one_level():
-    crops, reference = CropsDINO(*SETTINGS), DataAugmentationDINO(*SETTINGS)
+    crops, reference = CropStage(AUGMENTATION), AUGMENTATION
     for number, image in enumerate(map(photograph, NAMES)):
         cropped = crops(image, key=number)
         drawn = reference.draw(image, key=number)
         for found, expected in zip(cropped.parameters, drawn, strict=True):
             np.testing.assert_array_equal(found, expected)
-        for view, found in enumerate((*cropped.global_crops, *cropped.local_crops)):
+        for view, found in enumerate([crop for group in cropped.crops for crop in group]):
             top, left, height, width = drawn.boxes[view].tolist()
             box = image.crop((left, top, left + width, top + height))
             expected = box.resize(found.shape[-2:], Image.BICUBIC)
@@ -79,9 +87,9 @@ def test_both_stages_together_agree_with_the_reference():
     apart = []
     for key in range(8):
         images = [photograph(name) for name in NAMES]
-        batch = collate_readable([CropsDINO(*SETTINGS)(image, key) for image in images])
-        found = DeviceStage(device)(batch)
-        expected = [DataAugmentationDINO(*SETTINGS)(image, key) for image in images]
+        batch = collate_readable([CropStage(AUGMENTATION)(image, key) for image in images])
+        found = DeviceStage(AUGMENTATION, device)(batch)
+        expected = [AUGMENTATION(image, key) for image in images]
         for view in range(5):
             reference = torch.stack([views[view] for views in expected])
             assert found[view].shape == reference.shape
@@ -92,8 +100,8 @@ def test_both_stages_together_agree_with_the_reference():
 
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch():
-    stage = DeviceStage(torch.device("cpu"))
-    items = [CropsDINO(*SETTINGS)(photograph(name), key=7) for name in NAMES]
+    stage = DeviceStage(AUGMENTATION, torch.device("cpu"))
+    items = [CropStage(AUGMENTATION)(photograph(name), key=7) for name in NAMES]
     together = stage(collate_readable(items))
     for row, item in enumerate(items):
         for view, alone in zip(together, stage(collate_readable([item])), strict=True):
@@ -101,16 +109,58 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch():
 
 
 def test_no_local_crops_are_no_views():
-    item = CropsDINO((0.14, 1.0), (0.05, 0.4), 0, 32, 16)(photograph(), key=0)
-    views = DeviceStage(torch.device("cpu"))(collate_readable([item]))
+    augmentation = DataAugmentationDINO((0.14, 1.0), (0.05, 0.4), 0, 32, 16)
+    item = CropStage(augmentation)(photograph(), key=0)
+    views = DeviceStage(augmentation, torch.device("cpu"))(collate_readable([item]))
     assert [tuple(view.shape) for view in views] == [(1, 3, 32, 32)] * 2
+
+
+OWN_VIEWS = [
+    View(64, (0.5, 1.0), flip_p=0.0, jitter_p=1.0, jitter=(0.4, 0.0, 0.0, 0.0)),
+    View(32, (0.3, 1.0), jitter_p=0.0, grayscale_p=1.0),
+    View(48, (0.2, 0.6), blur_p=1.0, blur_radius=(3.0, 5.0)),
+    View(64, (0.1, 0.2), solarize_p=1.0),
+]
+
+
+def test_views_of_any_number_size_and_strength_are_the_same_on_workers_and_device():
+    mean, std = (0.2, 0.5, 0.7), (0.3, 0.2, 0.1)
+    augmentation = MultiCrop(OWN_VIEWS, mean, std)
+    stage = DeviceStage(augmentation, torch.device("cpu"))
+    for key, name in enumerate(NAMES):
+        image = photograph(name)
+        found = stage(collate_readable([CropStage(augmentation)(image, key)]))
+        expected = augmentation(image, key)
+        assert [view.shape[-1] for view in found] == [view.size for view in OWN_VIEWS]
+        for number, view in enumerate(expected):
+            levels = (found[number][0] - view) * torch.tensor(std)[:, None, None] * 255
+            assert levels.abs().mean() < 1
+    grey = found[1][0] * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
+    torch.testing.assert_close(grey[0], grey[2], atol=1e-5, rtol=0)
+
+
+def test_jitter_of_strength_0_leaves_an_image_as_it_is():
+    """Not through hue, saturation and value and back, which moves levels."""
+    still = View(64, (1.0, 1.0), flip_p=0.0, jitter_p=1.0, jitter=(0.0,) * 4, grayscale_p=0.0)
+    image = photograph().resize((64, 64))
+    augmentation = MultiCrop([still], mean=(0.0,) * 3, std=(1.0,) * 3)
+    staged = CropStage(augmentation)(image, key=1)
+    on_device = DeviceStage(augmentation, torch.device("cpu"))(collate_readable([staged]))
+    drawn = augmentation.draw(image, key=1)
+    box = levels(
+        F.resized_crop(image, *drawn.boxes[0].tolist(), [64, 64], F.InterpolationMode.BICUBIC)
+    )
+    assert torch.equal(augmentation(image, key=1)[0] * 255, box[0])
+    torch.testing.assert_close(on_device[0] * 255, box, atol=1, rtol=0)
 
 
 def test_finished_views_pass_the_device_stage_unchanged(class_folders):
     paths = [str(path) for path in sorted((class_folders / "train").rglob("*.png"))[:2]]
-    dataset = TrainingImages(paths, DataAugmentationDINO(*SETTINGS))
+    dataset = TrainingImages(ImageFiles(paths), AUGMENTATION)
     batch = collate_readable([dataset[0, 0], dataset[0, 1]])
-    for found, expected in zip(DeviceStage(torch.device("cpu"))(batch), batch, strict=True):
+    for found, expected in zip(
+        DeviceStage(AUGMENTATION, torch.device("cpu"))(batch), batch, strict=True
+    ):
         assert torch.equal(found, expected)
 
 
@@ -118,8 +168,8 @@ def test_a_black_and_a_white_image_stay_finite():
     for level in (0, 255):
         image = Image.new("RGB", (40, 40), (level,) * 3)
         for key in range(5):
-            views = DeviceStage(torch.device("cpu"))(
-                collate_readable([CropsDINO(*SETTINGS)(image, key)])
+            views = DeviceStage(AUGMENTATION, torch.device("cpu"))(
+                collate_readable([CropStage(AUGMENTATION)(image, key)])
             )
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
             for view in views:
@@ -131,9 +181,9 @@ def test_a_black_and_a_white_image_stay_finite():
 @pytest.mark.cuda
 def test_the_device_stage_on_cuda_agrees_with_the_cpu_and_never_waits():
     """One level: multiply and add are one rounding on CUDA."""
-    batch = collate_readable([CropsDINO(*SETTINGS)(photograph(name), key=3) for name in NAMES])
-    expected = DeviceStage(torch.device("cpu"))(batch)
-    stage = DeviceStage(torch.device("cuda", 0))
+    batch = collate_readable([CropStage(AUGMENTATION)(photograph(name), key=3) for name in NAMES])
+    expected = DeviceStage(AUGMENTATION, torch.device("cpu"))(batch)
+    stage = DeviceStage(AUGMENTATION, torch.device("cuda", 0))
     stage(batch)  # makes what is made once
     torch.cuda.set_sync_debug_mode("error")
     try:

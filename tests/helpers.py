@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small networks, training states and checkpoints that several test files build and compare."""
+
+import torch
+from torch import nn
+
+from dino.backbones import build_backbone
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from dino.loss import DINOLoss
+from dino.networks import MultiCropWrapper
+from dino.optim import get_params_groups
+from dino.training.run import TrainState
+from dino.weights.files import save_backbone
+from vision_transformer import DINOHead, vit_nano
+
+
+def final_state(folder):
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    for time_or_place in ("args",):
+        checkpoint.pop(time_or_place)
+    return checkpoint
+
+
+def assert_equal_states(expected, found, path=""):
+    """Every number of two nested checkpoints is the same, bit for bit."""
+    assert type(expected) is type(found), path
+    if isinstance(expected, dict):
+        assert expected.keys() == found.keys(), path
+        for key in expected:
+            assert_equal_states(expected[key], found[key], f"{path}/{key}")
+    elif isinstance(expected, list):
+        assert len(expected) == len(found), path
+        for i, pair in enumerate(zip(expected, found, strict=True)):
+            assert_equal_states(*pair, f"{path}/{i}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, found), path
+    else:
+        assert expected == found, path
+
+
+def state_for_a_step(seed=0):
+    torch.manual_seed(seed)
+    student, teacher = (
+        MultiCropWrapper(
+            vit_nano(8, img_size=32), DINOHead(96, 64, hidden_dim=32, bottleneck_dim=16)
+        )
+        for _ in range(2)
+    )
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    # not AdamW, which divides by gradients that may be as small as the rounding
+    optimizer = torch.optim.SGD(get_params_groups(student), lr=0, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(student, teacher, DINOLoss(64, 4, 0.04, 0.04, 0, 2), optimizer, scaler)
+
+
+def network(use_bn=False, out_dim=16):
+    backbone = vit_nano(patch_size=8, img_size=32)
+    head = DINOHead(96, out_dim, use_bn=use_bn, hidden_dim=8, bottleneck_dim=8)
+    return MultiCropWrapper(backbone, head)
+
+
+def training_objects(seed=0, use_bn=False):
+    """Student, teacher, loss, optimizer and scaler, with state in each of them."""
+    torch.manual_seed(seed)
+    student, teacher, loss = network(use_bn), network(use_bn), DINOLoss(16, 2, 0.04, 0.04, 0, 5)
+    optimizer = torch.optim.AdamW(get_params_groups(student), lr=0.01)
+    loss(student([torch.randn(2, 3, 32, 32)] * 2), torch.randn(4, 16), 0).backward()
+    optimizer.step()
+    return dict(
+        student=student,
+        teacher=teacher,
+        dino_loss=loss,
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+
+
+def save_random_backbone(path, arch):
+    torch.manual_seed(0)
+    backbone, _ = build_backbone(arch, 8, img_size=32)
+    fields = dict(patch_size=8, image_size=32, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    save_backbone(path, MultiCropWrapper(backbone, nn.Identity()), arch=arch, **fields)
+    return path
+
+
+def parse(module, *flags):
+    return module.get_args_parser().parse_args([*map(str, flags), "--device", "cpu"])
