@@ -24,12 +24,11 @@ from dino.command_line import (
     number,
 )
 from dino.data.images import list_labelled_images
-from dino.data.loaders import evaluation_loader
 from dino.distributed import init_distributed, is_main_process, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
-from dino.evaluation.features import extract_features
+from dino.evaluation.features import image_features
 from dino.evaluation.knn import knn_accuracies, knn_classifier
-from dino.meters import peak_memory_mb, progress_bar
+from dino.meters import peak_memory_mb
 from dino.precision import choose_amp_dtype
 from dino.weights.files import read, write_atomically
 from dino.weights.pretrained import open_backbone
@@ -134,25 +133,15 @@ def compute_features(args, device):
     train_paths, train_labels, classes = list_labelled_images(args.data_path, "train")
     test_paths, test_labels, _ = list_labelled_images(args.data_path, "val", classes)
     pretrained = open_backbone(args, args.image_size)
-    features = []
-    for paths, labels in ((train_paths, train_labels), (test_paths, test_labels)):
-        loader = evaluation_loader(
-            paths,
-            labels,
-            pretrained.transform,
-            batch_size=args.batch_size_per_gpu,
-            num_workers=loader_workers(args.num_workers),
-            pin_memory=device.type == "cuda",
-        )
-        features += extract_features(
-            pretrained.backbone.to(device),
-            progress_bar(loader, "features"),
-            len(paths),
-            device,
-            amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
-            keep_on_device=args.use_cuda,
-        )
-    return features
+    options = dict(
+        device=device,
+        batch_size=args.batch_size_per_gpu,
+        num_workers=loader_workers(args.num_workers),
+        amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
+        keep_on_device=args.use_cuda,
+    )
+    train = image_features(pretrained, train_paths, train_labels, **options)
+    return train + image_features(pretrained, test_paths, test_labels, **options)
 
 
 def dump_features(folder, features):

@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dino.command_line import loader_workers
-from dino.data.augmentations import DataAugmentationDINO
+from dino.data.augmentations import DataAugmentationDINO, eval_transform
 from dino.data.augmentations_on_device import CropStage, DeviceStage
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
 from dino.data.images import ImageFiles, list_training_images
@@ -63,7 +63,7 @@ def train_dino(args, images=None, augmentation=None):
     that begin with one, instead of --data_path. `augmentation`: a MultiCrop of your own views.
     """
     args = complete(args)
-    check_training_flags(args)
+    check_training_flags(args, own_views=augmentation is not None)
     found = find_checkpoint(args.resume, args.output_dir)
     weights = read(args.init_from, "--init_from") if args.init_from and found is None else None
 
@@ -76,11 +76,13 @@ def train_dino(args, images=None, augmentation=None):
 
     # ---- data ----
     augmentation = augmentation or build_augmentation(args)
-    images = open_images(args, global_batch) if images is None else images
-    check_batch(args, len(images), global_batch)
+    knn_data_path = args.knn_data_path
+    if images is None:
+        images, knn_data_path = open_images(args, global_batch)
+    check_images(args, images, global_batch)
     workers = loader_workers(args.num_workers)
     loader = build_loader(args, images, augmentation, workers, device)
-    probe = build_probe(args, workers, device, amp_dtype)
+    probe = build_probe(args, knn_data_path, augmentation, workers, device, amp_dtype)
 
     # ---- student, teacher, loss, optimizer, schedules ----
     state = build_state(args, augmentation.views, device, amp_dtype)
@@ -219,20 +221,20 @@ def build_augmentation(args):
 
 
 def open_images(args, global_batch):
-    """The images of --data_path, as a sequence; the demo's are written first."""
+    """(the images of --data_path as a sequence, --knn_data_path); the demo's are written first."""
     if args.data_path != DEMO:
-        return ImageFiles(list_training_images(args.data_path))
-    check_batch(args, NUMBER_OF_IMAGES, global_batch)
+        return ImageFiles(list_training_images(args.data_path)), args.knn_data_path
+    check_images(args, range(NUMBER_OF_IMAGES), global_batch)
     folder = demo_folder(args.output_dir)
     write_demo_images(folder)
-    return ImageFiles(list_training_images(folder / "images"))
+    return ImageFiles(list_training_images(folder / "images")), args.knn_data_path or folder
 
 
-def check_batch(args, images, global_batch):
+def check_images(args, images, global_batch):
     """Raise UserError if a rank's share of `images` is smaller than one batch."""
-    if -(-images // get_world_size()) < args.batch_size_per_gpu:
+    if -(-len(images) // get_world_size()) < args.batch_size_per_gpu:
         raise UserError(
-            f"--data_path {args.data_path}: {images} images are fewer than one batch of"
+            f"--data_path {args.data_path}: {len(images)} images are fewer than one batch of"
             f" {global_batch} (--batch_size_per_gpu {args.batch_size_per_gpu} on"
             f" {get_world_size()} processes). Lower the batch size."
         )
@@ -253,16 +255,13 @@ def build_loader(args, images, augmentation, workers, device):
     )
 
 
-def build_probe(args, workers, device, amp_dtype):
+def build_probe(args, knn_data_path, augmentation, workers, device, amp_dtype):
     """The k-NN measurement on --knn_data_path, or None."""
-    data_path = args.knn_data_path
-    if data_path is None and args.data_path == DEMO:
-        data_path = str(demo_folder(args.output_dir))
-    if data_path is None:
+    if knn_data_path is None:
         return None
     return KnnProbe(
-        data_path,
-        args.global_crop_size,
+        knn_data_path,
+        eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std),
         device,
         batch_size=max(128, args.batch_size_per_gpu),
         num_workers=workers,

@@ -2,9 +2,14 @@
 """What the tests share: real photographs, small folders of them, and real processes."""
 
 import functools
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -83,7 +88,49 @@ def checkpoint(tmp_path_factory):
 
 
 def run_script(*command, timeout=300, cwd=ROOT, **environ):
-    """`python command ...`, by default in the project's folder, as a user would."""
+    """`python command ...`, by default in the project's folder, as a user would; see zygote.py."""
+    request = {
+        "command": [str(part) for part in command],
+        "cwd": str(cwd),
+        "environ": {**os.environ, "OMP_NUM_THREADS": "1", **environ},
+    }
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        connection, replies = zygote()
+        files = [stdout.fileno(), stderr.fileno()]
+        socket.send_fds(connection, [json.dumps(request).encode()], files)
+        pid = json.loads(replies.readline())["pid"]
+        killed = []
+        killer = threading.Timer(timeout, lambda: killed.append(os.kill(pid, signal.SIGKILL)))
+        killer.start()
+        returncode = json.loads(replies.readline())["returncode"]
+        killer.cancel()
+        texts = [read_from_start(file) for file in (stdout, stderr)]
+    if killed:
+        raise subprocess.TimeoutExpired(command, timeout, *texts)
+    return subprocess.CompletedProcess(command, returncode, *texts)
+
+
+@functools.cache
+def zygote():
+    """(socket to it, its replies); it ends with this process."""
+    ours, theirs = socket.socketpair()
+    path = str(Path(__file__).with_name("zygote.py"))
+    subprocess.Popen(
+        [sys.executable, path, str(theirs.fileno())],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+        pass_fds=[theirs.fileno()],
+    )
+    theirs.close()
+    return ours, ours.makefile()
+
+
+def read_from_start(file):
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def run_python(*command, timeout=300, cwd=ROOT, **environ):
+    """`python command ...` as a new interpreter, for what run_script cannot: options, modules."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
@@ -96,7 +143,7 @@ def run_script(*command, timeout=300, cwd=ROOT, **environ):
 
 def run_torchrun(processes, *command, **options):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
-    return run_script(*launcher, *command, **options)
+    return run_python(*launcher, *command, **options)
 
 
 def run_processes(function, world_size, folder, *args):

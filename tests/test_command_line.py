@@ -4,7 +4,7 @@
 import argparse
 
 import pytest
-from conftest import run_script
+from conftest import run_python
 
 import main_dino
 from dino.command_line import Parser
@@ -115,7 +115,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_needs_no_network(script):
-    result = run_script("-c", NO_NETWORK, script, "--help")
+    result = run_python("-c", NO_NETWORK, script, "--help")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"usage: {script} ")
     assert "(default: " in result.stdout

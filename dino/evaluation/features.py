@@ -8,9 +8,43 @@ import torch
 import torch.nn.functional as F
 
 from dino.backbones import first_of, is_vit
+from dino.data.loaders import evaluation_loader
 from dino.distributed import gather_interleaved
 from dino.errors import UserError
+from dino.meters import progress_bar
 from dino.precision import autocast
+
+CPU = torch.device("cpu")
+
+
+def image_features(
+    pretrained,
+    paths,
+    labels,
+    *,
+    device=CPU,
+    batch_size=128,
+    num_workers=0,
+    amp_dtype=torch.float32,
+    keep_on_device=True,
+):
+    """`extract_features` of image files: each rank reads a share of them, with a progress bar."""
+    loader = evaluation_loader(
+        paths,
+        labels,
+        pretrained.transform,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    return extract_features(
+        pretrained.backbone.to(device),
+        progress_bar(loader, "features"),
+        len(paths),
+        device,
+        amp_dtype=amp_dtype,
+        keep_on_device=keep_on_device,
+    )
 
 
 @torch.no_grad()

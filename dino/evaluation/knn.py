@@ -7,7 +7,6 @@ n training and m test images, D width of the features, C classes, k neighbours.
 import torch
 from torch import nn
 
-from dino.data.augmentations import eval_transform
 from dino.data.images import list_labelled_images
 from dino.data.loaders import evaluation_loader
 from dino.distributed import all_reduce_sum, get_rank, get_world_size
@@ -96,7 +95,7 @@ class KnnProbe:
     def __init__(
         self,
         data_path,
-        image_size,
+        transform,
         device,
         *,
         batch_size,
@@ -109,7 +108,6 @@ class KnnProbe:
         options = dict(
             batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
         )
-        transform = eval_transform(image_size)
         paths, labels, self.classes = list_labelled_images(data_path, "train", flag=flag)
         self.data_path, self.k, self.temperature = data_path, min(k, len(paths)), temperature
         self.train = evaluation_loader(paths, labels, transform, **options), len(paths)

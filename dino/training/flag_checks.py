@@ -9,12 +9,13 @@ from dino.errors import UserError
 from vision_transformer import ARCHITECTURES
 
 
-def check_training_flags(args):
-    """Raise UserError for the first mistake."""
+def check_training_flags(args, own_views=False):
+    """Raise UserError for the first mistake. `own_views`: the flags of the crops are not used."""
     check_arch(args.arch)
     check_places(args)
     check_lengths(args)
-    check_views(args)
+    if not own_views:
+        check_views(args)
     check_step(args)
 
 

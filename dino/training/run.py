@@ -148,7 +148,7 @@ class Run:
             state.teacher,
             arch=canonical_name(self.args.arch),
             patch_size=self.args.patch_size,
-            image_size=self.args.global_crop_size,
+            image_size=self.augmentation.views[0].size,
             mean=self.augmentation.mean,
             std=self.augmentation.std,
         )

@@ -204,7 +204,7 @@ def test_runs_are_compared_in_a_table_and_a_picture(class_folders, tmp_path):
     assert picture.exists()
     result = run_script("compare_runs.py", tmp_path)
     assert result.returncode == 2
-    assert "not the folder of a run" in result.stderr
+    assert "no metrics.jsonl with steps in it" in result.stderr
 
 
 def test_tensorboard_gets_the_same_figures(class_folders, tmp_path):
