@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL_RUN, run_processes, run_script, run_torchrun
+from conftest import ROOT, SMALL_RUN, run_processes, run_python, run_script, run_torchrun
 from torch import nn
 
 from dino import distributed
@@ -216,7 +216,7 @@ def test_torch_distributed_launch_with_its_own_flag(class_folders, tmp_path):
         "--master_port",
         free_port(),
     )
-    result = run_script(
+    result = run_python(
         *(*launcher, "main_dino.py", *SMALL_RUN, "--epochs", 1),
         *("--data_path", class_folders / "train", "--output_dir", tmp_path),
     )
