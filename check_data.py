@@ -29,11 +29,11 @@ from dino.data.images import (
     UnreadableImage,
     given_path,
     list_training_images,
-    printable,
     read_image,
 )
 from dino.errors import exit_on_user_error
 from dino.meters import progress_bar
+from dino.printable import printable
 from dino.signals import leave_signals_to_parent
 
 SECONDS = 60.0  # that an image may take

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dino.backbones import build_backbone
 from dino.networks import MultiCropWrapper
-from dino.weights.files import save_backbone
+from dino.weights.files import backbone_payload, write_atomically
 from vision_transformer import DINOHead
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +66,11 @@ def class_folders(tmp_path_factory):
                 left, top = rng.integers(0, 250, 2)
                 image.crop((left, top, left + 48, top + 48)).save(folder / f"{i}.png")
     return root
+
+
+def save_backbone(path, model, **description):
+    """A backbone.pth of `model`, a MultiCropWrapper."""
+    write_atomically(backbone_payload(model, **description), path)
 
 
 @pytest.fixture(scope="session")

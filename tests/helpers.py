@@ -2,6 +2,7 @@
 """Small networks, training states and checkpoints that several test files build and compare."""
 
 import torch
+from conftest import save_backbone
 from torch import nn
 
 from dino.backbones import build_backbone
@@ -10,7 +11,6 @@ from dino.loss import DINOLoss
 from dino.networks import MultiCropWrapper
 from dino.optim import get_params_groups
 from dino.training.run import TrainState
-from dino.weights.files import save_backbone
 from vision_transformer import DINOHead, vit_nano
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dino.errors import UserError
+from dino.printable import printable
 
 
 def find_images(folder):
@@ -169,8 +170,3 @@ def to_rgb(image):
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
-
-
-def printable(text):
-    """`text` with the bytes of a file name that is not UTF-8 written out."""
-    return text.encode(errors="backslashreplace").decode()

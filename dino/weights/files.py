@@ -204,7 +204,3 @@ def backbone_payload(teacher, *, arch, patch_size, image_size, mean, std):
         "mean": mean,
         "std": std,
     }
-
-
-def save_backbone(path, teacher, **description):
-    write_atomically(backbone_payload(teacher, **description), path)

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, save_backbone
 from helpers import network, training_objects
 
 import utils
@@ -15,7 +15,7 @@ from dino.backbones import build_backbone
 from dino.errors import UserError
 from dino.randomness import random_state
 from dino.training.checkpoint import restore_training, training_payload
-from dino.weights.files import backbone_payload, read, write_atomically
+from dino.weights.files import read, write_atomically
 from dino.weights.pretrained import backbone_weights, describe, open_backbone
 from vision_transformer import vit_nano, vit_tiny
 
@@ -29,10 +29,6 @@ def restore(objects, path):
     checkpoint = read(path, "resume from")
     restore_training(checkpoint, path, objects)
     return checkpoint["epoch"]
-
-
-def save_backbone(path, model, **description):
-    write_atomically(backbone_payload(model, **description), path)
 
 
 def official_checkpoint(objects, path):
