@@ -24,10 +24,11 @@ from multiprocessing.connection import wait
 import numpy as np
 from PIL import Image
 
-from dino.command_line import Parser, count_cores, number
+from dino.command_line import Parser, add_image_arguments, count_cores, number
 from dino.data.images import (
     UnreadableImage,
     given_path,
+    limit_pixels,
     list_training_images,
     read_image,
 )
@@ -130,7 +131,7 @@ class Worker:
 
 def serve(connection):
     """Answer each path with Facts or with why there are none, for as long as the parent lives."""
-    leave_signals_to_parent(0)
+    leave_signals_to_parent()
     warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process().sentinel
     while connection in wait([connection, parent]):
@@ -295,6 +296,7 @@ def get_args_parser():
         help="pixels of the crops that the run will take",
     )
     add("--batch_size_per_gpu", default=64, type=number(int, 1), help="images of a step of the run")
+    add_image_arguments(parser)
     add(
         "--num_workers",
         default=None,
@@ -306,6 +308,7 @@ def get_args_parser():
 
 def check_data(args):
     """Report on the images of `args.path`; returns the exit code."""
+    limit_pixels(args.max_image_pixels)
     data_path = given_path(args.path, "PATH")
     paths = list_training_images(data_path, "PATH")
     found, errors = {}, []

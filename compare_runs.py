@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dino.command_line import Parser, check_output_file
 from dino.errors import UserError, exit_on_user_error
+from dino.printable import printable
 from dino.run_log import RunLog
 from dino.training.plots import LoggedRun, draw_curves
 
@@ -30,7 +31,7 @@ def compare_runs(args):
     for row in table:
         print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
     draw_curves(args.output, [LoggedRun(folder) for folder in args.runs])
-    print(f"Curves: {args.output}")
+    print(printable(f"Curves: {args.output}"))
 
 
 def describe_run(folder):
@@ -44,7 +45,7 @@ def describe_run(folder):
     best = f"{max(line['knn_teacher'] for line in knn):.1f}" if knn else "-"
     rate = statistics.median(step["images_per_s"] for step in steps)
     return (
-        Path(folder).resolve().name,
+        printable(Path(folder).resolve().name),
         f"{last['epoch']:.1f}",
         f"{last['loss']:.3f}",
         f"{100 * last['teacher_entropy_share']:.1f}",

@@ -15,7 +15,6 @@ pixel takes the patch that its centre falls into; pixels beyond the last whole p
 and on the right, are left out.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,15 +22,17 @@ import torch
 from dino.command_line import (
     Parser,
     add_device_argument,
+    add_image_arguments,
     add_weights_arguments,
     check_output_file,
     number,
 )
-from dino.data.images import read_image
+from dino.data.images import limit_pixels, read_image
 from dino.data.masks import SegmentedImages
 from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_vit
+from dino.json_files import dumps
 from dino.meters import progress_bar
 
 # Best head, validation images of VOC2012 (Fig. 4 and App. D, which alone has the last value).
@@ -69,16 +70,18 @@ def get_args_parser():
     add(
         "--image_size",
         default=480,
-        type=number(int, 0),
+        type=number(int, 0, 2**13),
         help="short side in pixels to resize images to; 0 for images as they are",
     )
     add("--output", default=None, help="JSON file to write the figures of every image to")
+    add_image_arguments(parser)
     add_device_argument(parser)
     return parser
 
 
 def eval_attention(args):
     """Print and return {threshold: summary}, see `summarise_scores`."""
+    limit_pixels(args.max_image_pixels)
     if args.output:
         check_output_file(args.output)
     images = SegmentedImages(args.data_path, args.ground_truth)
@@ -205,7 +208,7 @@ def write_json(path, protocol, summaries, scores):
     }
     content = {**protocol, "thresholds": summaries, "images": images}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=1) + "\n")
+    Path(path).write_text(dumps(content, indent=1) + "\n")
 
 
 def main():

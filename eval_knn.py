@@ -15,6 +15,7 @@ import torch
 
 from dino.command_line import (
     Parser,
+    add_image_arguments,
     add_launch_arguments,
     add_precision_argument,
     add_weights_arguments,
@@ -23,7 +24,7 @@ from dino.command_line import (
     loader_workers,
     number,
 )
-from dino.data.images import list_labelled_images
+from dino.data.images import limit_pixels, list_labelled_images
 from dino.distributed import init_distributed, is_main_process, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.features import image_features
@@ -36,6 +37,7 @@ from dino.weights.pretrained import open_backbone
 __all__ = ["eval_knn", "get_args_parser", "knn_classifier"]
 
 # The official files of --dump_features, in the order in which they are passed around here.
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
@@ -52,7 +54,7 @@ def get_args_parser():
     add(
         "--image_size",
         default=None,
-        type=number(int, 1),
+        type=number(int, 1, 2**13),
         help="pixels of the central crop; by default what the backbone was trained with, else 224",
     )
     add(
@@ -70,9 +72,10 @@ def get_args_parser():
         type=bool_flag,
         help="keep the features on the GPU, if there is one; false if they do not fit there",
     )
-    add_precision_argument(evaluation)
+    add_precision_argument(evaluation, default="float32")
     add("--dump_features", default=None, help="folder to write features and labels to")
     add("--load_features", default=None, help="folder to read them from, instead of any image")
+    add_image_arguments(parser)
     add_launch_arguments(parser.add_argument_group("launch"))
     return parser
 
@@ -80,6 +83,7 @@ def get_args_parser():
 def eval_knn(args):
     """Print and return {k: (top-1, top-5)} in percent."""
     check_knn_flags(args)
+    limit_pixels(args.max_image_pixels)
     _, device = init_distributed(args.device, args.dist_url)
     if args.load_features:
         features = load_features(args.load_features)
@@ -90,7 +94,7 @@ def eval_knn(args):
     if args.use_cuda:
         features = [tensor.to(device) for tensor in features]
     train_features, train_labels, test_features, test_labels = features
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    train_labels, test_labels, num_classes = count_classes(train_labels, test_labels)
     ks = clip_ks(args.nb_knn, len(train_labels))
     print0(
         f"{len(train_labels)} training and {len(test_labels)} test images of {num_classes} classes,"
@@ -157,6 +161,7 @@ def load_features(folder):
         problem = problem_with(*features[i : i + 2], *FEATURE_FILES[i : i + 2])
         if problem:
             raise UserError(f"--load_features {folder}: {problem}.")
+        features[i], features[i + 1] = features[i].float(), features[i + 1].long()
     widths = features[0].shape[1], features[2].shape[1]
     if widths[0] != widths[1]:
         raise UserError(
@@ -168,7 +173,7 @@ def load_features(folder):
 
 def problem_with(table, labels, table_name, labels_name):
     """What keeps these from being features (n, D) and class numbers (n,), or None."""
-    if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.is_floating_point():
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.dtype not in INTEGERS:
         return f"{labels_name} is not a 1-D tensor of class numbers"
     if len(labels) and labels.min() < 0:
         return f"{labels_name} has negative class numbers"
@@ -177,6 +182,12 @@ def problem_with(table, labels, table_name, labels_name):
     if len(table) != len(labels) or len(table) == 0:
         return f"{table_name} does not have one row per label"
     return None if table.isfinite().all() else f"{table_name} has values that are not finite"
+
+
+def count_classes(train_labels, test_labels):
+    """(labels numbered without gaps, in their order, of both sets; how many there are)."""
+    classes, numbers = torch.cat([train_labels, test_labels]).unique(return_inverse=True)
+    return *numbers.split([len(train_labels), len(test_labels)]), len(classes)
 
 
 def clip_ks(ks, num_train):

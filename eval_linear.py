@@ -22,6 +22,7 @@ from dino.backbones import is_vit
 from dino.command_line import (
     LARGEST_SEED,
     Parser,
+    add_image_arguments,
     add_launch_arguments,
     add_precision_argument,
     add_weights_arguments,
@@ -31,7 +32,7 @@ from dino.command_line import (
     number,
 )
 from dino.data.augmentations import LinearProbeAugmentation
-from dino.data.images import ImageFiles, list_labelled_images
+from dino.data.images import ImageFiles, limit_pixels, list_labelled_images
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
 from dino.errors import Diverged, UserError, exit_on_user_error
@@ -51,9 +52,11 @@ from dino.evaluation.linear_files import (
     save_training,
     stated_flags,
 )
+from dino.json_files import read_lines
 from dino.precision import choose_amp_dtype
+from dino.printable import printable
 from dino.randomness import fix_random_seeds
-from dino.run_log import RunLog, read_json_lines
+from dino.run_log import RunLog
 from dino.weights.files import read
 from dino.weights.pretrained import open_backbone
 
@@ -80,7 +83,7 @@ def get_args_parser():
     add(
         "--image_size",
         default=None,
-        type=number(int, 1),
+        type=number(int, 1, 2**13),
         help="pixels of the crops; by default what the backbone was trained with, else 224",
     )
     add_precision_argument(group, default="float32")
@@ -122,6 +125,7 @@ def get_args_parser():
         help="that classifier: best_linear.pth or last_linear.pth, which need no further flag;"
         " without it, the one that the authors published for the backbone",
     )
+    add_image_arguments(parser)
     add_launch_arguments(parser.add_argument_group("launch"))
     return parser
 
@@ -129,6 +133,7 @@ def get_args_parser():
 def eval_linear(args):
     """Print accuracies and return the best top-1 in percent."""
     check_linear_flags(args)
+    limit_pixels(args.max_image_pixels)
     _, device = init_distributed(args.device, args.dist_url)
     torch.backends.cudnn.benchmark = True
     accuracy = (evaluate_head if args.evaluate else train_heads)(args, device)
@@ -146,7 +151,7 @@ def check_linear_flags(args):
         return  # nothing is written
     check_output_folder(args.output_dir)
     folder = Path(args.output_dir)
-    if any("train_wd" in line for line in read_json_lines(folder / "log.txt")):
+    if any("train_wd" in line for line in read_lines(folder / "log.txt")[0]):
         raise UserError(
             f"--output_dir {folder}: log.txt there is of a run of main_dino.py, and would be lost."
             f" Give the classifier a folder of its own, such as {folder / 'linear'}."
@@ -175,7 +180,7 @@ def evaluate_head(args, device):
             f" {pretrained.arch} have {features.dim}. Check --n_last_blocks and"
             " --avgpool_patchtokens."
         )
-    print0(f"Loaded {source}, {head.num_labels} classes.")
+    print0(printable(f"Loaded {source}, {head.num_labels} classes."))
     options = loader_options(args, device)
     loader = evaluation_loader(paths, labels, pretrained.transform, **options)
     (result,) = evaluate_heads(features, [head.to(device)], loader, len(paths))
@@ -264,7 +269,8 @@ def train_heads(args, device):
     checkpoint, log = output_dir / "checkpoint.pth.tar", RunLog(output_dir)
     if checkpoint.exists():
         load_training(checkpoint, state, progress, description)
-        print0(f"Resumed from {checkpoint}: {progress.epoch} of {args.epochs} epochs are done.")
+        done = f"{progress.epoch} of {args.epochs} epochs"
+        print0(printable(f"Resumed from {checkpoint}: {done} are done."))
     if is_main_process():
         log.keep("log.txt", lambda line: line["epoch"] < progress.epoch)
 

@@ -25,7 +25,7 @@ from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO, eval_transform
 from dino.data.augmentations_on_device import CropStage, DeviceStage
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
-from dino.data.images import ImageFiles, list_training_images
+from dino.data.images import ImageFiles, limit_pixels, list_training_images
 from dino.data.loaders import training_loader
 from dino.distributed import get_world_size, init_distributed, shut_down
 from dino.errors import UserError, exit_on_user_error
@@ -42,15 +42,16 @@ from dino.optim import (
 )
 from dino.precision import autocast, choose_amp_dtype
 from dino.randomness import fix_random_seeds
-from dino.signals import Interruption, StopRequested
+from dino.run_lock import owned
+from dino.signals import StopRequested, exit_when_stopped, listen
 from dino.training.agreement import Agreement
 from dino.training.checkpoint import Progress
 from dino.training.failures import explained
-from dino.training.flag_checks import check_training_flags
+from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.recorder import Recorder, report_end, report_start
 from dino.training.run import Run, TrainState
-from dino.training.saver import Saver, find_checkpoint
+from dino.training.saver import Saver, find_checkpoint, own_checkpoints
 from dino.weights.files import read
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino", "train_step"]
@@ -62,10 +63,12 @@ def train_dino(args, images=None, augmentation=None):
     `args` may come from the official parser. `images`: any sequence of PIL images, or of tuples
     that begin with one, instead of --data_path. `augmentation`: a MultiCrop of your own views.
     """
+    interruption = listen()
     args = complete(args)
+    limit_pixels(args.max_image_pixels)
     check_training_flags(args, own_views=augmentation is not None)
-    found = find_checkpoint(args.resume, args.output_dir)
-    weights = read(args.init_from, "--init_from") if args.init_from and found is None else None
+    begins = args.init_from and not own_checkpoints(args.output_dir)
+    weights = read(args.init_from, "--init_from") if begins else None
 
     # ---- processes ----
     launch, device = init_distributed(args.device, args.dist_url)
@@ -82,53 +85,56 @@ def train_dino(args, images=None, augmentation=None):
     check_images(args, images, global_batch)
     workers = loader_workers(args.num_workers)
     loader = build_loader(args, images, augmentation, workers, device)
-    probe = build_probe(args, knn_data_path, augmentation, workers, device, amp_dtype)
+    probe = build_probe(args, knn_data_path, augmentation, workers, device)
 
     # ---- student, teacher, loss, optimizer, schedules ----
     state = build_state(args, augmentation.views, device, amp_dtype)
     scaled_lr = args.lr * global_batch / 256  # linear scaling rule (Goyal et al. 2017)
+    check_iterations(args, len(loader))
     schedules = Schedules(args, scaled_lr, len(loader))
 
-    # ---- begin, or resume ----
     progress = Progress(iterations_per_epoch=len(loader), global_batch=global_batch)
     report_start(args, launch, device, amp_dtype, len(images), scaled_lr, progress)
-    interruption = Interruption()
-    run = Run(
-        args,
-        schedules,
-        progress,
-        Recorder(args.output_dir, state.dino_loss, args),
-        Saver(args.output_dir, args.saveckp_iters, args.saveckp_minutes, args.keep_checkpoints),
-        interruption,
-        Agreement(interruption),
-        augmentation,
-        amp_dtype,
-    )
-    if found is None:
-        run.begin(state, loader, probe, weights)
-    fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
-    if found is not None:
-        run.resume(state, *found)
 
-    # ---- training ----
-    interruption.listen()
-    try:
-        if progress.unlogged:
-            run.log_epoch(state, probe)
-        while progress.epoch < args.epochs:
-            train_one_epoch(run, state, loader)
-            run.end_epoch(state, loader, probe)
-    except StopRequested as stop:
-        run.stop(state, stop)
-    run.saver.finish()
-    report_end(probe, run.recorder.log)
+    with owned(args.output_dir):
+        # ---- begin, or resume ----
+        found = find_checkpoint(args.resume, args.output_dir)
+        run = Run(
+            args,
+            schedules,
+            progress,
+            Recorder(args.output_dir, state.dino_loss, args),
+            Saver(args.output_dir, args.saveckp_iters, args.saveckp_minutes, args.keep_checkpoints),
+            interruption,
+            Agreement(interruption),
+            augmentation,
+            amp_dtype,
+        )
+        if found is None:
+            run.begin(state, loader, probe, weights)
+        fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
+        if found is not None:
+            run.resume(state, len(images), *found)
+
+        # ---- training ----
+        interruption.defer()
+        try:
+            if progress.unlogged:
+                run.log_epoch(state, probe)
+            while progress.epoch < args.epochs:
+                train_one_epoch(run, state, loader)
+                run.end_epoch(state, loader, probe)
+        except StopRequested as stop:
+            run.stop(state, stop)
+        run.saver.finish()
+        report_end(probe, run.recorder.log)
     shut_down()
 
 
 def train_one_epoch(run, state, loader):
     """The steps of an epoch, or those left of it."""
     args, progress = run.args, run.progress
-    loader.sampler.set_position(progress.epoch, progress.steps * args.batch_size_per_gpu)
+    loader.sampler.set_position(progress.epoch, progress.images)
     for images in run.recorder.steps(loader, progress):
         scheduled = run.schedules.at(progress.iteration)
         loss, grad_norm = train_step(
@@ -255,8 +261,8 @@ def build_loader(args, images, augmentation, workers, device):
     )
 
 
-def build_probe(args, knn_data_path, augmentation, workers, device, amp_dtype):
-    """The k-NN measurement on --knn_data_path, or None."""
+def build_probe(args, knn_data_path, augmentation, workers, device):
+    """The k-NN measurement on --knn_data_path, in float32 as eval_knn.py's, or None."""
     if knn_data_path is None:
         return None
     return KnnProbe(
@@ -265,7 +271,6 @@ def build_probe(args, knn_data_path, augmentation, workers, device, amp_dtype):
         device,
         batch_size=max(128, args.batch_size_per_gpu),
         num_workers=workers,
-        amp_dtype=amp_dtype,
         flag="--knn_data_path",
     )
 
@@ -303,9 +308,10 @@ def build_state(args, views, device, amp_dtype):
 
 
 def main():
-    args = parse_args()
-    with exit_on_user_error("main_dino.py"), explained(args):
-        train_dino(args)
+    with exit_when_stopped("main_dino.py"), exit_on_user_error("main_dino.py"):
+        args = parse_args()
+        with explained(args):
+            train_dino(args)
 
 
 if __name__ == "__main__":

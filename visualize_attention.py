@@ -7,7 +7,10 @@
 For each image: img.png, attn-head0.png, ... and, with --threshold, mask_th0.6_head0.png, ... (the
 official names); beside them attn-mean.png, overlay.png, and everything on one sheet, attention.png.
 A folder of images gets a folder of pictures for each. As in the official code, images are resized
-to 480 x 480 pixels; --image_size 480 keeps their aspect ratio. No GPU is needed.
+to 480 x 480 pixels; --image_size 480 keeps their aspect ratio. Unlike there, a photograph is turned
+as its EXIF data ask, and img.png shows it as it is, not stretched to the full range of colours. The
+published weights of vit_small with patches of 8 are the 300-epoch model of the paper's pictures. No
+GPU is needed.
 """
 
 from dataclasses import dataclass
@@ -20,12 +23,13 @@ from PIL import Image, ImageDraw, ImageOps
 from dino.command_line import (
     Parser,
     add_device_argument,
+    add_image_arguments,
     add_weights_arguments,
     check_output_folder,
     number,
 )
 from dino.data.demo import open_photograph
-from dino.data.images import UnreadableImage, find_images, read_image
+from dino.data.images import UnreadableImage, find_images, limit_pixels, read_image
 from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.attention import (
@@ -35,7 +39,9 @@ from dino.evaluation.attention import (
     open_vit,
     upsample,
 )
+from dino.printable import printable
 from dino.training import plots
+from dino.weights.published import PUBLISHED_FOR_PICTURES
 
 PHOTOGRAPH = "chelsea.png"  # a cat, which scikit-image brings along
 MASK_COLOR = (255, 0, 160)  # rare in photographs
@@ -55,7 +61,7 @@ def get_args_parser():
         "--image_size",
         default=[480, 480],
         nargs="+",
-        type=number(int, 0),
+        type=number(int, 0, 2**13),
         metavar="PIXELS",
         help="height and width to resize to, whatever the aspect ratio; or the short side alone,"
         " which keeps it; or 0, for images as they are",
@@ -68,16 +74,18 @@ def get_args_parser():
         " have 0.6",
     )
     add("--output_dir", default=".", help="folder of the pictures")
+    add_image_arguments(parser)
     add_device_argument(parser)
     return parser
 
 
 def visualize_attention(args):
     """Write the pictures of every image."""
+    limit_pixels(args.max_image_pixels)
     check_picture_size(args.image_size)
     check_output_folder(args.output_dir)
     photographs = list_photographs(args.image_path, args.output_dir)
-    pretrained = open_vit(args)
+    pretrained = open_vit(args, PUBLISHED_FOR_PICTURES)
     network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
     for path, folder in photographs:
         name = path or PHOTOGRAPH
@@ -86,9 +94,9 @@ def visualize_attention(args):
         groups = draw_pictures(image, maps, pretrained.patch_size, args.threshold)
         sheet = folder / "attention.png"
         save_pictures(groups, folder, path)
-        draw_sheet(sheet, f"{Path(name).name}: attention of [CLS], {network}", groups)
+        draw_sheet(sheet, f"{printable(Path(name).name)}: attention of [CLS], {network}", groups)
         heads, rows, columns = maps.shape
-        print0(f"{name}: {rows} x {columns} patches, {heads} heads: {sheet}")
+        print0(printable(f"{name}: {rows} x {columns} patches, {heads} heads: {sheet}"))
 
 
 def check_picture_size(image_size):
@@ -245,7 +253,7 @@ def draw_sheet(path, title, groups):
         for axis, picture in zip(row_axes, row, strict=False):
             axis.imshow(picture.pixels)
             axis.set_title(picture.title, fontsize=10)
-    figure.suptitle(title, fontsize=12, parse_math=False)  # a file name may have a $ in it
+    figure.suptitle(title, fontsize=12)
     plots.save(figure, path)
 
 

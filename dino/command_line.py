@@ -6,11 +6,12 @@ import math
 import os
 from pathlib import Path
 
-from dino.distributed import print0
+from dino.distributed import environment_number, print0
 from dino.errors import UserError
 from dino.precision import AMP_DTYPES
 
-LARGEST_SEED = 2**32 - 1  # numpy's
+MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit; decoding so many takes 0.8 GB
+LARGEST_SEED = 2**31 - 1
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,10 +46,15 @@ def bool_flag(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither true (on, 1) nor false (off, 0)")
 
 
+LARGEST = 2**31 - 1  # of a flag: what tensors' sizes and C's integers take
+
+
 def number(kind, low=-math.inf, high=math.inf, *, above=None):
-    """An argparse type: `kind` (int or float), finite, in [low, high], and greater than `above` if
-    that is given.
+    """An argparse type: `kind` (int or float), finite, in [low, high], and greater than `above`.
+
+    Whole numbers are at most LARGEST.
     """
+    high = min(high, LARGEST) if kind is int else high
 
     def parse(text):
         try:
@@ -148,13 +154,25 @@ def add_weights_arguments(group, patch_size=16):
     )
 
 
+def add_image_arguments(group):
+    """What an image file may be."""
+    group.add_argument(
+        "--max_image_pixels",
+        default=MAX_PIXELS,
+        type=number(int, 1, 2**31),
+        help="images of more pixels are refused before they are decoded, for which each loader"
+        " process needs about 9 bytes a pixel",
+    )
+
+
 def add_precision_argument(group, default="auto"):
     """Which type autocast computes in."""
     group.add_argument(
         "--amp_dtype",
         default=default,
         choices=AMP_DTYPES,
-        help="type of mixed precision; auto is bfloat16 or else float16 on a GPU, float32 on a CPU",
+        help="type of mixed precision; auto is bfloat16 or else float16 on a GPU, float32 on a CPU;"
+        " the official evaluations compute in float32",
     )
 
 
@@ -165,7 +183,7 @@ def count_cores():
 
 def loader_workers(requested):
     """`requested` loader processes, or this process's share of the cores, with a message."""
-    available = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    available = max(1, count_cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
     if requested > available:
         print0(
             f"--num_workers {requested}: {available} used, as many as there are cores for each"

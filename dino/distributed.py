@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from dino import pulse
 from dino.errors import UserError
+from dino.printable import printable
 
 # A group on gloo, beside the one for tensors on the device: for heartbeats, since gloo notices a
 # dead peer at once, where NCCL waits for it; and for ballots, which must not wait for the device.
@@ -34,22 +36,37 @@ class Launch:
     local_rank: int = 0
 
 
+def environment_number(name, default=None, environ=os.environ):
+    """The whole number in an environment variable; UserError if it holds something else."""
+    text = str(environ.get(name, default))
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name}={text!r}: not a whole number from 0 on.")
+    return int(text)
+
+
 def read_launch(environ=os.environ):
-    """The launch that the environment describes: torchrun's, else Slurm's, else one process."""
+    """The launch that the environment describes: torchrun's, else Slurm's, else one process.
+
+    Raises UserError for variables that do not hold numbers, or not those of ranks.
+    """
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        local_rank = int(environ.get("LOCAL_RANK", 0))
-        return Launch("torchrun", int(environ["RANK"]), int(environ["WORLD_SIZE"]), local_rank)
-    if "SLURM_PROCID" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
-        local_rank = int(environ.get("SLURM_LOCALID", 0))
-        return Launch(
-            "slurm", int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), local_rank
+        launcher, names = "torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in environ and environment_number("SLURM_NTASKS", 1, environ) > 1:
+        launcher, names = "slurm", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return Launch("python")
+    numbers = [environment_number(name, 0, environ) for name in names]
+    if numbers[0] >= numbers[1]:
+        raise UserError(
+            f"environment variables {names[0]}={numbers[0]} and {names[1]}={numbers[1]}: ranks are"
+            " counted from 0 to one less than their number."
         )
-    return Launch("python")
+    return Launch(launcher, *numbers)
 
 
 def is_restart(environ=os.environ):
     """Whether torchrun restarted these processes, by the same command, after one had failed."""
-    return int(environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return environment_number("TORCHELASTIC_RESTART_COUNT", 0, environ) > 0
 
 
 def slurm_rendezvous(environ=os.environ):
@@ -58,8 +75,12 @@ def slurm_rendezvous(environ=os.environ):
     Slurm writes lists of hosts like `gpu[003-005,9],cpu1`.
     """
     hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "127.0.0.1")
-    prefix, first_number = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts).groups()
-    return prefix + (first_number or ""), 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
+    parts = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", hosts)
+    if parts is None:
+        raise UserError(f"environment variable SLURM_NODELIST={hosts!r}: not a list of hosts.")
+    prefix, first_number = parts.groups()
+    port = 20000 + environment_number("SLURM_JOB_ID", 0, environ) % 20000
+    return prefix + (first_number or ""), port
 
 
 def init_distributed(device="auto", dist_url="env://"):
@@ -74,17 +95,45 @@ def init_distributed(device="auto", dist_url="env://"):
     if launch.launcher == "slurm" and dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"], port = slurm_rendezvous()
         os.environ.setdefault("MASTER_PORT", str(port))
+    if dist_url == "env://":
+        complete_environment(launch)
     ranks = dict(rank=launch.rank, world_size=launch.world_size)
-    store, _, _ = next(dist.rendezvous(dist_url, timeout=TIMEOUT, **ranks))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=agree_on_store(store, **ranks),
-        timeout=TIMEOUT,
-        **ranks,
-    )
+    try:
+        store, _, _ = next(dist.rendezvous(dist_url, timeout=TIMEOUT, **ranks))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=agree_on_store(store, **ranks),
+            timeout=TIMEOUT,
+            **ranks,
+        )
+    except (RuntimeError, ValueError) as error:
+        where = os.environ.get("MASTER_ADDR") if dist_url == "env://" else dist_url
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--dist_url {dist_url}: the {launch.world_size} processes could not meet at {where}"
+            f" ({reason:.300})."
+        ) from None
     global _hosts
     _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    pulse.start(dist.distributed_c10d._get_default_store().clone(), **ranks)
     return launch, device
+
+
+def complete_environment(launch):
+    """Let a single process meet itself; UserError where several do not know where to meet."""
+    if launch.world_size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")  # a free one
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise UserError(
+                f"environment variable {name} is not set, and {launch.world_size} processes must"
+                " meet. Start them with torchrun, which sets it."
+            )
+    if not os.environ["MASTER_PORT"].isdecimal():
+        raise UserError(
+            f"environment variable MASTER_PORT={os.environ['MASTER_PORT']!r}: not a port."
+        )
 
 
 def agree_on_store(store, rank, world_size):
@@ -136,6 +185,7 @@ def choose_device(name, launch):
 
 def shut_down():
     """Leave the process group, if there is one."""
+    pulse.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -153,9 +203,14 @@ def is_main_process():
 
 
 def print0(*values, **options):
-    """print on rank 0, at once: a log that is read while the job runs must not wait in a buffer."""
+    """print on rank 0, at once: a log that is read while the job runs must not wait in a buffer.
+
+    Only line breaks are left of what a terminal would obey; names that others chose must not have
+    these either, see `printable`.
+    """
     if is_main_process():
-        print(*values, flush=True, **options)
+        lines = ["\n".join(map(printable, str(value).split("\n"))) for value in values]
+        print(*lines, flush=True, **options)
 
 
 def heartbeat():
@@ -192,21 +247,6 @@ def has_note(text):
     return get_world_size() > 1 and dist.distributed_c10d._get_default_store().check(
         [f"note {text}"]
     )
-
-
-def lost_ranks(seconds=15):
-    """The ranks that do not report within some seconds after a collective has failed."""
-    store = dist.distributed_c10d._get_default_store()
-    lost = list(range(get_world_size()))
-    end = time.monotonic() + seconds
-    try:
-        store.set(f"survivor {get_rank()}", "")
-        while lost and time.monotonic() < end:
-            lost = [rank for rank in lost if not store.check([f"survivor {rank}"])]
-            time.sleep(0.1)
-    except RuntimeError:  # the store lives in rank 0
-        return [0]
-    return lost
 
 
 def barrier():

@@ -8,6 +8,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+from dino.printable import printable
+
 
 class UserError(Exception):
     """A mistake that the user can fix: the text names the flag, the value and the next step."""
@@ -33,8 +35,9 @@ def exit_on_user_error(program):
 
     Files that cannot be read or written, and a lack of memory, count as user errors too. Before the
     processes have met, all of them make the same checks and only rank 0 prints; afterwards any
-    rank may be the only one to know.
+    rank may be the only one to know, and the first of those that say the same prints.
     """
+    guard_standard_streams()
     try:
         yield
     except UserError as error:
@@ -43,14 +46,87 @@ def exit_on_user_error(program):
         reason = ". ".join(str(error).split(". ")[:2])
         advice = "Lower --batch_size_per_gpu, the crops or the network; or free the device."
         print_and_exit(program, f"{reason}. {advice}")
+    except MemoryError:
+        print_and_exit(program, "there is not enough memory for this. Lower sizes or batches.")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        print_and_exit(program, "nobody reads the output any more.")
     except OSError as error:
-        if error.filename is None:
-            raise
-        print_and_exit(program, f"{error.filename}: {error.strerror}.")
+        print_and_exit(program, explain(error))
+
+
+def explain(error):
+    """An OSError in a sentence, with the file if it names one."""
+    where = f"{error.filename}: " if error.filename is not None else "a file could not be written: "
+    return f"{where}{error.strerror or error}."
 
 
 def print_and_exit(program, error, exit_code=UserError.exit_code):
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
-    if rank == 0 or dist.is_initialized():
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
+    text = f"{program}: error: {printable(error)}"
+    if speaks_first(text):
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
     sys.exit(exit_code)
+
+
+def speaks_first(text):
+    """Whether no other rank has said the same."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # the store ended with rank 0
+            return dist.distributed_c10d._get_default_store().add(f"said {text}", 1) == 1
+        return True
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    return rank == "0" or not rank.isdecimal()
+
+
+# ---- standard streams that outlive their readers ----
+
+
+def guard_standard_streams():
+    """Let stdout and stderr take any text, and no run end because nobody reads them any more.
+
+    A stream that was closed before the start would give its number to the next file that is opened,
+    which would then receive what is printed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        if not isinstance(stream, Unbreakable):
+            setattr(sys, name, Unbreakable(stream))
+
+
+class Unbreakable:
+    """A text stream that becomes silent when a write fails: pipe closed, disk full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            self.silence()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.silence()
+
+    def silence(self):
+        """Send everything further, what is buffered too, nowhere."""
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)

@@ -3,11 +3,26 @@
 
 import contextlib
 import itertools
-import json
 from pathlib import Path
 
 from dino.distributed import gather_objects, is_main_process, print0
-from dino.errors import UserError
+from dino.json_files import dumps, is_number, read_lines, read_object
+from dino.printable import printable
+
+# What a line of metrics.jsonl must have, by the key that tells its kind: numbers, texts.
+KINDS = {
+    "loss": (
+        (
+            *("iteration", "epoch", "loss", "teacher_entropy_share", "kl_share", "agreement"),
+            *("outputs_used", "lr", "weight_decay", "momentum", "teacher_temp", "images_per_s"),
+            "data_wait",
+        ),
+        (),
+    ),
+    "knn_teacher": (("iteration", "epoch", "knn_teacher", "knn_student"), ()),
+    "verdict": (("iteration", "epoch"), ("verdict", "text")),
+    "bad_image": (("iteration", "epoch"), ("bad_image", "text")),
+}
 
 
 class RunLog:
@@ -23,25 +38,30 @@ class RunLog:
 
     def start(self, args):
         """Begin a run: its flags, and no figures."""
-        self.write("args.json", json.dumps(args, indent=1) + "\n")
+        self.write("args.json", dumps(args, indent=1) + "\n")
         for name in ("metrics.jsonl", "log.txt"):
             self.write(name, "")
 
-    def rewind(self, args, epoch, iteration):
-        """Resume after so many epochs and iterations: drop the lines of what is done again."""
-        self.write("args.json", json.dumps(args, indent=1) + "\n")
-        self.keep("log.txt", lambda line: line["epoch"] < epoch)
+    def rewind(self, args, epochs, epochs_done):
+        """Resume after so many logged epochs, and epochs done with a fraction.
+
+        Drops the lines of what is done again. They are compared by their share of the run, since
+        another batch size counts iterations in another way.
+        """
+        self.write("args.json", dumps(args, indent=1) + "\n")
+        self.keep("log.txt", lambda line: line["epoch"] < epochs)
         self.keep(
             "metrics.jsonl",
-            lambda line: (
-                line["iteration"] < iteration
-                and not ("knn_teacher" in line and line["epoch"] > epoch)
-            ),
+            lambda line: line["epoch"] <= (epochs if "knn_teacher" in line else epochs_done + 1e-9),
         )
 
     def keep(self, name, wanted):
-        lines = [line for line in read_json_lines(self.folder / name) if wanted(line)]
-        self.write(name, "".join(json.dumps(line) + "\n" for line in lines))
+        """Rewrite a file with the lines that are `wanted` and have a number `epoch`."""
+        lines, damaged = read_lines(self.folder / name)
+        whole = [line for line in lines if is_number(line.get("epoch"))]
+        if damaged := damaged + len(lines) - len(whole):
+            print0(f"Warning: {damaged} damaged lines of {name} are dropped.")
+        self.write(name, "".join(dumps(line) + "\n" for line in whole if wanted(line)))
 
     def write(self, name, text):
         """Write a whole file atomically."""
@@ -77,36 +97,42 @@ class RunLog:
     def bad_images(self, progress, loader):
         """The images replaced since the last call, by any rank's loader: printed and logged."""
         for path, reason in sorted(set(itertools.chain(*gather_objects(loader.take_skipped())))):
-            print0(f"Skipped: {reason}")
+            print0(f"Skipped: {printable(reason)}")
             position = {"iteration": progress.iteration - 1, "epoch": progress.epoch + 1}
             self.append("metrics.jsonl", position | {"bad_image": path, "text": reason})
 
     def flags(self):
         """args.json, as a dict. OSError where there is none, UserError where it is damaged."""
-        try:
-            return json.loads((self.folder / "args.json").read_text())
-        except json.JSONDecodeError:
-            raise UserError(f"{self.folder / 'args.json'} is damaged.") from None
+        return read_object(self.folder / "args.json")
 
-    def read(self, name):
-        """The lines of metrics.jsonl that have a value of this name."""
-        return [line for line in read_json_lines(self.folder / "metrics.jsonl") if name in line]
+    def read(self, kind):
+        """The lines of metrics.jsonl of one of KINDS that have all that a line of it must have."""
+        numbers, texts = KINDS[kind]
+        return [
+            line
+            for line in read_lines(self.folder / "metrics.jsonl")[0]
+            if all(is_number(line.get(name)) for name in numbers)
+            and all(isinstance(line.get(name), str) for name in texts)
+        ]
 
     def append(self, name, record):
         if is_main_process():
             with best_effort(self.folder / name), (self.folder / name).open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(dumps(record) + "\n")
 
     def to_tensorboard(self, group, record, step):
         if not self.tensorboard or not is_main_process():
             return
-        if self.writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        folder = self.folder / "tensorboard"
+        with best_effort(folder):
+            if self.writer is None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for name, value in record.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
-        self.writer.flush()
+                self.writer = SummaryWriter(str(folder))
+            for name, value in record.items():
+                if is_number(value):
+                    self.writer.add_scalar(f"{group}/{name}", value, step)
+            self.writer.flush()
 
 
 @contextlib.contextmanager
@@ -115,17 +141,5 @@ def best_effort(path):
     try:
         yield
     except OSError as error:
-        print0(f"Warning: {path} could not be written ({error.strerror or error}); continuing.")
-
-
-def read_json_lines(path):
-    """The JSON objects of a file of lines; [] without the file. Lines cut short are left out."""
-    records = []
-    if not Path(path).exists():
-        return records
-    for line in Path(path).read_text(errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+        reason = error.strerror or error
+        print0(printable(f"Warning: {path} could not be written ({reason}); continuing."))

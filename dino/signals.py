@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals that ask a run to stop: it finishes its step, saves, and exits with a code that says so.
 
-SIGTERM and SIGUSR1 (spot machines, Slurm's --signal) exit with REQUEUE, Ctrl-C with 130. A second
-signal exits at once. Loader workers leave signals to their parent.
+SIGTERM and SIGUSR1 (spot machines, Slurm's --signal) exit with REQUEUE, Ctrl-C with 130. Before
+training has begun there is nothing to save, and the run exits at once. A second signal exits at
+once too, wherever the process is: a thread hears it, since Python's own handlers wait for a
+collective to return. Loader workers leave signals to their parent.
 """
 
+import contextlib
+import functools
 import os
 import signal
+import socket
+import sys
+import threading
 import time
 
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to resume
-# torchrun passes a terminal's Ctrl-C on to processes that got it already: not a second request.
-SAME_SECONDS = 3.0
+# torchrun passes signals on to processes that may have got them already, as with a terminal's
+# Ctrl-C: one more of them within so many seconds is not a second request.
+COPY_SECONDS = 3.0
 
 
 class StopRequested(Exception):
-    """A rank was asked to stop, and all are between two steps; the text names the signal."""
+    """A rank was asked to stop; the text names the signal."""
 
 
 class Interruption:
@@ -23,19 +32,18 @@ class Interruption:
 
     def __init__(self):
         self.number = None
-        self.time = 0.0
-
-    def listen(self):
-        """Install the handlers. Only the main thread may."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self.receive)
+        self.deferred = False
 
     def receive(self, number, frame):
-        now = time.monotonic()
+        """The handler of all STOPPING signals."""
         if self.number is None:
-            self.number, self.time = number, now
-        elif now - self.time > SAME_SECONDS:
-            os._exit(self.exit_code)
+            self.number = number
+            if not self.deferred:
+                raise StopRequested(self.name)
+
+    def defer(self):
+        """From now on a signal does not raise: training looks at `requested` between its steps."""
+        self.deferred = True
 
     @property
     def requested(self):
@@ -50,8 +58,51 @@ class Interruption:
         return 130 if self.number == signal.SIGINT else REQUEUE
 
 
-def leave_signals_to_parent(worker_id):
-    """For DataLoader's worker_init_fn."""
+@functools.cache
+def listen():
+    """The Interruption of this process. Its signals are heard from the first call on.
+
+    Only the main thread can take signals over: called first in another, it hears none.
+    """
+    interruption = Interruption()
+    if threading.current_thread() is threading.main_thread():
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        for number in STOPPING:
+            signal.signal(number, interruption.receive)
+        watcher = threading.Thread(target=exit_on_second, args=(ours, theirs), daemon=True)
+        watcher.start()
+    return interruption
+
+
+def exit_on_second(ours, theirs):
+    """Read the number of each signal from the socket `ours`; `theirs` is kept open, to write to."""
+    times, first = [], None
+    while number := ours.recv(1):
+        if number[0] not in STOPPING:
+            continue
+        first = first or number[0]
+        times.append(time.monotonic())
+        copy = "TORCHELASTIC_RUN_ID" in os.environ and times[-1] - times[0] < COPY_SECONDS
+        if len(times) > 1 + copy:
+            os._exit(130 if first == signal.SIGINT else REQUEUE)
+
+
+@contextlib.contextmanager
+def exit_when_stopped(program):
+    """Hear signals from here on, and exit with their code where nothing catches StopRequested."""
+    interruption = listen()
+    try:
+        yield
+    except StopRequested as stop:
+        print(f"{program}: stopped by {stop} before training began.", file=sys.stderr, flush=True)
+        sys.exit(interruption.exit_code)
+
+
+def leave_signals_to_parent():
+    """What a loader worker does first."""
+    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the parent ends its workers

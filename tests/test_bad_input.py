@@ -70,14 +70,14 @@ def refused(monkeypatch, capsys, script, flags):
 
 RANGES = {  # values outside of the range of these flags
     "0 -3 1e3": {
-        "main_dino": "patch_size epochs batch_size_per_gpu accum_steps head_hidden_dim"
+        "main_dino": "max_image_pixels patch_size epochs batch_size_per_gpu accum_steps head_hidden_dim"
         " head_bottleneck_dim global_crop_size local_crop_size log_freq knn_freq",
-        "eval_knn": "nb_knn image_size batch_size_per_gpu patch_size",
-        "eval_linear": "n_last_blocks image_size epochs batch_size_per_gpu num_labels val_freq"
+        "eval_knn": "max_image_pixels nb_knn image_size batch_size_per_gpu patch_size",
+        "eval_linear": "max_image_pixels n_last_blocks image_size epochs batch_size_per_gpu num_labels val_freq"
         " patch_size",
-        "visualize_attention": "patch_size",
-        "eval_attention": "patch_size",
-        "check_data": "global_crop_size batch_size_per_gpu num_workers",
+        "visualize_attention": "max_image_pixels patch_size",
+        "eval_attention": "max_image_pixels patch_size",
+        "check_data": "max_image_pixels global_crop_size batch_size_per_gpu num_workers",
     },
     "-1 2.5 many": {
         "main_dino": "warmup_teacher_temp_epochs warmup_epochs freeze_last_layer num_workers"
@@ -90,6 +90,13 @@ RANGES = {  # values outside of the range of these flags
     "-1 99999999999999999999 x": {"main_dino": "seed", "eval_linear": "seed"},
     "first": {"main_dino": "local_rank", "eval_knn": "local_rank", "eval_linear": "local_rank"},
     "1 0.5": {"main_dino": "out_dim"},
+    "1000000000 23456789012345678901234": {
+        "main_dino": "local_crops_number global_crop_size local_crop_size out_dim epochs",
+        "eval_knn": "image_size",
+        "eval_linear": "image_size",
+        "visualize_attention": "image_size",
+        "eval_attention": "image_size",
+    },
     "-0.1 nan inf": {
         "main_dino": "lr min_lr weight_decay weight_decay_end clip_grad saveckp_minutes"
     },

@@ -7,11 +7,13 @@ for each operation. Decoding, cropping and flipping leave uint8 tensors; what co
 Values are whole levels, 0 to 255, after each operation, as in Pillow.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from dino.data.augmentations import NEUTRAL, ViewParameters
 
@@ -58,9 +60,34 @@ class CropStage:
         boxes, flips = parameters.boxes[numbers].tolist(), parameters.flip[numbers].tolist()
         for crop, (top, left, height, width), flip in zip(crops, boxes, flips, strict=True):
             box = pixels[None, :, top : top + height, left : left + width]
-            resized = F.interpolate(box, size=(size, size), mode="bicubic", antialias=True)[0]
+            resized = resize_as_pillow(box, size)[0]
             crop.copy_(resized.flip(-1) if flip else resized)
         return crops
+
+
+def resize_as_pillow(pixels, size):
+    """(1, C, H, W) uint8 -> (1, C, size, size), bicubic, to one level of Pillow's.
+
+    Both round to whole levels between the pass along the rows and the one along the columns, so
+    that the order of the passes moves some pixels by up to 12 levels. torch takes the rows first.
+    """
+    height, width = pixels.shape[-2:]
+    if takes_columns_first() and height > size and 2 * width < height + size:
+        pixels = F.interpolate(pixels, size=(size, width), mode="bicubic", antialias=True)
+    return F.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True)
+
+
+@functools.cache
+def takes_columns_first():
+    """Whether this Pillow takes the columns first where an image is shrunk along them much more.
+
+    Pillow 13 does, found by trying: for a square result where 2 W < H + size, in 3,000 of 3,000
+    sizes.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (64, 8), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    in_two = image.resize((8, 16), Image.BICUBIC).resize((16, 16), Image.BICUBIC)
+    return np.array_equal(np.asarray(image.resize((16, 16), Image.BICUBIC)), np.asarray(in_two))
 
 
 class DeviceStage:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images on disk: finding them, refusing a wrong --data_path with advice, reading one."""
 
+import functools
 import os
+import stat
 import warnings
 from pathlib import Path
 
@@ -13,26 +15,45 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from dino.errors import UserError
 from dino.printable import printable
 
+# Formats that are opened, whatever a file is called. Of Pillow's others, EPS runs a program.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF")
+# What a run draws into its folder, which is data where --data_path and --output_dir are one.
+PICTURES_OF_A_RUN = {"augmentations.png", "curves.png"}
+SIGN_OF_A_RUN = "args.json"
+
 
 def find_images(folder):
     """Paths of all images under `folder`, at any depth, in ImageFolder's order.
 
-    Links are followed, once.
+    Links are followed, once. Hidden files and folders (.ipynb_checkpoints, ._name.jpg), which the
+    official code takes for data, and pictures that a run drew are left out. UserError for a folder
+    that may not be listed.
     """
     found, visited = [], set()
-    for directory, subdirectories, names in os.walk(folder, followlinks=True):
+    for directory, subdirectories, names in os.walk(folder, followlinks=True, onerror=refuse):
         visited.add(os.path.realpath(directory))
         subdirectories[:] = sorted(
             name
             for name in subdirectories
-            if os.path.realpath(os.path.join(directory, name)) not in visited
+            if not name.startswith(".")
+            and os.path.realpath(os.path.join(directory, name)) not in visited
         )
+        drawn = PICTURES_OF_A_RUN if SIGN_OF_A_RUN in names else ()
         found += [
             os.path.join(directory, name)
             for name in sorted(names)
             if name.lower().endswith(IMG_EXTENSIONS)
+            and not name.startswith(".")
+            and name not in drawn
         ]
     return found
+
+
+def refuse(error):
+    raise UserError(
+        f"{error.filename}: this folder cannot be listed ({error.strerror}). Change its permissions"
+        " or move it away."
+    )
 
 
 class ImageFiles:
@@ -113,7 +134,8 @@ def list_labelled_images(data_path, split, classes=None, flag="--data_path"):
             f"{flag} {data_path}: no folder {split}/ in it. It must hold train/ and val/, each with"
             " one folder of images per class."
         )
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         raise UserError(
             f"{flag} {data_path}: no class folders in {split}/. It must hold one folder of images"
@@ -151,22 +173,75 @@ class UnreadableImage(UserError):
         return f"{path}: cannot be read as an image ({reason}). Repair or remove it."
 
 
+def limit_pixels(count):
+    """Refuse images of more pixels: --max_image_pixels, for this process and those it starts."""
+    Image.MAX_IMAGE_PIXELS = count
+
+
 def read_image(path):
     """The image at `path` as PIL RGB, as the official code reads it. Raises UnreadableImage.
 
-    The first frame of an animation; no rotation by EXIF; transparency is dropped. Values of 16 bits
-    are scaled to 8, where PIL alone would cut them off at 255.
+    The first frame of an animation; no rotation by EXIF; transparency is dropped. Values of more
+    than 8 bits, and floating-point numbers, are scaled by their type and range, see `to_levels`;
+    PIL alone would cut them off at 255.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("a folder, a pipe or a device, not a file")
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata, and of sizes below PIL's limit
-            return to_rgb(Image.open(file))
+            warnings.simplefilter("ignore")  # of odd metadata, and of sizes, which we check
+            image = Image.open(file, formats=known_formats())
+            check_size(image)
+            return to_rgb(image)
     except Exception as error:  # whatever a decoder may raise on somebody's bytes
         raise UnreadableImage(path, str(error) or type(error).__name__) from None
 
 
+@functools.cache
+def known_formats():
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def check_size(image):
+    """Raise ValueError for more pixels than the limit, before they are decoded."""
+    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels, more than --max_image_pixels {limit}"
+        )
+
+
 def to_rgb(image):
-    """A PIL image of any mode as RGB."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    """A PIL image of any mode as RGB. ValueError for values that have no place in 0 to 255."""
+    if image.format == "TIFF" and image.mode == "L" and 2 in image.tag_v2.get(SAMPLE_FORMAT, ()):
+        raise ValueError("8-bit integers with a sign")
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(to_levels(np.asarray(image)))
     return image.convert("RGB")
+
+
+SAMPLE_FORMAT = 339  # a tag of TIFF; 2 is "integer with a sign"
+
+
+def to_levels(values):
+    """Numbers of any type as uint8 levels, by their type and range; ValueError if neither tells.
+
+    Integers up to 65,535 count as 16 bits, whatever holds them. Floating-point numbers count as
+    shares if none is above 1, else as levels of 8 or of 16 bits.
+    """
+    if values.dtype == np.uint8:
+        return values
+    lowest, highest = values.min(), values.max()
+    if not np.isfinite([lowest, highest]).all():
+        raise ValueError("values that are not finite")
+    if lowest < 0 or highest > 65535:
+        raise ValueError(
+            f"values from {lowest:g} to {highest:g}, and neither 0 to 1, 0 to 255 nor 0 to 65535"
+        )
+    if np.issubdtype(values.dtype, np.floating) and highest <= 255:
+        scale = 255 if highest <= 1 else 1
+    else:
+        scale = 255 / 65535
+    return np.floor(values * scale + 0.5).astype(np.uint8)

@@ -2,6 +2,7 @@
 """Batches in a reproducible order: datasets, sampler, a loader that outlives its workers."""
 
 import contextlib
+import functools
 import itertools
 import signal
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dino.data.images import UnreadableImage, read_image, to_rgb
+from dino.data.images import UnreadableImage, limit_pixels, read_image, to_rgb
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
 from dino.signals import leave_signals_to_parent
@@ -130,7 +131,7 @@ class ImageLoader(DataLoader):
             dataset,
             collate_fn=collate_readable,
             generator=torch.Generator(),
-            worker_init_fn=leave_signals_to_parent,
+            worker_init_fn=functools.partial(start_worker, Image.MAX_IMAGE_PIXELS),
             **options,
         )
 
@@ -163,6 +164,10 @@ class ImageLoader(DataLoader):
 
     def after_death(self, error, deaths):
         """Report a killed worker and have a new iterator made; UserError the third time."""
+        self._iterator = None  # of persistent workers
+        if "Terminated" in str(error) and deaths <= 2:  # by somebody's signal, as scancel sends
+            print("A loader process was terminated, and is replaced.", flush=True)
+            return
         advice = (
             "The system kills them when memory, or shared memory (in Docker --shm-size), runs out:"
             " lower --num_workers or --batch_size_per_gpu."
@@ -170,7 +175,6 @@ class ImageLoader(DataLoader):
         if deaths > 2:
             raise UserError(f"Loader processes died three times in a row ({error}). {advice}")
         print(f"Warning: a loader process died and is replaced ({error}). {advice}", flush=True)
-        self._iterator = None  # of persistent workers
 
     def readable(self, batch):
         if isinstance(batch, UnreadableImage):
@@ -198,26 +202,37 @@ class ImageLoader(DataLoader):
         return taken
 
 
+def start_worker(max_pixels, number):
+    """For DataLoader's worker_init_fn."""
+    leave_signals_to_parent()
+    limit_pixels(max_pixels)
+
+
 class EpochSampler(DistributedSampler):
     """The official order, torch's DistributedSampler, as (epoch, index): workers need the epoch."""
 
-    start = 0
+    used = 0
 
-    def set_position(self, epoch, start=0):
-        """The next pass is over `epoch`, without this rank's first `start` images of it."""
+    def set_position(self, epoch, used=0):
+        """The next pass is over `epoch`, without the first `used` images, of all ranks together."""
         self.set_epoch(epoch)
-        self.start = start
+        self.used = used
 
     @contextlib.contextmanager
     def further(self, count):
-        """A pass that begins here leaves out `count` more images."""
-        self.start += count
+        """A pass that begins here leaves out `count` more images of this rank."""
+        self.used += count * self.num_replicas
         yield
-        self.start -= count
+        self.used -= count * self.num_replicas
 
     def __iter__(self):
-        indices = list(super().__iter__())[self.start :]
-        return iter([(self.epoch, index) for index in indices])
+        generator = torch.Generator()
+        generator.manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        rest = order[self.used :]
+        # as many for each rank, as in torch's sampler: the first images come again
+        rest += itertools.islice(itertools.cycle(order), -len(rest) % self.num_replicas)
+        return iter([(self.epoch, index) for index in rest[self.rank :: self.num_replicas]])
 
 
 def training_loader(

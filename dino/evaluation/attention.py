@@ -13,15 +13,16 @@ from dino.backbones import canonical_name
 from dino.distributed import Launch, choose_device
 from dino.errors import UserError
 from dino.weights.pretrained import open_backbone
+from dino.weights.published import PUBLISHED_BACKBONES
 from vision_transformer import ARCHITECTURES
 
 
-def open_vit(args):
+def open_vit(args, published=PUBLISHED_BACKBONES):
     """`open_backbone`, on --device; UserError for a network without attention maps of [CLS]."""
     device = choose_device(args.device, Launch("python"))
     if not args.pretrained_weights:
         check_has_class_attention(args.arch, f"--arch {args.arch}")  # rather than download it
-    pretrained = open_backbone(args)
+    pretrained = open_backbone(args, published=published)
     source = f"--pretrained_weights {args.pretrained_weights} ({pretrained.arch})"
     check_has_class_attention(pretrained.arch, source)
     pretrained.backbone.to(device)

@@ -21,10 +21,10 @@ def knn_classifier(
 ):
     """Official interface: (top-1, top-5) in percent, for one k. Every rank counts all images.
 
-    See knn_accuracies.
+    As in the official function, classes without a vote fill the first five in their order.
     """
     votes = count_correct(
-        train_features, train_labels, test_features, test_labels, [k], T, num_classes
+        train_features, train_labels, test_features, test_labels, [k], T, num_classes, voted=False
     )
     return tuple((100 * votes[0] / len(test_labels)).tolist())
 
@@ -34,8 +34,10 @@ def knn_accuracies(
 ):
     """{k: (top-1, top-5)} in percent, the test images split over the ranks.
 
-    A class gets exp(cosine / temperature) from each of its images among the k nearest. Top-5 is
-    nan for fewer than 5 classes. `ks` above the number of training images must have been clipped.
+    A class gets exp(cosine / temperature) from each of its images among the k nearest. A class
+    without a vote is not a hit: the official script has 1,000 classes, so that those of a data set
+    with few do not come among the first five without one. Top-5 is nan for fewer than 5 classes.
+    `ks` above the number of training images must have been clipped.
     """
     share = slice(get_rank(), None, get_world_size())
     args = (
@@ -56,12 +58,20 @@ def knn_accuracies(
 
 @torch.no_grad()
 def count_correct(
-    train_features, train_labels, test_features, test_labels, ks, temperature, num_classes
+    train_features,
+    train_labels,
+    test_features,
+    test_labels,
+    ks,
+    temperature,
+    num_classes,
+    voted=True,
 ):
     """Numbers of test images whose class is first, and among the first five, by each k's vote.
 
-    Returns (len(ks), 2) float64. One search serves all k: the neighbours for a smaller one come
-    first among those for a larger one, so that votes are only ever added.
+    Returns (len(ks), 2) float64. With `voted` a class must have a vote. One search serves all k:
+    the neighbours for a smaller one come first among those for a larger one, so that votes are only
+    ever added.
     """
     num_classes = max(num_classes, int(torch.cat([train_labels, test_labels]).max()) + 1)
     correct = torch.zeros(len(ks), 2, dtype=torch.float64, device=train_features.device)
@@ -69,13 +79,16 @@ def count_correct(
     weights, classes = (similarities / temperature).exp(), train_labels[neighbours]  # (m, k)
     rows = max(1, VOTES_AT_A_TIME // num_classes)
     chunks = (tensor.split(rows) for tensor in (weights, classes, test_labels))
-    for weight, voted, labels in zip(*chunks, strict=True):
+    for weight, chosen, labels in zip(*chunks, strict=True):
         votes, counted = weight.new_zeros(len(weight), num_classes), 0
         for k in sorted(ks):
-            votes.scatter_add_(1, voted[:, counted:k], weight[:, counted:k])
+            votes.scatter_add_(1, chosen[:, counted:k], weight[:, counted:k])
             counted, place = k, places(votes, labels)
             # five or, as in the official code, k if that is fewer
-            correct[ks.index(k)] += torch.stack([place < 1, place < min(5, k)], dim=1).sum(dim=0)
+            hits = torch.stack([place < 1, place < min(5, k)], dim=1)
+            if voted:
+                hits &= votes.gather(1, labels[:, None]) > 0
+            correct[ks.index(k)] += hits.sum(dim=0)
     if num_classes < 5:
         correct[:, 1] = torch.nan
     return correct
@@ -100,7 +113,6 @@ class KnnProbe:
         *,
         batch_size,
         num_workers,
-        amp_dtype=torch.float32,
         k=20,
         temperature=0.07,
         flag="--data_path",
@@ -113,12 +125,12 @@ class KnnProbe:
         self.train = evaluation_loader(paths, labels, transform, **options), len(paths)
         paths, labels, _ = list_labelled_images(data_path, "val", self.classes, flag)
         self.val = evaluation_loader(paths, labels, transform, **options), len(paths)
-        self.device, self.amp_dtype = device, amp_dtype
+        self.device = device
 
     def accuracy(self, backbone, wrap=iter):
         """Top-1 in percent. `wrap` goes around the loaders, and may raise to stop early."""
         train, val = (
-            extract_features(backbone, wrap(loader), total, self.device, amp_dtype=self.amp_dtype)
+            extract_features(backbone, wrap(loader), total, self.device)
             for loader, total in (self.train, self.val)
         )
         accuracies = knn_accuracies(*train, *val, [self.k], self.temperature, len(self.classes))

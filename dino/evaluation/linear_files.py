@@ -19,14 +19,8 @@ from torch import nn
 from dino.backbones import canonical_name, is_vit
 from dino.distributed import is_main_process
 from dino.errors import UserError
-from dino.weights.files import (
-    load_exactly,
-    read,
-    restore,
-    with_prefix,
-    without_prefix,
-    write_atomically,
-)
+from dino.weights.files import read, with_prefix, without_prefix, write_atomically
+from dino.weights.loading import load_exactly, restore
 from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 
 # The flags that a head's file states, so that --evaluate needs none of them.

@@ -14,9 +14,12 @@ import torch
 from dino.backbones import canonical_name, has_batchnorms
 from dino.distributed import get_rank, get_world_size, print0
 from dino.errors import UserError
+from dino.json_files import is_number
 from dino.networks import unwrap
+from dino.printable import printable
 from dino.randomness import set_random_state
-from dino.weights.files import read, restore, with_prefix
+from dino.weights.files import is_named, read, with_prefix
+from dino.weights.loading import restore
 
 # Flags that say what the networks and the optimizer's state are: a run cannot change them.
 FIXED = (
@@ -38,6 +41,9 @@ INDIFFERENT = {
 }
 
 
+MOST = 2**53  # of counts: what a float holds exactly
+
+
 @dataclass
 class Progress:
     """How far a run is. Its fields are entries of the checkpoint."""
@@ -46,6 +52,7 @@ class Progress:
     iteration: int = 0  # steps done
     iterations_per_epoch: int = 0
     global_batch: int = 0
+    images: int = 0  # of the current epoch that its steps have used, by all processes
     best_knn: float = 0.0  # percent, of the best teacher so far
     sums: dict = field(default_factory=dict)  # of the figures of an epoch in progress
     unlogged: dict = field(default_factory=dict)  # means of an epoch not yet measured and logged
@@ -56,9 +63,22 @@ class Progress:
         return self.iteration - self.epoch * self.iterations_per_epoch
 
     @property
+    def epochs_done(self):
+        """Epochs done, with a fraction: what the log calls `epoch`."""
+        return self.iteration / self.iterations_per_epoch
+
+    @property
     def logged_epochs(self):
         """Epochs with a line in log.txt."""
         return self.epoch - bool(self.unlogged)
+
+    def count_step(self):
+        self.iteration += 1
+        self.images += self.global_batch
+
+    def count_epoch(self):
+        self.epoch += 1
+        self.images = 0
 
 
 def training_payload(state, progress, args, rng):
@@ -123,7 +143,7 @@ def check_same_run(path, saved, args):
                 " another value. Give that one, or another --output_dir."
             )
     for name, (before, now) in changed.items():
-        print0(f"--{name} was {before} when {path} was written; from here it is {now}.")
+        print0(printable(f"--{name} was {before} when {path} was written; from here it is {now}."))
 
 
 def same(name, a, b):
@@ -135,31 +155,48 @@ def same(name, a, b):
     return not isinstance(a, torch.Tensor) and a == b
 
 
-def restore_progress(progress, checkpoint, source):
+def restore_progress(progress, checkpoint, source, images):
     """Fill `progress`, which has the sizes of this run, from a checkpoint: `source` says which.
 
-    If the number of iterations per epoch has changed with the global batch or the images, the run
-    resumes at the same share of its epoch, and so of its schedules. UserError for invalid values.
+    If the number of iterations per epoch has changed with the global batch or the `images`, the
+    rest of the epoch is the images that it has not used, and the run resumes at the share of its
+    schedules that leaves room for them. UserError for invalid values.
     """
-    now = progress.iterations_per_epoch
-    batch_now = progress.global_batch
+    now, batch_now = progress.iterations_per_epoch, progress.global_batch
     for name, default in vars(progress).items():
         value = checkpoint.get(name, default)
-        if type(value) is not type(default) or not (isinstance(value, dict) or value >= 0):
-            raise UserError(f"{source}: invalid value {value} for entry {name!r}.")
+        if not is_valid(value, default):
+            raise UserError(f"{source}: invalid value {value!r:.60} for entry {name!r}.")
         setattr(progress, name, value)
     before = progress.iterations_per_epoch
     steps = max(0, progress.steps)  # official checkpoints, of ends of epochs, have no iteration
     if before == 0 or steps > before:
         raise UserError(f"{source}: claims {steps} steps of a {before}-step epoch.")
-    if before != now:
+    if "images" not in checkpoint:
+        progress.images = steps * progress.global_batch
+    if (before, progress.global_batch) != (now, batch_now):
         print0(
             f"An epoch had {before} iterations of {progress.global_batch} images, and has {now} of"
             f" {batch_now} now: the schedules resume at the same share of the run."
         )
-        steps = steps * now // before
+        share = -(-max(0, images - progress.images) // get_world_size())
+        steps = max(0, now - share * get_world_size() // batch_now)
     progress.iterations_per_epoch, progress.global_batch = now, batch_now
     progress.iteration = progress.epoch * now + steps
+
+
+def is_valid(value, default):
+    """Whether an entry of a checkpoint can take the place of a field of Progress."""
+    if isinstance(default, dict):
+        return is_named(value) and all(map(is_figure, value.values()))
+    return type(value) is type(default) and is_number(value) and 0 <= value <= MOST
+
+
+def is_figure(value):
+    """A mean, or [total, count]."""
+    return is_number(value) or (
+        isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[1] > 0
+    )
 
 
 def restart_from_checkpoint(ckp_path, run_variables=None, **kwargs):

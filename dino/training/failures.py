@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from dino.distributed import get_world_size, lost_ranks
+from dino.distributed import get_world_size
 from dino.errors import Diverged, LostRank
 from dino.precision import choose_amp_dtype
+from dino.pulse import lost_ranks
 from dino.training.saver import NEWEST
 
 PRECISION_TO_TRY = {

@@ -35,14 +35,26 @@ def check_places(args):
 
 
 def check_lengths(args):
-    """Warm-ups and freezing must not be longer than the run."""
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer"):
+    """Warm-ups must not be longer than the run; freezing may be, as in the official code."""
+    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         epochs = getattr(args, name)
         if epochs > args.epochs:
             raise UserError(
                 f"--{name} {epochs} is longer than the run, --epochs {args.epochs}: lower the"
                 " one or raise the other."
             )
+
+
+MOST_ITERATIONS = 10**8  # of a run, whose schedules take 24 bytes each
+
+
+def check_iterations(args, iterations_per_epoch):
+    """Raise UserError for a run longer than any computer would live."""
+    if args.epochs * iterations_per_epoch > MOST_ITERATIONS:
+        raise UserError(
+            f"--epochs {args.epochs}: with {iterations_per_epoch} iterations each, more than"
+            f" {MOST_ITERATIONS} in all. Lower it."
+        )
 
 
 def check_views(args):

@@ -6,6 +6,7 @@ import argparse
 from dino.command_line import (
     LARGEST_SEED,
     Parser,
+    add_image_arguments,
     add_launch_arguments,
     add_precision_argument,
     bool_flag,
@@ -244,6 +245,7 @@ def add_run_arguments(group):
         help="an image that cannot be read stops the run, or another one takes its place; more than"
         " 1 %% of such images stop the run anyway",
     )
+    add_image_arguments(group)
     add("--output_dir", default=".", help="for checkpoints and logs")
     add(
         "--resume",

@@ -11,7 +11,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from dino.distributed import is_main_process
+from dino.errors import UserError
+from dino.printable import printable
 from dino.run_log import RunLog, best_effort
+
+matplotlib.rcParams["text.parse_math"] = False  # names of files may have a $ in them
 
 
 def draw_augmentations(path, views, names, mean, std):
@@ -77,9 +81,12 @@ class LoggedRun:
 
     def __init__(self, folder):
         folder = Path(folder)
-        self.name = folder.resolve().name
+        self.name = printable(folder.resolve().name)
         log = RunLog(folder)
-        self.ln_k = math.log(log.flags()["out_dim"])
+        out_dim = log.flags().get("out_dim")
+        if type(out_dim) is not int or out_dim < 2:
+            raise UserError(f"{folder / 'args.json'} has an invalid out_dim: {out_dim!r:.60}.")
+        self.ln_k = math.log(out_dim)
         self.steps, self.knn, self.verdicts = map(log.read, ("loss", "knn_teacher", "verdict"))
         for step in self.steps:
             step["1 - momentum"] = 1 - step["momentum"]

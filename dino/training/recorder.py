@@ -8,6 +8,7 @@ import torch
 from dino.distributed import all_reduce_sum, get_world_size, heartbeat, is_main_process, print0
 from dino.errors import Diverged
 from dino.meters import MetricLogger, SmoothedValue, is_due, peak_memory_mb
+from dino.printable import printable
 from dino.run_log import RunLog
 from dino.training.health import Health, Monitor
 from dino.training.presets import PRESETS
@@ -138,7 +139,8 @@ def console_logger():
 
 def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
     """Every flag with its value, and what follows from them."""
-    print0(*[f"{flag}: {value}" for flag, value in sorted(vars(args).items())], sep="\n")
+    flags = sorted(vars(args).items())
+    print0(*[printable(f"{flag}: {value}") for flag, value in flags], sep="\n")
     if args.preset:
         preset = PRESETS[args.preset]
         print0(f"Preset {args.preset}: {preset.source}. Reported: {preset.reported}.")
@@ -175,7 +177,8 @@ def report_end(probe, log):
     raw = probe.raw_pixel_accuracy()
     if is_main_process():
         print0(
-            f"k-NN accuracy (k = {probe.k}) on the held-out images of {probe.data_path}:\n"
+            f"k-NN accuracy (k = {probe.k}) on the held-out images of"
+            f" {printable(probe.data_path)}:\n"
             f"  raw pixels         {raw:5.1f} %\n"
             f"  untrained backbone {measured[0]['knn_teacher']:5.1f} %\n"
             f"  trained backbone   {measured[-1]['knn_teacher']:5.1f} %"

@@ -12,6 +12,7 @@ from dino.data.augmentations import MultiCrop
 from dino.distributed import gather_objects, print0, shut_down
 from dino.loss import DINOLoss
 from dino.networks import unwrap
+from dino.printable import printable
 from dino.randomness import random_state
 from dino.signals import Interruption
 from dino.training.agreement import Agreement
@@ -69,23 +70,23 @@ class Run:
         draw_first_views(self.saver.folder / "augmentations.png", loader, self.augmentation)
         self.measure_knn(state, probe)
 
-    def resume(self, state, path, checkpoint):
-        """Resume an interrupted run: everything as the checkpoint has it, or a UserError."""
+    def resume(self, state, images, path, checkpoint):
+        """Resume an interrupted run, on so many images: everything as saved, or a UserError."""
         check_same_run(path, flags_in(checkpoint), vars(self.args))
         flag = "--output_dir" if self.args.resume == "auto" else "--resume"
         restore_training(checkpoint, f"{flag} {path}", vars(state))
-        restore_progress(self.progress, checkpoint, f"{flag} {path}")
-        self.saver.folder.mkdir(parents=True, exist_ok=True)
         progress = self.progress
-        self.recorder.log.rewind(vars(self.args), progress.logged_epochs, progress.iteration)
+        restore_progress(progress, checkpoint, f"{flag} {path}", images)
+        self.saver.folder.mkdir(parents=True, exist_ok=True)
+        self.recorder.log.rewind(vars(self.args), progress.logged_epochs, progress.epochs_done)
         inside = f" and {progress.steps} iterations" if progress.steps else ""
         done = f"{progress.epoch} of {self.args.epochs} epochs{inside}"
-        print0(f"Resumed from {path}: {done} are done.")
+        print0(printable(f"Resumed from {path}: {done} are done."))
 
     def after_step(self, state, loss, grad_norm, scheduled):
         """All that happens between two steps, in order. Raises StopRequested to end the run."""
         self.recorder.add(self.progress, loss, grad_norm, scheduled)
-        self.progress.iteration += 1
+        self.progress.count_step()
         last_of_epoch = self.progress.steps == self.progress.iterations_per_epoch
         wanted = self.agreement.after_step(save=self.saver.is_time())
         if (wanted or self.saver.is_due(self.progress.iteration)) and not last_of_epoch:
@@ -97,7 +98,7 @@ class Run:
         The checkpoint comes before the measurement, so that nothing can lose the epoch.
         """
         self.progress.unlogged = self.recorder.end_epoch(self.progress, loader, state.student)
-        self.progress.epoch += 1
+        self.progress.count_epoch()
         if probe is not None and self.is_knn_due():
             self.save(state)
         self.agreement.settle()

@@ -14,6 +14,7 @@ import torch
 
 from dino.distributed import is_main_process, is_restart, print0
 from dino.errors import UserError
+from dino.printable import printable
 from dino.weights.files import DamagedFile, flags_in, read, write_atomically
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
@@ -63,9 +64,10 @@ class Saver:
             self.drop_old()
         except OSError as error:
             self.failure = error
+            reason = error.strerror or error
             print0(
-                f"Warning: {self.folder}: a checkpoint could not be written"
-                f" ({error.strerror or error}). The next save tries again."
+                printable(f"Warning: {self.folder}: a checkpoint could not be written ({reason})."),
+                "The next save tries again.",
             )
 
     def previous(self, name):
@@ -73,8 +75,7 @@ class Saver:
 
     def drop_old(self):
         """Delete all but the newest `keep` of the numbered checkpoints."""
-        numbered = sorted(self.folder.glob("checkpoint[0-9]*.pth"), key=number_in)
-        for path in numbered[: -self.keep] if self.keep else []:
+        for path in numbered_checkpoints(self.folder)[self.keep :] if self.keep else []:
             path.unlink()
 
     def wait(self):
@@ -94,8 +95,20 @@ class Saver:
             )
 
 
-def number_in(path):
-    return int(re.search(r"\d+", path.name)[0])
+def numbered_checkpoints(folder):
+    """Paths of the checkpoints that a run kept by number, the newest first; of no other files."""
+    numbers = {
+        int(found[1]): path
+        for path in Path(folder).glob("checkpoint*.pth")
+        if (found := re.fullmatch(r"checkpoint(\d{4,})\.pth", path.name))
+    }
+    return [numbers[number] for number in sorted(numbers, reverse=True)]
+
+
+def own_checkpoints(folder):
+    """Paths of all checkpoints in a run's folder, the newest first."""
+    newest = [Path(folder) / name for name in (NEWEST, PREVIOUS)]
+    return [path for path in newest if path.exists()] + numbered_checkpoints(folder)
 
 
 def on_host(value):
@@ -117,8 +130,7 @@ def find_checkpoint(resume, output_dir):
     run in `output_dir` that it began. UserError where another run would be lost.
     """
     folder = Path(output_dir)
-    own = [path for path in (folder / NEWEST, folder / PREVIOUS) if path.exists()]
-    own += sorted(folder.glob("checkpoint[0-9]*.pth"), key=number_in, reverse=True)
+    own = own_checkpoints(folder)
     if resume == "auto" or (own and is_restart()):
         return newest_whole(own)
     another = (
@@ -146,7 +158,7 @@ def newest_whole(paths):
         try:
             return path, read(path, "--output_dir")
         except DamagedFile as error:
-            print0(f"Warning: {error} Looking for an older one.")
+            print0(printable(f"Warning: {error} Looking for an older one."))
     if paths:
         raise UserError(
             f"--output_dir {paths[0].parent}: none of its {len(paths)} checkpoints can be read."

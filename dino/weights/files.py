@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 
 from dino.errors import UserError
 from dino.networks import unwrap
+from dino.weights.integrity import HashingFile, NotWhole, check_whole, find_odd_tensor
 
 # What official checkpoints hold besides tensors: their parsed flags, and numbers of numpy. None
 # can run code.
@@ -37,16 +39,16 @@ class DamagedFile(UserError):
 def write_atomically(payload, path, keep_as=None):
     """Atomic torch.save: after a crash `path` holds the old content or the new, never part of it.
 
-    The old file is kept as `keep_as`, if that is given.
+    The old file is kept as `keep_as`, if that is given and the old file is whole.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            save_to(file, payload)
+            save_sealed(file, payload)
             file.flush()
             os.fsync(file.fileno())
-        if keep_as is not None and path.exists():
+        if keep_as is not None and path.exists() and is_whole(path):
             link = path.with_name(f".{keep_as.name}.tmp")
             link.unlink(missing_ok=True)
             try:
@@ -60,14 +62,26 @@ def write_atomically(payload, path, keep_as=None):
         temporary.unlink(missing_ok=True)
 
 
-def save_to(file, payload):
-    """torch.save that raises the underlying OSError (disk full) instead of RuntimeError."""
+def save_sealed(file, payload):
+    """torch.save with a seal that `read` checks; raises the OSError of a full disk, not torch's."""
+    hashing = HashingFile(file)
     try:
-        torch.save(payload, file)
+        torch.save(payload, hashing)
     except RuntimeError as error:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
+    hashing.seal()
+
+
+def is_whole(path):
+    """Whether `read` would find the bytes of this file as they were written."""
+    try:
+        with open(path, "rb") as file:
+            check_whole(file)
+    except (OSError, NotWhole, zipfile.BadZipFile):
+        return False
+    return True
 
 
 def sync_folder(folder):
@@ -81,27 +95,48 @@ def sync_folder(folder):
 
 
 def read(path, flag="--pretrained_weights"):
-    """The content of a checkpoint, on the CPU. Only tensors and plain values are unpickled.
+    """The content of a checkpoint, on the CPU: plain values and dense tensors only.
 
-    Raises UserError for a file that is absent or holds code, DamagedFile for one that is broken.
+    Raises UserError for a file that is absent, may not be read or contains code, DamagedFile for
+    one that is not whole or not a checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
-        found = "this is a folder. Give a file in it" if path.is_dir() else "no such file"
-        raise UserError(f"{flag} {path}: {found}.")
+    path, name = Path(path), f"{flag} {path}"
+    check_is_file(path, name)
     try:
-        with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles of other writers
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            check_whole(file)
+            file.seek(0)
+            with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickles of other writers
+                content = torch.load(file, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise UserError(f"{name}: this process may not read it. Change its permissions.") from None
+    except (NotWhole, zipfile.BadZipFile) as error:
+        raise DamagedFile(f"{name}: damaged, or not a checkpoint ({error}).") from None
+    except MemoryError:
+        raise UserError(f"{name}: there is not enough memory to read it.") from None
     except Exception as error:  # whatever a parser may raise on somebody's bytes
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise UserError(
-                f"{flag} {path}: contains pickled code ({code[1]}); refused. Only tensors and plain"
+                f"{name}: contains pickled code ({code[1]}); refused. Only tensors and plain"
                 " values are loaded."
             ) from None
         kind = type(error).__name__
-        raise DamagedFile(f"{flag} {path}: damaged, or not a checkpoint ({kind}).") from None
+        raise DamagedFile(f"{name}: damaged, or not a checkpoint ({kind}).") from None
+    if odd := find_odd_tensor(content):
+        raise UserError(f"{name}: {odd}. Only dense tensors are loaded.")
+    return content
+
+
+def check_is_file(path, name):
+    """Raise UserError for what is not a regular file; `name` begins the message."""
+    if path.is_dir():
+        raise UserError(f"{name}: this is a folder. Give a file in it.")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{name}: this is a pipe or a device, not a file.")
+    if not path.exists():
+        raise UserError(f"{name}: no such file.")
 
 
 def flags_in(checkpoint):
@@ -125,73 +160,6 @@ def with_prefix(state_dict, prefix):
 
 def without_prefix(state_dict, prefix):
     return {name.removeprefix(prefix): value for name, value in state_dict.items()}
-
-
-def restore(checkpoint, source, **objects):
-    """Load each object from the entry of its name, in any wrapper.
-
-    Raises UserError for entries that are absent or do not fit.
-    """
-    entries = checkpoint if isinstance(checkpoint, dict) else {}
-    missing = [name for name in [*objects, "epoch"] if name not in entries]
-    if missing:
-        raise UserError(
-            f"{source}: no entry {missing[0]!r}, so this is not a training checkpoint"
-            f" of such a run; it has {', '.join(map(str, entries)) or 'none'}. Move it away, or"
-            " give another --output_dir."
-        )
-    for name, value in objects.items():
-        what = f"{source}: {name}"
-        if not is_named(checkpoint[name]):
-            raise UserError(f"{what} is a {type(checkpoint[name]).__name__}, not values by name.")
-        if isinstance(value, torch.nn.Module):
-            load_exactly(unwrap(value), without_prefix(checkpoint[name], "module."), what)
-            continue
-        try:
-            value.load_state_dict(checkpoint[name])
-        except Exception as error:  # whatever torch may raise on somebody's values
-            raise UserError(f"{what} is not of this run's kind ({error}).") from None
-        if isinstance(value, torch.optim.Optimizer):
-            check_moments(value, what)
-
-
-def check_moments(optimizer, what):
-    """Raise UserError unless what `optimizer` keeps of each parameter fits it, and is finite."""
-    for param in (param for group in optimizer.param_groups for param in group["params"]):
-        for name, value in optimizer.state.get(param, {}).items():
-            if name == "momentum_buffer" and value is None:  # as SGD begins
-                continue
-            if not isinstance(value, torch.Tensor) or value.shape not in (param.shape, ()):
-                raise UserError(f"{what}: {name} does not fit its parameter.")
-            if not value.isfinite().all():
-                raise UserError(f"{what}: {name} has values that are not finite.")
-
-
-def load_exactly(module, state_dict, what):
-    """load_state_dict that names the first keys and shapes that differ, in a UserError."""
-    own = module.state_dict()
-    problems = [
-        f"{name} is a {type(value).__name__}, not a tensor"
-        for name, value in state_dict.items()
-        if not isinstance(value, torch.Tensor)
-    ]
-    state_dict = {name: v for name, v in state_dict.items() if isinstance(v, torch.Tensor)}
-    problems += [f"{name} is missing" for name in own if name not in state_dict]
-    problems += [f"{name} is not expected" for name in state_dict if name not in own]
-    problems += [
-        f"{name} is {tuple(state_dict[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in state_dict and state_dict[name].shape != own[name].shape
-    ]
-    problems += [
-        f"{name} has values that are not finite"
-        for name, value in state_dict.items()
-        if value.is_floating_point() and not value.isfinite().all()
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{what} does not fit this network: {'; '.join(problems[:3])}{more}.")
-    module.load_state_dict(state_dict)
 
 
 def backbone_payload(teacher, *, arch, patch_size, image_size, mean, std):

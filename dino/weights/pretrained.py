@@ -15,7 +15,9 @@ from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from dino.distributed import print0
 from dino.errors import UserError
 from dino.networks import unwrap
-from dino.weights.files import flags_in, is_named, load_exactly, read, without_prefix
+from dino.printable import printable
+from dino.weights.files import flags_in, is_named, read, without_prefix
+from dino.weights.loading import load_exactly
 from dino.weights.published import PUBLISHED_BACKBONES, download, published_entry
 from vision_transformer import ARCHITECTURES
 
@@ -38,13 +40,13 @@ class Pretrained:
         return eval_transform(self.image_size, self.mean, self.std)
 
 
-def open_backbone(args, image_size=None):
+def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     """The Pretrained that the flags of `add_weights_arguments` ask for.
 
     A checkpoint that says what it holds decides; a flag given on the command line (`args.given`)
-    that contradicts it is an error. Without --pretrained_weights: the published weights.
-    `image_size` overrides the checkpoint's. UserError unless the backbone takes images of that
-    size.
+    that contradicts it is an error. Without --pretrained_weights: the weights in the table
+    `published`. `image_size` overrides the checkpoint's. UserError unless the backbone takes images
+    of that size.
     """
     if args.pretrained_weights:
         source = f"--pretrained_weights {args.pretrained_weights}"
@@ -65,7 +67,8 @@ def open_backbone(args, image_size=None):
     options = {"arch": canonical_name(args.arch), "patch_size": args.patch_size, **described}
     arch, patch_size = options["arch"], options["patch_size"]
     if not args.pretrained_weights:
-        weights, source = published_weights(arch, patch_size), f"the published weights of {arch}"
+        weights = published_weights(arch, patch_size, published)
+        source = f"the published weights of {arch}"
     backbone, embed_dim = build_with(weights, arch, patch_size, source)
     print_loaded(backbone, arch, source)
     size = image_size or options.get("image_size") or trained_img_size(weights, arch, patch_size)
@@ -84,7 +87,7 @@ def build_with(weights, arch, patch_size, source):
 
 def print_loaded(backbone, arch, source):
     tensors = len(backbone.state_dict())
-    print0(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}.")
+    print0(printable(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}."))
 
 
 def describe(checkpoint):
@@ -181,10 +184,10 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
     return without_prefix(state_dict, "backbone.")
 
 
-def published_weights(arch, patch_size):
-    """State dict of the released backbone, downloaded once into torch.hub's folder."""
+def published_weights(arch, patch_size, published=PUBLISHED_BACKBONES):
+    """State dict of a released backbone of a table, downloaded once into torch.hub's folder."""
     check_arch(arch)
-    name = published_entry(PUBLISHED_BACKBONES, arch, patch_size)
+    name = published_entry(published, arch, patch_size)
     if name is None:
         raise UserError(
             f"there are no published weights for --arch {arch} --patch_size {patch_size}: give"
@@ -254,7 +257,7 @@ def initialise_from(checkpoint, path, student, teacher, dino_loss):
         taken.append("center")
     everything = 5
     rest = "" if len(taken) == everything else "; the rest starts afresh"
-    print0(f"From {path}: {', '.join(taken)}{rest}.")
+    print0(printable(f"From {path}: {', '.join(taken)}{rest}."))
 
 
 def head_weights(state_dict):
@@ -277,7 +280,9 @@ def load_resized(backbone, weights, what):
     positions = weights.get("pos_embed")
     if own is not None and positions is not None and own.shape != positions.shape:
         weights = {**weights, "pos_embed": resize_positions(positions, own.shape[1] - 1)}
-        print0(f"{what}: position embeddings resized from {positions.shape[1] - 1} patches.")
+        print0(
+            printable(f"{what}: position embeddings resized from {positions.shape[1] - 1} patches.")
+        )
     load_exactly(backbone, weights, what)
 
 

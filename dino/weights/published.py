@@ -27,6 +27,11 @@ PUBLISHED_BACKBONES = {
     ("xcit_medium_24_p8", None): "dino_xcit_medium_24_p8_pretrain",
     ("resnet50", None): "dino_resnet50_pretrain",
 }
+# With the 300-epoch ViT-S/8 of the paper's attention maps (Fig. 1 and 3) for the 800-epoch one.
+PUBLISHED_FOR_PICTURES = {
+    **PUBLISHED_BACKBONES,
+    ("vit_small", 8): "dino_deitsmall8_300ep_pretrain",
+}
 # Linear heads on these: file, and the flags of eval_linear.py with which they were trained.
 PUBLISHED_HEADS = {
     ("vit_small", 16): (

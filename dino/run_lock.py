@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One owner of a run's folder at a time.
+
+A POSIX lock on a file in the folder: the system releases it when its process ends, however that
+ends, and NFS carries it between nodes. The file says who has it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from dino.distributed import heartbeat, is_main_process, print0
+from dino.errors import UserError
+from dino.json_files import parse
+from dino.printable import printable
+
+NAME = ".lock"
+PATIENCE = 20.0  # seconds for a run that is about to end, such as one that is being requeued
+REFUSED = (errno.EACCES, errno.EAGAIN)  # somebody has the lock; any other error: there are no locks
+
+
+@contextlib.contextmanager
+def owned(output_dir, flag="--output_dir"):
+    """Hold the lock of `output_dir` meanwhile. UserError that names the owner if there is one.
+
+    Rank 0 holds it for all ranks, which wait for it here. On a file system without locks a warning
+    takes its place.
+    """
+    if not is_main_process():
+        heartbeat()
+        yield
+        return
+    folder = Path(output_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = lock(folder / NAME, f"{flag} {output_dir}")
+    try:
+        heartbeat()
+        yield
+    finally:
+        (folder / NAME).unlink(missing_ok=True)
+        file.close()  # which releases the lock
+        for path in made:  # those that stayed empty, after an error
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def lock(path, given):
+    """The open file `path`, locked, with this process as its owner."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
+        refusal = try_lock(file)
+        if refusal not in REFUSED and is_same(file, path):
+            break
+        said = owner(file)
+        file.close()
+        if time.monotonic() > end:
+            raise UserError(
+                f"{given}: {said} is writing a run there. Wait for it, stop it, or give another"
+                " folder."
+            )
+        time.sleep(0.5)
+    if refusal:
+        print0(
+            f"Warning: {printable(path.parent)} is on a file system without locks"
+            f" ({os.strerror(refusal)}). Make sure that no other run writes there."
+        )
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
+    file.flush()
+    return file
+
+
+def is_same(file, path):
+    """Whether `path` is still this file, which its last owner may have removed."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def try_lock(file):
+    """0, or the number of the error."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno
+    return 0
+
+
+def owner(file):
+    file.seek(0)
+    said = parse(file.read(1000))
+    if not isinstance(said, dict):
+        return "another process"
+    return f"process {printable(said.get('process'))} of {printable(said.get('host'))}"

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was read from a file, into live objects: exactly, or a UserError that names what differs."""
+
+import torch
+
+from dino.errors import UserError
+from dino.json_files import is_number
+from dino.networks import unwrap
+from dino.weights.files import is_named, without_prefix
+
+# Values of an optimizer's groups that a run or its schedule sets; all others must be the run's own.
+SCHEDULED = ("lr", "initial_lr", "weight_decay")
+IMPLEMENTATION = ("foreach", "fused", "capturable")  # how it computes, not what
+# What an optimizer keeps of a parameter once it has taken a step.
+MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}, {"mu"}, set())
+
+
+def load_exactly(module, state_dict, what):
+    """load_state_dict that names the first keys and shapes that differ, in a UserError."""
+    own = module.state_dict()
+    problems = [
+        f"{name} is a {type(value).__name__}, not a tensor"
+        for name, value in state_dict.items()
+        if not isinstance(value, torch.Tensor)
+    ]
+    state_dict = {name: v for name, v in state_dict.items() if isinstance(v, torch.Tensor)}
+    problems += [f"{name} is missing" for name in own if name not in state_dict]
+    problems += [f"{name} is not expected" for name in state_dict if name not in own]
+    for name in own.keys() & state_dict.keys():
+        problems += unlike(name, state_dict[name], own[name])
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{what} does not fit this network: {'; '.join(problems[:3])}{more}.")
+    module.load_state_dict(state_dict)
+
+
+def unlike(name, value, own):
+    """[why a tensor cannot take the place of `own`], or []."""
+    if value.shape != own.shape:
+        return [f"{name} is {tuple(value.shape)}, expected {tuple(own.shape)}"]
+    if value.is_floating_point() != own.is_floating_point() or value.is_complex():
+        return [f"{name} holds {value.dtype}, expected {own.dtype}"]
+    if value.is_floating_point() and not value.isfinite().all():
+        return [f"{name} has values that are not finite"]
+    return []
+
+
+def restore(checkpoint, source, **objects):
+    """Load each object from the entry of its name, in any wrapper.
+
+    Raises UserError for entries that are absent or do not fit.
+    """
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [name for name in [*objects, "epoch"] if name not in entries]
+    if missing:
+        raise UserError(
+            f"{source}: no entry {missing[0]!r}, so this is not a training checkpoint"
+            f" of such a run; it has {', '.join(map(str, entries)) or 'none'}. Move it away, or"
+            " give another --output_dir."
+        )
+    for name, value in objects.items():
+        what, state = f"{source}: {name}", checkpoint[name]
+        if not is_named(state):
+            raise UserError(f"{what} is a {type(state).__name__}, not values by name.")
+        if isinstance(value, torch.nn.Module):
+            load_exactly(unwrap(value), without_prefix(state, "module."), what)
+        elif isinstance(value, torch.optim.Optimizer):
+            restore_optimizer(value, state, what)
+        else:
+            restore_values(value, state, what)
+
+
+def restore_optimizer(optimizer, state, what):
+    """Load moments, and the scheduled values of the groups; the others must be the run's own."""
+    own = optimizer.state_dict()["param_groups"]
+    groups = state.get("param_groups")
+    if not isinstance(groups, list) or len(groups) != len(own) or not all(map(is_named, groups)):
+        raise UserError(f"{what} does not have the {len(own)} parameter groups of this run.")
+    merged = [merge_group(*pair, what) for pair in zip(own, groups, strict=True)]
+    try:
+        optimizer.load_state_dict({"state": state.get("state"), "param_groups": merged})
+    except Exception as error:  # whatever torch may raise on somebody's values
+        raise UserError(f"{what} is not of this run's kind ({one_line(error)}).") from None
+    check_moments(optimizer, what)
+
+
+def merge_group(own, group, what):
+    """`own` with the scheduled values and parameter numbers of the checkpoint's `group`."""
+    for name, value in own.items():
+        if name in ("params", *SCHEDULED, *IMPLEMENTATION) or name not in group:
+            continue
+        if not equal(group[name], value):
+            raise UserError(f"{what}: {name} is {group[name]!r:.60}, and {value!r} in this run.")
+    scheduled = {name: group[name] for name in SCHEDULED if name in group}
+    for name, value in scheduled.items():
+        if not is_number(value) or value < 0:
+            raise UserError(f"{what}: {name} is {value!r:.60}, not a number of at least 0.")
+    return {**own, **scheduled, "params": group.get("params")}
+
+
+def check_moments(optimizer, what):
+    """Raise UserError unless what `optimizer` keeps of each parameter fits it, and is finite."""
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        state = optimizer.state.get(param, {})
+        if set(state) not in MOMENTS:
+            raise UserError(f"{what}: unknown moments {', '.join(map(str, state))}.")
+        for name, value in state.items():
+            if name == "momentum_buffer" and value is None:  # as SGD begins
+                continue
+            if not isinstance(value, torch.Tensor) or value.shape not in (param.shape, ()):
+                raise UserError(f"{what}: {name} does not fit its parameter.")
+            if not value.isfinite().all() or (name == "step" and value < 0):
+                raise UserError(f"{what}: {name} has values that are not finite, or negative.")
+
+
+def restore_values(value, state, what):
+    """Load an object of plain numbers: a gradient scaler, a learning-rate scheduler."""
+    own = value.state_dict()
+    for name in state.keys() & own.keys():
+        if not same_kind(state[name], own[name]):
+            raise UserError(f"{what}: {name} is {state[name]!r:.60}, not like {own[name]!r:.60}.")
+    value.load_state_dict({name: state.get(name, own[name]) for name in own})
+
+
+def equal(a, b):
+    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) in (int, float, bool, type(None), str) and a == b
+
+
+def same_kind(a, b):
+    """Both numbers, finite; lists of as many numbers; or of the same simple type."""
+    if is_number(b):
+        return is_number(a)
+    if isinstance(b, tuple | list):
+        return isinstance(a, tuple | list) and len(a) == len(b) and all(map(same_kind, a, b))
+    return type(a) is type(b)
+
+
+def one_line(error):
+    return " ".join(str(error).split())
