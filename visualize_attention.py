@@ -131,7 +131,7 @@ def list_photographs(image_path, output_dir):
         )
     full_names = [Path(path).relative_to(image_path) for path in paths]
     names = [path.with_suffix("") for path in full_names]
-    if len(set(names)) < len(names) or any(name.name in ("", ".", "..") for name in names):
+    if len(set(names)) < len(names):
         names = full_names
     return [(path, output_dir / name) for path, name in zip(paths, names, strict=True)]
 

@@ -49,4 +49,10 @@ def parse(text):
 
 
 def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is a finite number that fits a float; NumPy's float64 is a float, True is not."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

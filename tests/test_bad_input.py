@@ -46,8 +46,14 @@ def inputs(written_inputs, monkeypatch):
 
 
 def tree():
-    """{path: (size, time of its last change)} of everything below the present folder."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in Path().rglob("*")}
+    """{path: (size, time of its last change)} of everything below the present folder.
+
+    A folder has neither: a lock comes and goes in it.
+    """
+    return {
+        str(path): None if path.is_dir() else (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in Path().rglob("*")
+    }
 
 
 def refused(monkeypatch, capsys, script, flags):
@@ -163,7 +169,6 @@ CASES = [
     # main_dino.py
     ("main_dino", "--epochs 2 --warmup_epochs 3", "--warmup_epochs 3 is longer than the run"),
     ("main_dino", "--warmup_teacher_temp_epochs 3", "is longer than the run, --epochs 2"),
-    ("main_dino", "--freeze_last_layer 3", "is longer than the run, --epochs 2"),
     ("main_dino", "--accum_steps 3", "does not divide --batch_size_per_gpu 4"),
     ("main_dino", "--batch_size_per_gpu 7", "6 images are fewer than one batch of 7"),
     ("main_dino", "--global_crop_size 36", "not a multiple of --patch_size 8: take 32"),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python check_data.py PATH: what it finds in a data set, and that no file in it can end it."""
 
+import contextlib
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -182,24 +184,34 @@ def test_what_dino_finds_hard_is_warned_of_with_what_to_do(tmp_path):
 # ---- images that hang or kill ----
 
 
+@contextlib.contextmanager
+def file_that_hangs(path):
+    """A file as of a network that does not answer: whoever opens it waits (fcntl(2), leases)."""
+    path.write_bytes(b"")
+    ignored = signal.signal(signal.SIGIO, signal.SIG_IGN)  # the kernel asks for the lease back
+    with open(path, "r+b") as file:
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        yield
+    signal.signal(signal.SIGIO, ignored)
+
+
 def test_an_image_that_hangs_is_given_up_and_the_others_are_looked_at(
     tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(check_data, "SECONDS", 0.5)
     for i, image in enumerate(crops(6)):
         image.save(tmp_path / f"{i}.png")
-    os.mkfifo(tmp_path / "0pipe.jpg")
-    assert check(tmp_path, "--num_workers", 1) == 1
+    with file_that_hangs(tmp_path / "0hangs.jpg"):
+        assert check(tmp_path, "--num_workers", 1) == 1
     said = capsys.readouterr().out
     assert "unreadable: 1" in said
-    assert f"{tmp_path}/0pipe.jpg: not decoded within 0.5 seconds" in said
+    assert f"{tmp_path}/0hangs.jpg: not decoded within 0.5 seconds" in said
     assert "format: PNG (6)" in said
 
 
 def test_an_image_whose_process_dies_is_named_and_the_others_are_looked_at(tmp_path, capsys):
     for i, image in enumerate(crops(6)):
         image.save(tmp_path / f"{i}.png")
-    os.mkfifo(tmp_path / "0pipe.jpg")  # whose process waits, and so can be caught at it
 
     def kill():
         while not multiprocessing.active_children():
@@ -208,11 +220,12 @@ def test_an_image_whose_process_dies_is_named_and_the_others_are_looked_at(tmp_p
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
-    killer.start()
-    assert check(tmp_path, "--num_workers", 1) == 1
-    killer.join()
+    with file_that_hangs(tmp_path / "0hangs.jpg"):  # whose process waits: it can be caught at it
+        killer.start()
+        assert check(tmp_path, "--num_workers", 1) == 1
+        killer.join()
     said = capsys.readouterr().out
-    assert f"{tmp_path}/0pipe.jpg: the process that decoded it died (-9)" in said
+    assert f"{tmp_path}/0hangs.jpg: the process that decoded it died (-9)" in said
     assert "format: PNG (6)" in said
     assert not multiprocessing.active_children()
 
@@ -220,20 +233,19 @@ def test_an_image_whose_process_dies_is_named_and_the_others_are_looked_at(tmp_p
 def test_no_process_outlives_a_check_that_is_killed(tmp_path):
     for i, image in enumerate(crops(2)):
         image.save(tmp_path / f"{i}.png")
-    os.mkfifo(tmp_path / "pipe.jpg")
-    process = subprocess.Popen(
-        [sys.executable, "check_data.py", str(tmp_path), "--num_workers", "2"], cwd=ROOT
-    )
-    children = []
-    while len(children) < 2:
-        assert process.poll() is None
-        time.sleep(0.05)
-        with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
-            children = file.read().split()
-    time.sleep(0.5)
-    process.kill()
-    process.wait()
-    os.close(os.open(tmp_path / "pipe.jpg", os.O_RDWR))  # wakes the one that waits for a writer
+    with file_that_hangs(tmp_path / "hangs.jpg"):
+        process = subprocess.Popen(
+            [sys.executable, "check_data.py", str(tmp_path), "--num_workers", "2"], cwd=ROOT
+        )
+        children = []
+        while len(children) < 2:
+            assert process.poll() is None
+            time.sleep(0.05)
+            with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
+                children = file.read().split()
+        time.sleep(0.5)
+        process.kill()
+        process.wait()
     end = time.monotonic() + 20
     while any(os.path.exists(f"/proc/{child}") for child in children):
         assert time.monotonic() < end, "they wait for a parent that is gone"

@@ -11,6 +11,7 @@ from dino.loss import DINOLoss
 from dino.networks import MultiCropWrapper
 from dino.optim import get_params_groups
 from dino.randomness import random_state
+from dino.run_log import KINDS
 from dino.training.checkpoint import training_payload
 from dino.weights.files import backbone_payload
 from vision_transformer import DINOHead
@@ -100,15 +101,14 @@ def write_runs(root):
     (root / "linear/log.txt").write_text('{"train_loss": 1.0, "epoch": 0, "test_acc1": 3.0}\n')
     (root / "dino").mkdir()
     (root / "dino/log.txt").write_text('{"train_loss": 1, "train_wd": 1, "epoch": 0}\n')
-    step = dict(loss=1.0, epoch=1.0, iteration=0, images_per_s=1.0)
+    step = dict.fromkeys(KINDS["loss"][0], 0.5) | dict(iteration=0, images_per_s=1.0)
     for name, args in (
         ("argless", None),
         ("halfway", '{"out_dim": '),
         ("measured", '{"out_dim": 64}'),
     ):
         (root / name).mkdir()
-        shares = dict(teacher_entropy_share=0.5, kl_share=0.1)
-        (root / name / "metrics.jsonl").write_text(json.dumps(step | shares) + "\n")
+        (root / name / "metrics.jsonl").write_text(json.dumps(step) + "\n")
         if args:
             (root / name / "args.json").write_text(args)
     features, labels = torch.ones(4, 8), torch.zeros(4, dtype=torch.long)

@@ -104,7 +104,7 @@ def check_members(archive, size, checked):
 
 
 def check_pickles(file, count):
-    """Raise NotWhole for pickles of too many operations; other mistakes are torch.load's to find."""
+    """Raise NotWhole for pickles of too many operations; torch.load finds other mistakes."""
     operations = 0
     with contextlib.suppress(ValueError, struct.error, OverflowError):  # of somebody's bytes
         for _ in range(count):

@@ -95,6 +95,7 @@ def merge_group(own, group, what):
     for name, value in scheduled.items():
         if not is_number(value) or value < 0:
             raise UserError(f"{what}: {name} is {value!r:.60}, not a number of at least 0.")
+    scheduled = {name: float(value) for name, value in scheduled.items()}
     return {**own, **scheduled, "params": group.get("params")}
 
 
