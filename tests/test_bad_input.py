@@ -76,11 +76,11 @@ def refused(monkeypatch, capsys, script, flags):
 
 RANGES = {  # values outside of the range of these flags
     "0 -3 1e3": {
-        "main_dino": "max_image_pixels patch_size epochs batch_size_per_gpu accum_steps head_hidden_dim"
-        " head_bottleneck_dim global_crop_size local_crop_size log_freq knn_freq",
+        "main_dino": "max_image_pixels patch_size epochs batch_size_per_gpu accum_steps"
+        " head_hidden_dim head_bottleneck_dim global_crop_size local_crop_size log_freq knn_freq",
         "eval_knn": "max_image_pixels nb_knn image_size batch_size_per_gpu patch_size",
-        "eval_linear": "max_image_pixels n_last_blocks image_size epochs batch_size_per_gpu num_labels val_freq"
-        " patch_size",
+        "eval_linear": "max_image_pixels n_last_blocks image_size epochs batch_size_per_gpu"
+        " num_labels val_freq patch_size",
         "visualize_attention": "max_image_pixels patch_size",
         "eval_attention": "max_image_pixels patch_size",
         "check_data": "max_image_pixels global_crop_size batch_size_per_gpu num_workers",
