@@ -30,6 +30,7 @@ from dino.data.loaders import training_loader
 from dino.distributed import get_world_size, init_distributed, shut_down
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.knn import KnnProbe
+from dino.evaluation.without_labels import SampleProbe
 from dino.loss import DINOLoss
 from dino.networks import build_student_and_teacher, compile_networks, update_teacher
 from dino.optim import (
@@ -50,7 +51,7 @@ from dino.training.failures import explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.recorder import Recorder, report_end, report_start
-from dino.training.run import Run, TrainState
+from dino.training.run import Probes, Run, TrainState
 from dino.training.saver import Saver, find_checkpoint, own_checkpoints
 from dino.weights.files import read
 
@@ -85,7 +86,7 @@ def train_dino(args, images=None, augmentation=None):
     check_images(args, images, global_batch)
     workers = loader_workers(args.num_workers)
     loader = build_loader(args, images, augmentation, workers, device)
-    probe = build_probe(args, knn_data_path, augmentation, workers, device)
+    probes = build_probes(args, images, knn_data_path, augmentation, workers, device)
 
     # ---- student, teacher, loss, optimizer, schedules ----
     state = build_state(args, augmentation.views, device, amp_dtype)
@@ -111,7 +112,7 @@ def train_dino(args, images=None, augmentation=None):
             amp_dtype,
         )
         if found is None:
-            run.begin(state, loader, probe, weights)
+            run.begin(state, loader, probes, weights)
         fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
         if found is not None:
             run.resume(state, len(images), *found)
@@ -120,14 +121,14 @@ def train_dino(args, images=None, augmentation=None):
         interruption.defer()
         try:
             if progress.unlogged:
-                run.log_epoch(state, probe)
+                run.log_epoch(state, probes)
             while progress.epoch < args.epochs:
                 train_one_epoch(run, state, loader)
-                run.end_epoch(state, loader, probe)
+                run.end_epoch(state, loader, probes)
         except StopRequested as stop:
             run.stop(state, stop)
         run.saver.finish()
-        report_end(probe, run.recorder.log)
+        report_end(probes.knn, run.recorder.log)
     shut_down()
 
 
@@ -261,18 +262,22 @@ def build_loader(args, images, augmentation, workers, device):
     )
 
 
-def build_probe(args, knn_data_path, augmentation, workers, device):
-    """The k-NN measurement on --knn_data_path, in float32 as eval_knn.py's, or None."""
-    if knn_data_path is None:
-        return None
-    return KnnProbe(
-        knn_data_path,
-        eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std),
+def build_probes(args, images, knn_data_path, augmentation, workers, device):
+    """The measurements between epochs, in float32 as eval_knn.py's: k-NN if there are labels."""
+    options = dict(batch_size=max(128, args.batch_size_per_gpu), num_workers=workers)
+    sample = SampleProbe(
+        images,
+        augmentation,
         device,
-        batch_size=max(128, args.batch_size_per_gpu),
-        num_workers=workers,
-        flag="--knn_data_path",
+        seed=args.seed,
+        skip_bad=args.on_bad_image == "skip",
+        **options,
     )
+    if knn_data_path is None:
+        return Probes(None, sample)
+    transform = eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
+    knn = KnnProbe(knn_data_path, transform, device, flag="--knn_data_path", **options)
+    return Probes(knn, sample)
 
 
 def build_state(args, views, device, amp_dtype):

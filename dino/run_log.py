@@ -20,15 +20,20 @@ KINDS = {
         (),
     ),
     "knn_teacher": (("iteration", "epoch", "knn_teacher", "knn_student"), ()),
+    "rank_me": (("iteration", "epoch", "rank_me", "alignment", "uniformity"), ()),
     "verdict": (("iteration", "epoch"), ("verdict", "text")),
     "bad_image": (("iteration", "epoch"), ("bad_image", "text")),
 }
 
 
+def is_measurement(line):
+    return "rank_me" in line or "knn_teacher" in line
+
+
 class RunLog:
     """The files of figures in --output_dir, written by rank 0.
 
-    `metrics.jsonl` has a line for each logged iteration, k-NN measurement and verdict, `log.txt`
+    `metrics.jsonl` has a line for each logged iteration, measurement and verdict, `log.txt`
     one for each epoch; with `tensorboard` the same numbers go to its event files.
     """
 
@@ -52,7 +57,7 @@ class RunLog:
         self.keep("log.txt", lambda line: line["epoch"] < epochs)
         self.keep(
             "metrics.jsonl",
-            lambda line: line["epoch"] <= (epochs if "knn_teacher" in line else epochs_done + 1e-9),
+            lambda line: line["epoch"] <= (epochs if is_measurement(line) else epochs_done + 1e-9),
         )
 
     def keep(self, name, wanted):
@@ -79,14 +84,18 @@ class RunLog:
         self.append("log.txt", record)
         self.to_tensorboard("epoch", record, record["epoch"])
 
-    def knn(self, progress, accuracies):
-        """A k-NN measurement between two epochs."""
+    def measurement(self, progress, measured):
+        """What was measured on the features between two epochs: printed and logged."""
         epochs = progress.iteration // progress.iterations_per_epoch
-        values = ", ".join(f"{name[4:]} {value:.1f} %" for name, value in accuracies.items())
-        print0(f"k-NN accuracy after {epochs} epochs: {values}")
-        self.append(
-            "metrics.jsonl", {"iteration": progress.iteration - 1, "epoch": epochs, **accuracies}
+        knn = [f"{name[4:]} {measured[name]:.1f} %" for name in measured if name[:4] == "knn_"]
+        if knn:
+            print0(f"k-NN accuracy after {epochs} epochs: {', '.join(knn)}")
+        print0(
+            f"Features after {epochs} epochs: RankMe {measured['rank_me']:.1f},"
+            f" alignment {measured['alignment']:.3f}, uniformity {measured['uniformity']:.2f}"
         )
+        position = {"iteration": progress.iteration - 1, "epoch": epochs}
+        self.append("metrics.jsonl", position | measured)
 
     def verdict(self, progress, name, text):
         """What the epoch that just ended has shown: printed and logged."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests share: real photographs, small folders of them, and real processes."""
 
+import contextlib
 import functools
 import json
 import os
@@ -105,7 +106,12 @@ def run_script(*command, timeout=300, cwd=ROOT, **environ):
         socket.send_fds(connection, [json.dumps(request).encode()], files)
         pid = json.loads(replies.readline())["pid"]
         killed = []
-        killer = threading.Timer(timeout, lambda: killed.append(os.kill(pid, signal.SIGKILL)))
+
+        def kill():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                killed.append(os.kill(pid, signal.SIGKILL))
+
+        killer = threading.Timer(timeout, kill)
         killer.start()
         returncode = json.loads(replies.readline())["returncode"]
         killer.cancel()

@@ -269,6 +269,15 @@ def training_loader(
     )
 
 
+def sample_loader(images, indices, augmentation, *, seed, skip_bad, **options):
+    """Loader of lists of views of some of `images`, this rank's share, the same in every pass."""
+    return ImageLoader(
+        TrainingImages(images, augmentation, seed, skip_bad),
+        sampler=[(0, index) for index in indices[get_rank() :: get_world_size()]],
+        **options,
+    )
+
+
 def evaluation_loader(paths, labels, transform, *, batch_size, num_workers, pin_memory):
     """Loader of (images, labels), in order, of every world_size-th image from this rank's on."""
     share = slice(get_rank(), None, get_world_size())

@@ -125,7 +125,7 @@ class KnnProbe:
         self.train = evaluation_loader(paths, labels, transform, **options), len(paths)
         paths, labels, _ = list_labelled_images(data_path, "val", self.classes, flag)
         self.val = evaluation_loader(paths, labels, transform, **options), len(paths)
-        self.device = device
+        self.device, self.test_images = device, len(paths)
 
     def accuracy(self, backbone, wrap=iter):
         """Top-1 in percent. `wrap` goes around the loaders, and may raise to stop early."""

@@ -54,6 +54,7 @@ class Progress:
     global_batch: int = 0
     images: int = 0  # of the current epoch that its steps have used, by all processes
     best_knn: float = 0.0  # percent, of the best teacher so far
+    best_rank: float = 0.0  # RankMe, likewise, where there are no labels
     sums: dict = field(default_factory=dict)  # of the figures of an epoch in progress
     unlogged: dict = field(default_factory=dict)  # means of an epoch not yet measured and logged
 

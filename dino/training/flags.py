@@ -305,7 +305,8 @@ def add_run_arguments(group):
         "--knn_freq",
         default=10,
         type=number(int, 1),
-        help="epochs between two such measurements; the first one is before training",
+        help="epochs between two measurements of the features: k-NN with --knn_data_path; RankMe,"
+        " alignment and uniformity, which need no labels; the first one is before training",
     )
     add("--tensorboard", action="store_true", help="write the figures as TensorBoard events too")
 

@@ -5,11 +5,15 @@ The loss is H(P_t, P_s) = h(P_t) + KL(P_t || P_s) (Sec. 5.3, Fig. 7): the teache
 what the student has left to learn. A collapse shows in the two of them, and may not in their sum.
 """
 
+import math
+
 import torch
 
 from dino.distributed import all_reduce_sum, get_world_size
 
-NEARLY_ALL, NEARLY_NONE = 0.99, 0.01  # shares of ln K: uniform, a single output
+NEARLY_ALL, NEARLY_NONE = 0.98, 0.01  # shares of ln K: uniform, few outputs
+FEW_OUTPUTS = 10
+LOST_RANK = 1 / 3  # share of the untrained backbone's RankMe that is left
 PERSISTENCE = 20  # iterations, and a whole epoch, that a collapse must last before it is reported
 WAITING = 0.3  # share of the time waiting for data that is reported
 
@@ -63,9 +67,10 @@ def entropy(probs):
 class Health:
     """Turns logged records into verdicts; each is given once."""
 
-    def __init__(self, log_out_dim, freeze_last_layer, said=()):
+    def __init__(self, log_out_dim, freeze_last_layer, warmup_epochs=0, said=()):
         self.log_out_dim = log_out_dim  # ln K
         self.freeze_last_layer = freeze_last_layer
+        self.first_judged_epoch = max(freeze_last_layer, warmup_epochs)
         self.since = {}  # {collapse: iteration from which on all records show it}
         self.epoch_records = []
         self.loss_before = None  # mean of the epoch before
@@ -75,9 +80,12 @@ class Health:
         """`record` as it goes to metrics.jsonl."""
         self.epoch_records.append(record)
         entropy, kl = record["teacher_entropy"] / self.log_out_dim, record["kl"] / self.log_out_dim
+        certain, used = entropy < NEARLY_NONE, record["outputs_used"]
         shows = {
-            "uniform collapse": entropy > NEARLY_ALL and kl < NEARLY_NONE,
-            "one-output collapse": entropy < NEARLY_NONE and record["outputs_used"] < 1.5,
+            # the noise of nearly uniform logits goes from the entropy to the divergence
+            "uniform collapse": entropy > NEARLY_ALL and entropy + kl > 1 - NEARLY_NONE,
+            "one-output collapse": certain and used < 1.5,
+            "few-output collapse": certain and kl < NEARLY_NONE and 1.5 <= used < FEW_OUTPUTS,
         }
         for name, shown in shows.items():
             if shown:
@@ -99,14 +107,50 @@ class Health:
         rose = self.loss_before is not None and loss > 1.05 * self.loss_before
         if epoch == self.freeze_last_layer > 0 and rose and not self.since:
             verdicts.append("unfreezing")
+        at_ln_k = loss > (1 - NEARLY_NONE) * self.log_out_dim
+        if epoch >= self.first_judged_epoch and at_ln_k and not self.since:
+            verdicts.append("nothing learned")
         waited = sum(record["data_wait"] for record in records[1:]) / max(1, len(records) - 1)
         if waited > WAITING:
             verdicts.append("waiting for data")
         loss_before, self.loss_before = self.loss_before, loss
+        values = dict(epoch=epoch, loss=loss, before=loss_before or loss, waited=100 * waited)
+        return self.new(verdicts, **values)
+
+    def judge_features(self, lines, test_images, finished):
+        """The verdicts, as (name, text), that are new after the measurements `lines`, from epoch 0.
+
+        `test_images`: how many the k-NN accuracy is of. A verdict needs two measurements in a row,
+        or the last one of the run, after the epochs in which the learning rate rises: features may
+        get worse first in a sound run.
+        """
+        if not lines or lines[0]["epoch"] > 0:  # a log that was lost
+            return []
+        before, *lines = lines
+        judged = [line for line in lines if line["epoch"] > self.first_judged_epoch]
+        last = lines[-1:] if finished else judged[-2:] if len(judged) > 1 else []
+        verdicts = []
+        if last and all(knn_is_below(line, before, test_images) for line in last):
+            verdicts.append("worse than untrained")
+        if last and all(line["rank_me"] < LOST_RANK * before["rank_me"] for line in last):
+            verdicts.append("features lose rank")
+        values = dict(now=lines[-1], before=before) if lines else {}
+        return self.new(verdicts, **values)
+
+    def new(self, verdicts, **values):
+        """Those not said before, as (name, text)."""
         new = [name for name in verdicts if name not in self.said]
         self.said.update(new)
-        values = dict(epoch=epoch, loss=loss, before=loss_before or loss, waited=100 * waited)
         return [(name, VERDICTS[name].format(ln_k=self.log_out_dim, **values)) for name in new]
+
+
+def knn_is_below(line, before, test_images):
+    """Whether the teacher's k-NN is below the untrained one's by over two standard errors."""
+    if test_images == 0 or "knn_teacher" not in line or "knn_teacher" not in before:
+        return False
+    shares = [record["knn_teacher"] / 100 for record in (line, before)]
+    error = math.sqrt(sum(share * (1 - share) for share in shares) / test_images)
+    return shares[0] < shares[1] - 2 * error
 
 
 VERDICTS = {
@@ -116,9 +160,23 @@ VERDICTS = {
     " --warmup_teacher_temp and --teacher_temp (0.02), a smaller --out_dim, milder crops"
     " (--global_crops_scale 0.5 1), a"
     " higher --lr, a longer --freeze_last_layer.",
+    "nothing learned": "The loss, {loss:.3f}, is still at ln(out_dim) = {ln_k:.3f}: nothing is"
+    " learned so far. Common with small or grey data. Try milder crops (--global_crops_scale 0.5"
+    " 1), a higher --lr, a smaller --out_dim, and the other value of --use_bn_in_head.",
     "one-output collapse": "One-output collapse: the teacher gives all images to one and the same"
     " output, so that its entropy and the loss are 0 and nothing is learned. The center cannot keep"
     " up: try a higher --teacher_temp (0.04 to 0.07), a lower --lr, a lower --clip_grad.",
+    "few-output collapse": "Collapse to a few outputs: the teacher gives each image to one of fewer"
+    " than 10 outputs and the student agrees, so that the loss is 0 and nothing is left to learn."
+    " Try a higher --teacher_temp (0.04 to 0.07), a lower --lr, a lower --clip_grad.",
+    "worse than untrained": "The k-NN accuracy, {now[knn_teacher]:.1f} %, is below that of the"
+    " untrained backbone, {before[knn_teacher]:.1f} %: the features get worse, whatever the loss"
+    " does. Try crops with more in common (--global_crops_scale 0.5 1, --local_crops_scale 0.2 0.4"
+    " for small images), a lower --lr, a smaller --out_dim, --use_bn_in_head false.",
+    "features lose rank": "RankMe, the effective rank of the features, fell from"
+    " {before[rank_me]:.1f} before training to {now[rank_me]:.1f}: the images become alike to the"
+    " backbone, whatever the loss does. Try milder crops (--global_crops_scale 0.5 1), a lower"
+    " --lr, a smaller --out_dim, and the other value of --use_bn_in_head.",
     "unfreezing": "The loss rose from {before:.2f} to {loss:.2f} as the head's last layer began to"
     " learn in epoch {epoch} (--freeze_last_layer). This is normal; it falls again.",
     "waiting for data": "{waited:.0f} % of the time of epoch {epoch} was spent waiting for images."

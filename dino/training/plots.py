@@ -87,14 +87,15 @@ class LoggedRun:
         if type(out_dim) is not int or out_dim < 2:
             raise UserError(f"{folder / 'args.json'} has an invalid out_dim: {out_dim!r:.60}.")
         self.ln_k = math.log(out_dim)
-        self.steps, self.knn, self.verdicts = map(log.read, ("loss", "knn_teacher", "verdict"))
+        self.steps, self.verdicts = log.read("loss"), log.read("verdict")
+        self.knn, self.measures = log.read("knn_teacher"), log.read("rank_me")
         for step in self.steps:
             step["1 - momentum"] = 1 - step["momentum"]
 
 
 def draw_curves(path, runs):
     """Everything that a run has logged in one picture, or several runs over each other."""
-    figure, axes = plt.subplots(2, 4, figsize=(17, 7.5), layout="constrained")
+    figure, axes = plt.subplots(2, 5, figsize=(20, 7.5), layout="constrained")
     panels = zip(axes.flat, PANELS, strict=True)
     for axis, (title, panel) in panels:
         for number, run in enumerate(runs):
@@ -109,10 +110,9 @@ def draw_curves(path, runs):
 
 
 def line(axis, run, name, scale=1.0, **style):
-    """One figure of the logged iterations, times `scale`."""
-    axis.plot(
-        *zip(*[(step["epoch"], scale * step[name]) for step in run.steps], strict=True), **style
-    )
+    """One figure of the logged iterations, times `scale`; a gap where it has no value."""
+    values = [math.nan if step.get(name) is None else scale * step[name] for step in run.steps]
+    axis.plot([step["epoch"] for step in run.steps], values, **style)
 
 
 def draw_loss(axis, run, color, prefix):
@@ -146,6 +146,21 @@ def draw_knn(axis, run, color, prefix):
             axis.plot(*zip(*points, strict=True), style, color=color, label=f"{prefix}{network}")
     if not run.knn:
         axis.plot([], [], color=color, label=f"{prefix}not measured: --knn_data_path")
+
+
+def draw_rank(axis, run, color, prefix):
+    draw_measure(axis, run, "rank_me", "o-", color=color, label=prefix.removesuffix(": "))
+
+
+def draw_alignment(axis, run, color, prefix):
+    for name, style in (("alignment", "o-"), ("uniformity", "x--")):
+        draw_measure(axis, run, name, style, color=color, label=prefix + name)
+
+
+def draw_measure(axis, run, name, style, **options):
+    """One of the measures of the teacher's features between epochs."""
+    epochs, values = ([line[key] for line in run.measures] for key in ("epoch", name))
+    axis.plot(epochs, values, style, **options)
 
 
 def draw_agreement(axis, run, color, prefix):
@@ -197,6 +212,8 @@ PANELS = [
     ("loss (nats)", draw_loss),
     ("teacher's entropy and KL (% of ln K)", draw_entropy),
     ("k-NN accuracy (%)", draw_knn),
+    ("RankMe, the effective rank of the teacher's features", draw_rank),
+    ("alignment and uniformity of the teacher's features", draw_alignment),
     ("student's first choice is the teacher's (%)", draw_agreement),
     ("outputs in use by the teacher, exp of entropy", draw_outputs_used),
     ("gradient norm before clipping", draw_gradient_norm),

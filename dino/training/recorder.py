@@ -13,9 +13,10 @@ from dino.run_log import RunLog
 from dino.training.health import Health, Monitor
 from dino.training.presets import PRESETS
 
-# Means over all iterations of an epoch, by their official names, and over its logged ones, by ours.
+# Means over all iterations of an epoch, by their official names, and over its logged ones, by ours;
+# of the gradient norm, and how many steps were skipped, over all again.
 OFFICIAL = ("loss", "lr", "wd")
-FIGURES = ("teacher_entropy", "kl", "outputs_used", "agreement", "grad_norm", "images_per_s")
+FIGURES = ("teacher_entropy", "kl", "outputs_used", "agreement", "images_per_s")
 
 
 class Recorder:
@@ -30,14 +31,14 @@ class Recorder:
         self.teacher_temps = dino_loss.teacher_temp_schedule.tolist()
         self.log_out_dim = math.log(dino_loss.center.shape[1])
         said = {line["verdict"] for line in self.log.read("verdict")}
-        self.health = Health(self.log_out_dim, args.freeze_last_layer, said)
+        self.health = Health(self.log_out_dim, args.freeze_last_layer, args.warmup_epochs, said)
         self.epochs, self.log_freq = args.epochs, args.log_freq
 
     def steps(self, loader, progress):
         """Yield the batches left of an epoch, show progress, and watch the steps to be logged."""
         self.logger, self.figures = console_logger(), MetricLogger()
         self.restore_sums(progress.sums)
-        self.losses = []  # of the steps since the last fetch, still on the device
+        self.unread = []  # loss and gradient norm of the steps since the last fetch, on the device
         header = f"Epoch: [{progress.epoch}/{self.epochs}]"
         for images in self.logger.log_every(loader, self.log_freq, header, start=progress.steps):
             self.monitor.watching = is_due(
@@ -47,31 +48,36 @@ class Recorder:
 
     def add(self, progress, loss, grad_norm, scheduled):
         """Take what a step gave, on the device. Raises Diverged for a loss that is not finite."""
-        self.losses.append(loss)
+        self.unread += [loss, grad_norm]
         self.logger.update(lr=scheduled["lr"], wd=scheduled["weight_decay"])
         if self.monitor.watching:
-            figures = self.monitor.take() | {"grad_norm": grad_norm}
-            loss, figures = self.fetch(progress, progress.iteration, figures)
+            loss, figures = self.fetch(progress, progress.iteration, self.monitor.take())
             self.write(progress, loss, figures, scheduled)
 
     def fetch(self, progress, last_iteration, figures):
         """(last loss, figures) as floats, means over all processes: here the host waits for it.
 
-        All losses up to that of `last_iteration` go into the epoch's mean. Raises Diverged for one
-        that is not finite.
+        All losses up to that of `last_iteration` go into the epoch's mean, and all gradient norms
+        that are finite. float16 has others, in steps that its scaler skips: these are counted.
+        Raises Diverged for a loss that is not finite.
         """
         heartbeat()
-        scalars = torch.stack([*self.losses, *figures.values()])
+        scalars = torch.stack([*self.unread, *figures.values()])
         values = (all_reduce_sum(scalars) / get_world_size()).tolist()
-        losses, values = values[: len(self.losses)], values[len(self.losses) :]
-        self.losses = []
+        count, self.unread = len(self.unread), []
+        losses, norms = values[:count:2], values[1:count:2]
         for iteration, loss in enumerate(losses, start=last_iteration + 1 - len(losses)):
             if not math.isfinite(loss):
                 raise Diverged(
                     f"the loss is {loss} at epoch {progress.epoch}, iteration {iteration}"
                 )
             self.logger.update(loss=loss)
-        return losses[-1], dict(zip(figures, values, strict=True))
+        for norm in norms:
+            self.figures.update(skipped_steps=float(not math.isfinite(norm)))
+            if math.isfinite(norm):
+                self.figures.update(grad_norm=norm)
+        figures = dict(zip(figures, values[count:], strict=True))
+        return losses[-1], figures | {"grad_norm": norms[-1]}
 
     def write(self, progress, loss, figures, scheduled):
         """A line of metrics.jsonl: entropies in nats and as shares of ln K, times as shares."""
@@ -111,19 +117,31 @@ class Recorder:
             self.log.verdict(progress, name, text)
         self.log.bad_images(progress, loader)
         means = {f"train_{name}": self.logger.meters[name].global_avg for name in OFFICIAL}
-        return means | {"epoch": progress.epoch} | self.figures.means()
+        skipped = int(self.figures.meters["skipped_steps"].total)
+        return means | {"epoch": progress.epoch} | self.figures.means() | {"skipped_steps": skipped}
+
+    def judge_measurements(self, progress, knn):
+        """Print and log the verdicts on all measurements so far; `knn` is the KnnProbe, or None."""
+        lines = self.log.read("rank_me")
+        finished = progress.epoch == self.epochs
+        for name, text in self.health.judge_features(
+            lines, knn.test_images if knn else 0, finished
+        ):
+            self.log.verdict(progress, name, text)
 
     def sums(self, progress):
         """Totals and counts of the epoch so far, for a checkpoint inside it."""
-        if self.losses:
+        if self.unread:
             self.fetch(progress, progress.iteration - 1, {})
         meters = {name: self.logger.meters[name] for name in OFFICIAL} | self.figures.meters
         return {name: [meter.total, meter.count] for name, meter in meters.items()}
 
     def restore_sums(self, sums):
+        """Take up the `sums` of a checkpoint; names that this version does not have are left."""
         for name, (total, count) in sums.items():
-            meter = (self.logger if name in OFFICIAL else self.figures).meters[name]
-            meter.total, meter.count = total, count
+            if name in (*OFFICIAL, *FIGURES, "grad_norm", "skipped_steps"):
+                meter = (self.logger if name in OFFICIAL else self.figures).meters[name]
+                meter.total, meter.count = total, count
 
 
 def console_logger():

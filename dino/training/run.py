@@ -10,6 +10,8 @@ from torch import nn
 from dino.backbones import canonical_name
 from dino.data.augmentations import MultiCrop
 from dino.distributed import gather_objects, print0, shut_down
+from dino.evaluation.knn import KnnProbe
+from dino.evaluation.without_labels import SampleProbe
 from dino.loss import DINOLoss
 from dino.networks import unwrap
 from dino.printable import printable
@@ -29,7 +31,7 @@ from dino.training.saver import NEWEST, Saver
 from dino.weights.files import backbone_payload, flags_in
 from dino.weights.pretrained import initialise_from
 
-BEST = "checkpoint_best_knn.pth"
+BEST_KNN, BEST_RANK = "checkpoint_best_knn.pth", "checkpoint_best_rank.pth"
 
 
 @dataclass
@@ -41,6 +43,14 @@ class TrainState:
     dino_loss: DINOLoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+
+
+@dataclass
+class Probes:
+    """What measures the backbones between epochs."""
+
+    knn: KnnProbe | None  # None without labels
+    sample: SampleProbe
 
 
 @dataclass
@@ -57,8 +67,8 @@ class Run:
     augmentation: MultiCrop
     amp_dtype: torch.dtype
 
-    def begin(self, state, loader, probe, weights=None):
-        """Start a new run: initial weights, empty logs, the picture of its views, a first k-NN.
+    def begin(self, state, loader, probes, weights=None):
+        """Start a new run: initial weights, empty logs, a picture of its views, first measurements.
 
         `weights` is the content of the file --init_from, if that is given.
         """
@@ -68,7 +78,7 @@ class Run:
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.start(vars(self.args))
         draw_first_views(self.saver.folder / "augmentations.png", loader, self.augmentation)
-        self.measure_knn(state, probe)
+        self.measure(state, probes)
 
     def resume(self, state, images, path, checkpoint):
         """Resume an interrupted run, on so many images: everything as saved, or a UserError."""
@@ -92,53 +102,64 @@ class Run:
         if (wanted or self.saver.is_due(self.progress.iteration)) and not last_of_epoch:
             self.save(state)
 
-    def end_epoch(self, state, loader, probe):
-        """After the last step of an epoch: its means, checkpoint, k-NN if due, and line of log.txt.
+    def end_epoch(self, state, loader, probes):
+        """After the last step of an epoch: means, checkpoint, measurement if due, line of log.txt.
 
         The checkpoint comes before the measurement, so that nothing can lose the epoch.
         """
         self.progress.unlogged = self.recorder.end_epoch(self.progress, loader, state.student)
         self.progress.count_epoch()
-        if probe is not None and self.is_knn_due():
+        if self.is_measurement_due():
             self.save(state)
         self.agreement.settle()
-        self.log_epoch(state, probe)
+        self.log_epoch(state, probes)
 
-    def log_epoch(self, state, probe):
+    def log_epoch(self, state, probes):
         """Measure and log the epoch in `progress.unlogged`; write the checkpoints due after it."""
         args, progress, names = self.args, self.progress, [NEWEST]
         means, epoch = progress.unlogged, progress.epoch - 1
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
             names.append(f"checkpoint{epoch:04}.pth")
-        if self.is_knn_due():
-            knn = self.measure_knn(state, probe)
-            if knn.get("knn_teacher", 0.0) > progress.best_knn:
-                progress.best_knn = knn["knn_teacher"]
-                names.append(BEST)
-            means = means | knn
+        if self.is_measurement_due():
+            measured = self.measure(state, probes)
+            names += self.best_of(measured)
+            means = means | measured
+            self.recorder.judge_measurements(progress, probes.knn)
         self.recorder.log.epoch(means)  # before the save: a resumed run drops a line, adds none
         progress.unlogged = {}
         self.save(state, names)
         draw_run(self.saver.folder)
 
-    def is_knn_due(self):
+    def is_measurement_due(self):
         epochs = self.progress.epoch
         return epochs % self.args.knn_freq == 0 or epochs == self.args.epochs
 
-    def measure_knn(self, state, probe):
-        """k-NN of both backbones: {"knn_teacher": percent, "knn_student": percent}, or {}."""
-        if probe is None:
-            return {}
-        self.saver.wait()  # the probe forks loader workers: better while no other thread runs
+    def measure(self, state, probes):
+        """k-NN of both backbones in percent, if there are labels, and the teacher's other measures.
+
+        Returns what is logged: {"knn_teacher", "knn_student", "rank_me", ...}.
+        """
+        self.saver.wait()  # the probes fork loader workers: better while no other thread runs
+        until_asked = self.agreement.until_asked
+        measured = {}
         with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
-            accuracies = {
-                f"knn_{name}": probe.accuracy(
-                    unwrap(getattr(state, name)).backbone, self.agreement.until_asked
-                )
-                for name in ("teacher", "student")
-            }
-        self.recorder.log.knn(self.progress, accuracies)
-        return accuracies
+            for name in ("teacher", "student") if probes.knn else ():
+                backbone = unwrap(getattr(state, name)).backbone
+                measured[f"knn_{name}"] = probes.knn.accuracy(backbone, until_asked)
+            measured |= probes.sample.measure(unwrap(state.teacher).backbone, until_asked)
+        self.recorder.log.measurement(self.progress, measured)
+        return measured
+
+    def best_of(self, measured):
+        """The names of the checkpoints for which this teacher is the best so far."""
+        progress, knn = self.progress, measured.get("knn_teacher")
+        if knn is not None and knn > progress.best_knn:
+            progress.best_knn = knn
+            return [BEST_KNN]
+        if knn is None and measured["rank_me"] > progress.best_rank:
+            progress.best_rank = measured["rank_me"]
+            return [BEST_RANK]
+        return []
 
     def save(self, state, names=(NEWEST,)):
         """Write a checkpoint of this moment under each of `names`, and the teacher's backbone."""

@@ -64,8 +64,9 @@ def test_a_run_is_the_same_however_often_it_is_looked_at(class_folders, tmp_path
         weights.append([*checkpoint["student"].values(), *checkpoint["teacher"].values()])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
     lines = [json.loads(line) for line in (tmp_path / "1/metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(12))
-    for line in lines:
+    steps = [line for line in lines if "loss" in line]
+    assert [line["iteration"] for line in steps] == list(range(12))
+    for line in steps:
         assert line["loss"] == pytest.approx(line["teacher_entropy"] + line["kl"], abs=1e-6)
         assert line["kl_share"] == pytest.approx(line["kl"] / math.log(64))
 
@@ -109,6 +110,26 @@ def test_grey_digits_with_the_official_head_are_called_a_uniform_collapse(tmp_pa
     assert "--use_bn_in_head true" in result.stdout
 
 
+def test_digits_whose_features_get_worse_behind_a_sound_loss_are_called(tmp_path):
+    """Batch norm in the head keeps the entropies of grey digits apart from any collapse."""
+    write_digits(tmp_path / "all", 1104)
+    for i, path in enumerate(sorted((tmp_path / "all").iterdir())):
+        folder = tmp_path / ("train" if i < 704 else "val") / str(i % 10)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+    result = run_script(
+        *("main_dino.py", *DEMO_RUN, "--use_bn_in_head", "true", "--lr", 0.002, "--epochs", 6),
+        *("--data_path", tmp_path / "train", "--knn_data_path", tmp_path),
+        *("--output_dir", tmp_path / "run", "--log_freq", 5),
+    )
+    assert result.returncode == 0, result.stderr
+    names, lines = verdicts(tmp_path / "run")
+    assert [name for name in names if name != "waiting for data"] == ["worse than untrained"]
+    before, after = [line["knn_teacher"] for line in lines if "knn_teacher" in line]
+    assert after < before - 5
+    assert "below that of the untrained backbone" in result.stdout
+
+
 def train_in_this_process(folder, data, *flags):
     """The last few figures of a run whose loss module a test has changed."""
     flags = [str(flag) for flag in (*SMALL_RUN, *flags)]
@@ -124,7 +145,7 @@ def test_without_centering_one_output_takes_all(class_folders, tmp_path, monkeyp
         *(tmp_path, class_folders / "train", "--epochs", 25, "--lr", 0.3, "--log_freq", 3),
         *("--freeze_last_layer", 0, "--momentum_teacher", 0.5, "--optimizer", "adamw"),
     )
-    assert names == ["one-output collapse"]
+    assert names in (["one-output collapse"], ["one-output collapse", "features lose rank"])
     steps = [line for line in lines if "loss" in line]
     assert steps[-1]["outputs_used"] < 1.1
 
@@ -134,7 +155,7 @@ def test_without_sharpening_all_outputs_become_alike(class_folders, tmp_path):
         *(tmp_path, class_folders / "train", "--epochs", 12, "--lr", 0.5, "--log_freq", 3),
         *("--warmup_teacher_temp", 5, "--teacher_temp", 5, "--momentum_teacher", 0.5),
     )
-    assert names == ["uniform collapse"]
+    assert names in (["uniform collapse"], ["uniform collapse", "features lose rank"])
 
 
 def test_a_run_that_waits_for_its_images_says_so(tmp_path):
@@ -192,6 +213,71 @@ def test_a_confident_teacher_that_uses_many_outputs_has_not_collapsed():
     assert health_after([0.1] * 4, teacher_entropy=0.02, outputs_used=1.02) == [
         (1, "one-output collapse")
     ]
+
+
+def test_two_outputs_that_share_all_images_are_a_collapse():
+    two = dict(teacher_entropy=0.0, outputs_used=2.0)
+    assert health_after([0.0] * 3, **two) == [(1, "few-output collapse")]
+    assert health_after([0.3] * 3, **two) == [], "the student still learns"
+
+
+def test_uniform_outputs_with_noise_in_their_logits_are_a_collapse():
+    assert health_after([5.0] * 3, teacher_entropy=0.989 * 5) == [(1, "uniform collapse")]
+    assert health_after([4.9] * 3, teacher_entropy=0.989 * 5) == [], "the loss falls"
+
+
+def test_a_loss_that_stays_at_ln_k_is_reported_after_the_warm_up():
+    """As of digits, h 95.7 % and KL 3.4 % of ln K."""
+    flat = [0.991 * 5] * 3
+    assert health_after(flat, teacher_entropy=0.957 * 5) == [(1, "nothing learned")]
+    assert health_after(flat, teacher_entropy=0.957 * 5, freeze=3) == []
+
+
+def feature_verdicts(measured, epochs=10, test_images=1000, freeze=1, warmup=2):
+    """[(epoch, verdict)] of a Health that gets [(k-NN accuracy or None, RankMe)] epoch by epoch."""
+    health, lines, said = Health(5.0, freeze, warmup), [], []
+    for epoch, (knn, rank) in enumerate(measured):
+        line = {"epoch": epoch, "rank_me": rank} | ({} if knn is None else {"knn_teacher": knn})
+        lines.append(line)
+        found = health.judge_features(lines, test_images if knn else 0, epoch == epochs)
+        said += [(epoch, name) for name, _ in found] if epoch else []
+    return said
+
+
+def test_features_that_stay_worse_than_untrained_are_reported():
+    worse = [(40.0, 10), (30.0, 10), (30.0, 10), (30.0, 10), (30.0, 10), (30.0, 10)]
+    assert feature_verdicts(worse) == [(4, "worse than untrained")], "once, after the warm-up"
+    assert feature_verdicts(worse[:2], epochs=1) == [(1, "worse than untrained")], "the last one"
+    again_good = [(40.0, 10), (30.0, 10), (30.0, 10), (30.0, 10), (45.0, 10), (30.0, 10)]
+    assert feature_verdicts(again_good) == [], "not two in a row"
+    by_chance = [(40.0, 10), *[(37.0, 10)] * 5]
+    assert feature_verdicts(by_chance, test_images=100) == [], "within two standard errors"
+    assert feature_verdicts(by_chance, test_images=10_000) != []
+
+
+def test_features_that_lose_their_rank_are_reported_without_labels():
+    assert feature_verdicts([(None, 10.8), *[(None, 2.2)] * 5]) == [(4, "features lose rank")]
+    assert feature_verdicts([(None, 14.3), *[(None, 9.3)] * 5]) == []
+
+
+def test_steps_that_float16_skips_are_counted_and_kept_out_of_the_mean_norm(
+    class_folders, tmp_path, monkeypatch
+):
+    """The scaler skips a step whose gradients overflow; their norm is inf or nan."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40, growth_interval=1)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    _, lines = train_in_this_process(
+        tmp_path, class_folders / "train", "--amp_dtype", "float16", "--log_freq", 1
+    )
+    norms = [line["grad_norm"] for line in lines if "loss" in line]
+    skipped = [norm is None for norm in norms]
+    assert 0 < sum(skipped) < len(norms)
+    for text in (tmp_path / "log.txt").read_text().splitlines():
+        line = json.loads(text, parse_constant=pytest.fail)  # NaN and Infinity are not JSON
+        here = slice(6 * line["epoch"], 6 * line["epoch"] + 6)
+        assert line["skipped_steps"] == sum(skipped[here])
+        finite = [norm for norm in norms[here] if norm is not None]
+        assert line.get("grad_norm", 0) == pytest.approx(np.mean(finite) if finite else 0)
 
 
 def test_runs_are_compared_in_a_table_and_a_picture(class_folders, tmp_path):
