@@ -145,12 +145,15 @@ class Health:
 
 
 def knn_is_below(line, before, test_images):
-    """Whether the teacher's k-NN is below the untrained one's by over two standard errors."""
+    """Whether teacher and student are worse than untrained, their mean by two standard errors."""
     if test_images == 0 or "knn_teacher" not in line or "knn_teacher" not in before:
         return False
-    shares = [record["knn_teacher"] / 100 for record in (line, before)]
-    error = math.sqrt(sum(share * (1 - share) for share in shares) / test_images)
-    return shares[0] < shares[1] - 2 * error
+    untrained, *now = (
+        value / 100 for value in (before["knn_teacher"], line["knn_teacher"], line["knn_student"])
+    )
+    mean = sum(now) / 2
+    error = math.sqrt((untrained * (1 - untrained) + mean * (1 - mean)) / test_images)
+    return max(now) < untrained and mean < untrained - 2 * error
 
 
 VERDICTS = {
@@ -169,10 +172,11 @@ VERDICTS = {
     "few-output collapse": "Collapse to a few outputs: the teacher gives each image to one of fewer"
     " than 10 outputs and the student agrees, so that the loss is 0 and nothing is left to learn."
     " Try a higher --teacher_temp (0.04 to 0.07), a lower --lr, a lower --clip_grad.",
-    "worse than untrained": "The k-NN accuracy, {now[knn_teacher]:.1f} %, is below that of the"
-    " untrained backbone, {before[knn_teacher]:.1f} %: the features get worse, whatever the loss"
-    " does. Try crops with more in common (--global_crops_scale 0.5 1, --local_crops_scale 0.2 0.4"
-    " for small images), a lower --lr, a smaller --out_dim, --use_bn_in_head false.",
+    "worse than untrained": "The k-NN accuracy, {now[knn_teacher]:.1f} % of the teacher and"
+    " {now[knn_student]:.1f} % of the student, is below that of the untrained backbone,"
+    " {before[knn_teacher]:.1f} %: the features get worse, whatever the loss does. Try crops"
+    " with more in common (--global_crops_scale 0.5 1, --local_crops_scale 0.2 0.4 for small"
+    " images), a lower --lr, a smaller --out_dim, --use_bn_in_head false.",
     "features lose rank": "RankMe, the effective rank of the features, fell from"
     " {before[rank_me]:.1f} before training to {now[rank_me]:.1f}: the images become alike to the"
     " backbone, whatever the loss does. Try milder crops (--global_crops_scale 0.5 1), a lower"

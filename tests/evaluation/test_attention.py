@@ -107,7 +107,7 @@ def test_official_flags_have_official_defaults():
     args = vars(visualize_attention.get_args_parser().parse_args([]))
     official = dict(arch="vit_small", patch_size=8, pretrained_weights="", checkpoint_key="teacher")
     official |= dict(image_path=None, image_size=[480, 480], output_dir=".", threshold=None)
-    assert args == official | {"device": "auto", "given": {}}
+    assert args == official | {"device": "auto", "max_image_pixels": 89478485, "given": {}}
 
 
 def test_help_is_shown(capsys):

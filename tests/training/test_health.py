@@ -84,8 +84,10 @@ def write_digits(folder, count):
 
 
 def verdicts(folder):
+    """(names of the verdicts, all lines); on a busy machine any run may wait for its data."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["verdict"] for line in lines if "verdict" in line], lines
+    names = [line["verdict"] for line in lines if "verdict" in line]
+    return [name for name in names if name != "waiting for data"], lines
 
 
 # The demo's network and views, on whatever is given.
@@ -100,8 +102,8 @@ def test_grey_digits_with_the_official_head_are_called_a_uniform_collapse(tmp_pa
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path / "run")
-    assert [name for name in names if name != "waiting for data"] == ["uniform collapse"], "once"
-    said = next(line["epoch"] for line in lines if "verdict" in line)
+    assert names == ["uniform collapse"], "once"
+    said = next(line["epoch"] for line in lines if line.get("verdict") == "uniform collapse")
     steps = [line for line in lines if "loss" in line]
     uniform = [s["teacher_entropy_share"] > 0.99 and s["kl_share"] < 0.01 for s in steps]
     reached = steps[len(uniform) - uniform[::-1].index(False)]["epoch"]
@@ -118,15 +120,22 @@ def test_digits_whose_features_get_worse_behind_a_sound_loss_are_called(tmp_path
         folder.mkdir(parents=True, exist_ok=True)
         path.rename(folder / path.name)
     result = run_script(
-        *("main_dino.py", *DEMO_RUN, "--use_bn_in_head", "true", "--lr", 0.002, "--epochs", 6),
-        *("--data_path", tmp_path / "train", "--knn_data_path", tmp_path),
+        *("main_dino.py", *DEMO_RUN, "--use_bn_in_head", "true", "--lr", 0.004, "--epochs", 5),
+        *(
+            "--local_crops_number",
+            4,
+            "--data_path",
+            tmp_path / "train",
+            "--knn_data_path",
+            tmp_path,
+        ),
         *("--output_dir", tmp_path / "run", "--log_freq", 5),
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path / "run")
-    assert [name for name in names if name != "waiting for data"] == ["worse than untrained"]
-    before, after = [line["knn_teacher"] for line in lines if "knn_teacher" in line]
-    assert after < before - 5
+    assert names == ["worse than untrained"]
+    before, after = [line["knn_student"] for line in lines if "knn_student" in line]
+    assert after < before - 8
     assert "below that of the untrained backbone" in result.stdout
 
 
@@ -163,9 +172,8 @@ def test_a_run_that_waits_for_its_images_says_so(tmp_path):
     for i in range(16):
         large.save(tmp_path / f"{i}.jpg")  # each takes longer to decode than a step of all
     flags = ("--epochs", 1, "--warmup_epochs", 0, "--log_freq", 1)
-    names, lines = train_in_this_process(tmp_path / "run", tmp_path, *flags)
-    assert names == ["waiting for data"]
-    text = next(line["text"] for line in lines if "verdict" in line)
+    _, lines = train_in_this_process(tmp_path / "run", tmp_path, *flags)
+    (text,) = [line["text"] for line in lines if line.get("verdict") == "waiting for data"]
     assert "--num_workers" in text
 
 
@@ -175,7 +183,7 @@ def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path)
-    assert [name for name in names if name != "waiting for data"] == [], "on a busy machine it may"
+    assert names == []
     before, after = [line["knn_teacher"] for line in lines if "knn_teacher" in line]
     assert after > before + 3
     for picture in ("augmentations.png", "curves.png"):
@@ -234,10 +242,15 @@ def test_a_loss_that_stays_at_ln_k_is_reported_after_the_warm_up():
 
 
 def feature_verdicts(measured, epochs=10, test_images=1000, freeze=1, warmup=2):
-    """[(epoch, verdict)] of a Health that gets [(k-NN accuracy or None, RankMe)] epoch by epoch."""
+    """[(epoch, verdict)] of a Health that gets [(k-NN accuracy or None, RankMe)] epoch by epoch.
+
+    Teacher and student are alike.
+    """
     health, lines, said = Health(5.0, freeze, warmup), [], []
     for epoch, (knn, rank) in enumerate(measured):
-        line = {"epoch": epoch, "rank_me": rank} | ({} if knn is None else {"knn_teacher": knn})
+        line = {"epoch": epoch, "rank_me": rank} | (
+            {"knn_teacher": knn, "knn_student": knn} if knn else {}
+        )
         lines.append(line)
         found = health.judge_features(lines, test_images if knn else 0, epoch == epochs)
         said += [(epoch, name) for name, _ in found] if epoch else []
@@ -264,7 +277,7 @@ def test_steps_that_float16_skips_are_counted_and_kept_out_of_the_mean_norm(
     class_folders, tmp_path, monkeypatch
 ):
     """The scaler skips a step whose gradients overflow; their norm is inf or nan."""
-    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40, growth_interval=1)
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**16, growth_interval=1)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     _, lines = train_in_this_process(
         tmp_path, class_folders / "train", "--amp_dtype", "float16", "--log_freq", 1
