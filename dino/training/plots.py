@@ -12,7 +12,7 @@ import torch
 
 from dino.distributed import is_main_process
 from dino.errors import UserError
-from dino.printable import printable
+from dino.printable import brief, printable
 from dino.run_log import RunLog, best_effort
 
 matplotlib.rcParams["text.parse_math"] = False  # names of files may have a $ in them
@@ -85,7 +85,7 @@ class LoggedRun:
         log = RunLog(folder)
         out_dim = log.flags().get("out_dim")
         if type(out_dim) is not int or out_dim < 2:
-            raise UserError(f"{folder / 'args.json'} has an invalid out_dim: {out_dim!r:.60}.")
+            raise UserError(f"{folder / 'args.json'} has an invalid out_dim: {brief(out_dim)}.")
         self.ln_k = math.log(out_dim)
         self.steps, self.verdicts = log.read("loss"), log.read("verdict")
         self.knn, self.measures = log.read("knn_teacher"), log.read("rank_me")
