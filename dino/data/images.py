@@ -86,6 +86,11 @@ def list_training_images(data_path, flag="--data_path"):
         return images
     if path.is_file():
         return read_list(path, flag)
+    if path.exists():
+        raise UserError(
+            f"{flag} {data_path}: this is a pipe or a device. Give a folder of images, or a text"
+            " file with the path of one image per line."
+        )
     raise UserError(
         f"{flag} {data_path}: no such folder or file. Give a folder of images (with or without"
         " class folders), or a text file with the path of one image per line. --preset demo needs"
