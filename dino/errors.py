@@ -37,7 +37,7 @@ def exit_on_user_error(program):
     processes have met, all of them make the same checks and only rank 0 prints; afterwards any
     rank may be the only one to know, and the first of those that say the same prints.
     """
-    guard_standard_streams()
+    guard_standard_streams()  # before anything is opened, such as the socket of signals
     try:
         yield
     except UserError as error:

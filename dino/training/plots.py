@@ -65,7 +65,8 @@ def draw_first_views(path, loader, augmentation, images=4):
     views = [[view[0].cpu() for view in loader.batch_of([(0, index)])] for index in indices]
     local = [f"local {i + 1}" for i in range(len(views[0]) - 2)]
     names = ["global 1", "global 2", *local]
-    draw_augmentations(path, views, names, augmentation.mean, augmentation.std)
+    with best_effort(path):
+        draw_augmentations(path, views, names, augmentation.mean, augmentation.std)
 
 
 def draw_run(folder):
