@@ -97,7 +97,8 @@ def guard_standard_streams():
     for number, name in enumerate(("stdout", "stderr"), start=1):
         stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # what is buffered cannot be written
+                stream.reconfigure(errors="backslashreplace")
         if not isinstance(stream, Unbreakable):
             setattr(sys, name, Unbreakable(stream))
 

@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from dino.distributed import is_main_process
+from dino.distributed import is_main_process, print0
 from dino.errors import UserError
 from dino.printable import brief, printable
 from dino.run_log import RunLog, best_effort
@@ -72,9 +72,16 @@ def draw_first_views(path, loader, augmentation, images=4):
 def draw_run(folder):
     """curves.png in a run's folder."""
     path = Path(folder) / "curves.png"
-    if is_main_process():
-        with best_effort(path):
-            draw_curves(path, [LoggedRun(folder)])
+    if not is_main_process():
+        return
+    with best_effort(path):
+        try:
+            run = LoggedRun(folder)
+        except UserError as error:  # args.json, which nobody needs to train on
+            print0(f"Warning: {error} There is no curves.png.")
+            return
+        if run.steps:  # none where the disk was full
+            draw_curves(path, [run])
 
 
 class LoggedRun:
