@@ -76,8 +76,12 @@ def speaks_first(text):
         with contextlib.suppress(RuntimeError):  # the store ended with rank 0
             return dist.distributed_c10d._get_default_store().add(f"said {text}", 1) == 1
         return True
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return rank == "0" or not rank.isdecimal()
+    names = ("RANK", "WORLD_SIZE") if "RANK" in os.environ else ("SLURM_PROCID", "SLURM_NTASKS")
+    numbers = [os.environ.get(name, "0") for name in names]
+    if not all(text.isdecimal() and len(text) < 10 for text in numbers):
+        return True
+    rank, world_size = map(int, numbers)
+    return rank == 0 or rank >= world_size  # a rank that cannot be is the only one to know
 
 
 # ---- standard streams that outlive their readers ----
