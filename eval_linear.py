@@ -43,6 +43,7 @@ from dino.evaluation.linear_files import (
     LinearClassifier,
     build_heads,
     check_backbone,
+    check_head_description,
     describe_head,
     load_head,
     load_training,
@@ -56,6 +57,7 @@ from dino.json_files import read_lines
 from dino.precision import choose_amp_dtype
 from dino.printable import printable
 from dino.randomness import fix_random_seeds
+from dino.run_lock import owned
 from dino.run_log import RunLog
 from dino.weights.files import read
 from dino.weights.pretrained import open_backbone
@@ -136,7 +138,11 @@ def eval_linear(args):
     limit_pixels(args.max_image_pixels)
     _, device = init_distributed(args.device, args.dist_url)
     torch.backends.cudnn.benchmark = True
-    accuracy = (evaluate_head if args.evaluate else train_heads)(args, device)
+    if args.evaluate:
+        accuracy = evaluate_head(args, device)
+    else:
+        with owned(args.output_dir):
+            accuracy = train_heads(args, device)
     shut_down()
     return accuracy
 
@@ -192,6 +198,7 @@ def evaluate_head(args, device):
 def take_head(entries, args, source):
     """The head in the `entries` of a file, and `args` with the flags that the file states."""
     head = load_head(entries, source)
+    check_head_description(entries, source)
     return head, argparse.Namespace(**{**vars(args), **stated_flags(entries, args.given, source)})
 
 

@@ -313,7 +313,7 @@ def build_state(args, views, device, amp_dtype):
 
 
 def main():
-    with exit_when_stopped("main_dino.py"), exit_on_user_error("main_dino.py"):
+    with exit_on_user_error("main_dino.py"), exit_when_stopped("main_dino.py"):
         args = parse_args()
         with explained(args):
             train_dino(args)

@@ -39,8 +39,8 @@ class Launch:
 def environment_number(name, default=None, environ=os.environ):
     """The whole number in an environment variable; UserError if it holds something else."""
     text = str(environ.get(name, default))
-    if not text.isdecimal():
-        raise UserError(f"environment variable {name}={text!r}: not a whole number from 0 on.")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise UserError(f"environment variable {name}={text!r:.40}: not a whole number from 0 on.")
     return int(text)
 
 

@@ -37,7 +37,7 @@ def exit_on_user_error(program):
     processes have met, all of them make the same checks and only rank 0 prints; afterwards any
     rank may be the only one to know, and the first of those that say the same prints.
     """
-    guard_standard_streams()
+    guard_standard_streams()  # before anything is opened, such as the socket of signals
     try:
         yield
     except UserError as error:
@@ -76,8 +76,12 @@ def speaks_first(text):
         with contextlib.suppress(RuntimeError):  # the store ended with rank 0
             return dist.distributed_c10d._get_default_store().add(f"said {text}", 1) == 1
         return True
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    return rank == "0" or not rank.isdecimal()
+    names = ("RANK", "WORLD_SIZE") if "RANK" in os.environ else ("SLURM_PROCID", "SLURM_NTASKS")
+    numbers = [os.environ.get(name, "0") for name in names]
+    if not all(text.isdecimal() and len(text) < 10 for text in numbers):
+        return True
+    rank, world_size = map(int, numbers)
+    return rank == 0 or rank >= world_size  # a rank that cannot be is the only one to know
 
 
 # ---- standard streams that outlive their readers ----
@@ -97,7 +101,8 @@ def guard_standard_streams():
     for number, name in enumerate(("stdout", "stderr"), start=1):
         stream = getattr(sys, name) or open(number, "w", closefd=False)  # noqa: SIM115
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # what is buffered cannot be written
+                stream.reconfigure(errors="backslashreplace")
         if not isinstance(stream, Unbreakable):
             setattr(sys, name, Unbreakable(stream))
 

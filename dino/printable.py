@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that others wrote (names of files and classes, values in checkpoints), safe to print."""
 
+import reprlib
 import unicodedata
 
 # Control and format characters (terminal escapes, line breaks, right-to-left overrides), halves of
@@ -14,3 +15,16 @@ def printable(text):
         ascii(character)[1:-1] if unicodedata.category(character) in ESCAPED else character
         for character in str(text)
     )
+
+
+def brief(value):
+    """A text, or the repr of another value, that somebody's file holds: at most 60 characters."""
+    try:
+        text = value if isinstance(value, str) and value else SHORT.repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60

@@ -37,7 +37,6 @@ def owned(output_dir, flag="--output_dir"):
         return
     folder = Path(output_dir)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     file = lock(folder / NAME, f"{flag} {output_dir}")
     try:
         heartbeat()
@@ -54,6 +53,7 @@ def lock(path, given):
     """The open file `path`, locked, with this process as its owner."""
     end = time.monotonic() + PATIENCE
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)  # its last owner may have left it empty
         file = open(path, "a+")  # noqa: SIM115
         refusal = try_lock(file)
         if refusal not in REFUSED and is_same(file, path):

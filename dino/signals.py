@@ -23,8 +23,12 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to resume
 COPY_SECONDS = 3.0
 
 
-class StopRequested(Exception):
-    """A rank was asked to stop; the text names the signal."""
+class StopRequested(BaseException):
+    """A rank was asked to stop; the text names the signal.
+
+    Not an Exception, like KeyboardInterrupt: who catches whatever a damaged file may raise must not
+    take a signal for damage, and go back to an older checkpoint.
+    """
 
 
 class Interruption:

@@ -4,8 +4,8 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from dino.data.images import read_image
 from dino.distributed import barrier, is_main_process
 
 DEMO = "demo://"  # as --data_path
@@ -60,7 +60,7 @@ def write_demo_images(folder):
 def open_photograph(name):
     import skimage  # a second, for those who want the demo
 
-    return Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
+    return read_image(Path(skimage.__file__).parent / "data" / name)
 
 
 def write_tiles(name, blocks, count, folder, prefix, rng):

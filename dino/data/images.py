@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dino.errors import UserError
@@ -86,6 +86,11 @@ def list_training_images(data_path, flag="--data_path"):
         return images
     if path.is_file():
         return read_list(path, flag)
+    if path.exists():
+        raise UserError(
+            f"{flag} {data_path}: this is a pipe or a device. Give a folder of images, or a text"
+            " file with the path of one image per line."
+        )
     raise UserError(
         f"{flag} {data_path}: no such folder or file. Give a folder of images (with or without"
         " class folders), or a text file with the path of one image per line. --preset demo needs"
@@ -182,8 +187,8 @@ def read_image(path):
     """The image at `path` as PIL RGB, as the official code reads it. Raises UnreadableImage.
 
     The first frame of an animation; no rotation by EXIF; transparency is dropped. Values of more
-    than 8 bits, and floating-point numbers, are scaled by their type and range, see `to_levels`;
-    PIL alone would cut them off at 255.
+    than 8 bits, and floating-point numbers, are scaled by their type or range, see `to_rgb`; PIL
+    alone would cut them off at 255.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -193,6 +198,13 @@ def read_image(path):
             image = Image.open(file, formats=known_formats())
             check_size(image)
             return to_rgb(image)
+    except UnidentifiedImageError:
+        formats = ", ".join(known_formats())
+        raise UnreadableImage(path, f"not {formats} of a kind that Pillow reads") from None
+    except Image.DecompressionBombError:  # twice the limit, which Pillow checks by itself
+        limit = Image.MAX_IMAGE_PIXELS
+        reason = f"more than twice as many pixels as --max_image_pixels {limit}"
+        raise UnreadableImage(path, reason) from None
     except Exception as error:  # whatever a decoder may raise on somebody's bytes
         raise UnreadableImage(path, str(error) or type(error).__name__) from None
 
@@ -215,33 +227,46 @@ def check_size(image):
 
 def to_rgb(image):
     """A PIL image of any mode as RGB. ValueError for values that have no place in 0 to 255."""
-    if image.format == "TIFF" and image.mode == "L" and 2 in image.tag_v2.get(SAMPLE_FORMAT, ()):
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if image.mode == "L" and 2 in tags.get(SAMPLE_FORMAT, ()):
         raise ValueError("8-bit integers with a sign")
     if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(to_levels(np.asarray(image)))
+        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            raise ValueError("more than 8 bits of which 0 is white")
+        values = np.asarray(image)
+        if not (np.isfinite(values).all() and values.min() >= 0):
+            raise ValueError("values below 0, or that are not finite")
+        scale = 255 / (highest_of_type(image, tags) or highest_by_range(values))
+        image = Image.fromarray(np.floor(values * scale + 0.5).astype(np.uint8))
     return image.convert("RGB")
 
 
-SAMPLE_FORMAT = 339  # a tag of TIFF; 2 is "integer with a sign"
+# Tags of TIFF. The sample format 2 is "integer with a sign".
+BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO = 0
 
 
-def to_levels(values):
-    """Numbers of any type as uint8 levels, by their type and range; ValueError if neither tells.
+def highest_of_type(image, tags):
+    """The value of white in 16-bit integers, which Pillow gives as modes I;16 and I; else None."""
+    if image.mode.startswith("I;16") or (image.format in ("PNG", "PPM") and image.mode == "I"):
+        return 65535
+    if image.mode == "I" and tags.get(BITS) == (16,):
+        return 32767 if tags.get(SAMPLE_FORMAT) == (2,) else 65535
+    return None
 
-    Integers up to 65,535 count as 16 bits, whatever holds them. Floating-point numbers count as
-    shares if none is above 1, else as levels of 8 or of 16 bits.
+
+def highest_by_range(values):
+    """The value of white in 32-bit numbers: 1 (of floating-point numbers), 255 or 65535.
+
+    ValueError where the range does not tell, or where it tells that these are not levels: what lies
+    between would come out almost black.
     """
-    if values.dtype == np.uint8:
-        return values
-    lowest, highest = values.min(), values.max()
-    if not np.isfinite([lowest, highest]).all():
-        raise ValueError("values that are not finite")
-    if lowest < 0 or highest > 65535:
-        raise ValueError(
-            f"values from {lowest:g} to {highest:g}, and neither 0 to 1, 0 to 255 nor 0 to 65535"
-        )
-    if np.issubdtype(values.dtype, np.floating) and highest <= 255:
-        scale = 255 if highest <= 1 else 1
-    else:
-        scale = 255 / 65535
-    return np.floor(values * scale + 0.5).astype(np.uint8)
+    highest = values.max()
+    shares = np.issubdtype(values.dtype, np.floating)
+    if shares and highest <= 1:
+        return 1
+    if highest <= 255 and (highest > 16 or not shares):
+        return 255
+    if 4096 < highest <= 65535:
+        return 65535
+    raise ValueError(f"values up to {highest:g}, which tell no range of 0 to 1, 255 or 65535")

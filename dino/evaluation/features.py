@@ -37,7 +37,7 @@ def image_features(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
-    return extract_features(
+    features, labels = extract_features(
         pretrained.backbone.to(device),
         progress_bar(loader, "features"),
         len(paths),
@@ -45,6 +45,12 @@ def image_features(
         amp_dtype=amp_dtype,
         keep_on_device=keep_on_device,
     )
+    if not features.isfinite().all():
+        raise UserError(
+            f"the features of {pretrained.arch} are not finite numbers: its weights are damaged, or"
+            " too large for --amp_dtype."
+        )
+    return [features, labels]
 
 
 @torch.no_grad()

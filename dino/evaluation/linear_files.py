@@ -9,7 +9,6 @@ official entries, `epoch` (of the next epoch), `state_dict` (of the best head), 
 
 import copy
 import hashlib
-import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,13 +18,16 @@ from torch import nn
 from dino.backbones import canonical_name, is_vit
 from dino.distributed import is_main_process
 from dino.errors import UserError
-from dino.weights.files import read, with_prefix, without_prefix, write_atomically
-from dino.weights.loading import load_exactly, restore
+from dino.json_files import is_number
+from dino.printable import brief
+from dino.weights.files import is_named, read, with_prefix, without_prefix, write_atomically
+from dino.weights.loading import equal, list_names, load_exactly, restore, same_kind
 from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 
 # The flags that a head's file states, so that --evaluate needs none of them.
 HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
 PUBLISHED = "the published backbone"
+MOST_EPOCHS = 2**31
 
 
 class LinearClassifier(nn.Module):
@@ -129,16 +131,41 @@ def save_best_and_last(folder, state, progress, description, *, accuracy, improv
 def load_head(checkpoint, source):
     """The LinearClassifier in the entry `state_dict` of a file: ours, official or released."""
     entries = checkpoint if isinstance(checkpoint, dict) else {}
-    weights = without_prefix(entries.get("state_dict", {}), "module.")
-    if "linear.weight" not in weights:
+    state_dict = entries.get("state_dict")
+    weights = without_prefix(state_dict, "module.") if is_named(state_dict) else {}
+    matrix = weights.get("linear.weight")
+    if not isinstance(matrix, torch.Tensor) or matrix.ndim != 2 or 0 in matrix.shape:
         raise UserError(
-            f"{source} holds no linear classifier; its entries are"
-            f" {', '.join(map(str, entries)) or 'none'}. Give a best_linear.pth."
+            f"{source} does not hold a linear classifier; its entries are {list_names(entries)}."
+            " Give a best_linear.pth."
         )
-    num_labels, dim = weights["linear.weight"].shape
+    num_labels, dim = matrix.shape
     head = LinearClassifier(dim, num_labels)
     load_exactly(head, weights, source)
     return head
+
+
+def check_head_description(entries, source):
+    """Raise UserError unless what a head's file says of it can be what the names say."""
+
+    def is_count(value):
+        return type(value) is int and 0 < value <= 2**13
+
+    def is_list_of_names(value):
+        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+    right = {
+        **dict.fromkeys(("patch_size", "image_size", "n_last_blocks"), is_count),
+        **dict.fromkeys(
+            ("arch", "checkpoint_key", "backbone", "pretrained_weights"),
+            lambda value: isinstance(value, str),
+        ),
+        "avgpool_patchtokens": lambda value: isinstance(value, bool),
+        "classes": is_list_of_names,
+    }
+    for name in right.keys() & entries.keys():
+        if not right[name](entries[name]):
+            raise UserError(f"{source} has an invalid {name}: {brief(entries[name])}.")
 
 
 def published_head(arch, patch_size):
@@ -161,7 +188,7 @@ def published_head(arch, patch_size):
 def check_backbone(description, backbone, source, weights):
     """Raise UserError unless the head was trained on `backbone`, which was read from `weights`."""
     if description.get("backbone", fingerprint(backbone)) != fingerprint(backbone):
-        trained_on = description["pretrained_weights"]
+        trained_on = description.get("pretrained_weights")
         raise UserError(
             f"{source} was trained on the features of {trained_on or PUBLISHED}, but the weights"
             f" of {weights or PUBLISHED} are different."
@@ -211,12 +238,28 @@ def load_training(path, state, progress, description):
     checkpoint = read(path, "--output_dir")
     restore(checkpoint, f"--output_dir {path}", **vars(state))
     for name, value in description.items():
-        if name != "pretrained_weights" and checkpoint.get(name) != value:  # a file may move
-            there, here = (
-                textwrap.shorten(str(text), 60) for text in (checkpoint.get(name), value)
-            )
+        if name != "pretrained_weights" and not equal(checkpoint.get(name), value):  # it may move
+            there, here = brief(checkpoint.get(name)), brief(value)
             raise UserError(
                 f"--output_dir {path}: that run has {name} {there}, and this one {here}. Give"
                 " another --output_dir."
             )
-    vars(progress).update({name: checkpoint[name] for name in vars(progress)})
+    restore_heads_progress(progress, checkpoint, f"--output_dir {path}", len(state.heads))
+
+
+def restore_heads_progress(progress, checkpoint, source, heads):
+    """Fill `progress` of so many heads from a checkpoint; UserError for invalid values."""
+    limits = {"epoch": MOST_EPOCHS, "best_acc": 100, "best_head": heads - 1}
+    for name, highest in limits.items():
+        value = checkpoint.get(name)
+        if (
+            not is_number(value)
+            or not -1 <= value <= highest
+            or (name != "best_acc" and (type(value) is not int or value < 0))
+        ):
+            raise UserError(f"{source}: invalid value {brief(value)} for entry {name!r}.")
+        setattr(progress, name, value)
+    bests = checkpoint.get("head_bests")
+    if not same_kind(bests, [[0.0, 0]] * heads):
+        raise UserError(f"{source}: invalid value {brief(bests)} for entry 'head_bests'.")
+    progress.head_bests = [tuple(best) for best in bests]

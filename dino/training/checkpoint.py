@@ -16,7 +16,7 @@ from dino.distributed import get_rank, get_world_size, print0
 from dino.errors import UserError
 from dino.json_files import is_number
 from dino.networks import unwrap
-from dino.printable import printable
+from dino.printable import brief, printable
 from dino.randomness import set_random_state
 from dino.weights.files import is_named, read, with_prefix
 from dino.weights.loading import restore
@@ -140,11 +140,15 @@ def check_same_run(path, saved, args):
         if name in changed:
             before, now = changed[name]
             raise UserError(
-                f"--{name} {now}: {path} is of a run with {before}, which cannot resume with"
+                f"--{name} {now}: {path} is of a run with {brief(before)}, which cannot resume with"
                 " another value. Give that one, or another --output_dir."
             )
     for name, (before, now) in changed.items():
-        print0(printable(f"--{name} was {before} when {path} was written; from here it is {now}."))
+        print0(
+            printable(
+                f"--{name} was {brief(before)} when {path} was written; from here it is {now}."
+            )
+        )
 
 
 def same(name, a, b):
@@ -152,7 +156,7 @@ def same(name, a, b):
     if name == "arch":
         return canonical_name(str(a)) == canonical_name(b)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return list(a) == list(b)
+        return len(a) == len(b) and all(same("", *pair) for pair in zip(a, b, strict=True))
     return not isinstance(a, torch.Tensor) and a == b
 
 
@@ -167,11 +171,12 @@ def restore_progress(progress, checkpoint, source, images):
     for name, default in vars(progress).items():
         value = checkpoint.get(name, default)
         if not is_valid(value, default):
-            raise UserError(f"{source}: invalid value {value!r:.60} for entry {name!r}.")
+            raise UserError(f"{source}: invalid value {brief(value)} for entry {name!r}.")
         setattr(progress, name, value)
     before = progress.iterations_per_epoch
-    steps = max(0, progress.steps)  # official checkpoints, of ends of epochs, have no iteration
-    if before == 0 or steps > before:
+    # official checkpoints, of ends of epochs, have no iteration
+    steps = progress.steps if "iteration" in checkpoint else 0
+    if before == 0 or not 0 <= steps <= before:
         raise UserError(f"{source}: claims {steps} steps of a {before}-step epoch.")
     if "images" not in checkpoint:
         progress.images = steps * progress.global_batch

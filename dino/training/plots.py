@@ -10,9 +10,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from dino.distributed import is_main_process
+from dino.distributed import is_main_process, print0
 from dino.errors import UserError
-from dino.printable import printable
+from dino.printable import brief, printable
 from dino.run_log import RunLog, best_effort
 
 matplotlib.rcParams["text.parse_math"] = False  # names of files may have a $ in them
@@ -65,15 +65,23 @@ def draw_first_views(path, loader, augmentation, images=4):
     views = [[view[0].cpu() for view in loader.batch_of([(0, index)])] for index in indices]
     local = [f"local {i + 1}" for i in range(len(views[0]) - 2)]
     names = ["global 1", "global 2", *local]
-    draw_augmentations(path, views, names, augmentation.mean, augmentation.std)
+    with best_effort(path):
+        draw_augmentations(path, views, names, augmentation.mean, augmentation.std)
 
 
 def draw_run(folder):
     """curves.png in a run's folder."""
     path = Path(folder) / "curves.png"
-    if is_main_process():
-        with best_effort(path):
-            draw_curves(path, [LoggedRun(folder)])
+    if not is_main_process():
+        return
+    with best_effort(path):
+        try:
+            run = LoggedRun(folder)
+        except UserError as error:  # args.json, which nobody needs to train on
+            print0(f"Warning: {error} There is no curves.png.")
+            return
+        if run.steps:  # none where the disk was full
+            draw_curves(path, [run])
 
 
 class LoggedRun:
@@ -85,7 +93,7 @@ class LoggedRun:
         log = RunLog(folder)
         out_dim = log.flags().get("out_dim")
         if type(out_dim) is not int or out_dim < 2:
-            raise UserError(f"{folder / 'args.json'} has an invalid out_dim: {out_dim!r:.60}.")
+            raise UserError(f"{folder / 'args.json'} has an invalid out_dim: {brief(out_dim)}.")
         self.ln_k = math.log(out_dim)
         self.steps, self.verdicts = log.read("loss"), log.read("verdict")
         self.knn, self.measures = log.read("knn_teacher"), log.read("rank_me")

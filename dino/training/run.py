@@ -10,6 +10,7 @@ from torch import nn
 from dino.backbones import canonical_name
 from dino.data.augmentations import MultiCrop
 from dino.distributed import gather_objects, print0, shut_down
+from dino.errors import UserError
 from dino.evaluation.knn import KnnProbe
 from dino.evaluation.without_labels import SampleProbe
 from dino.loss import DINOLoss
@@ -87,6 +88,11 @@ class Run:
         restore_training(checkpoint, f"{flag} {path}", vars(state))
         progress = self.progress
         restore_progress(progress, checkpoint, f"{flag} {path}", images)
+        if progress.epoch > self.args.epochs:
+            raise UserError(
+                f"--epochs {self.args.epochs}: {path} has done {progress.epoch}. Give at least as"
+                " many, or another --output_dir."
+            )
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.rewind(vars(self.args), progress.logged_epochs, progress.epochs_done)
         inside = f" and {progress.steps} iterations" if progress.steps else ""

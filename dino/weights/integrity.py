@@ -17,10 +17,7 @@ import zipfile
 import torch
 
 SEAL = b"sha256 "
-END_OF_ARCHIVE, END_SIZE = (
-    b"PK\x05\x06",
-    22,
-)  # the last record, whose last two bytes count a comment
+END_OF_ARCHIVE, END_SIZE = b"PK\x05\x06", 22  # a record whose last two bytes count a comment
 CHUNK = 2**20
 MOST_OPCODES = 2_000_000  # of a pickle; a checkpoint of ViT-B/16 has 60,000
 LEGACY_PICKLES = 4  # magic number, protocol, system and content, at the start of files before 1.6

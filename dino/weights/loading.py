@@ -6,13 +6,22 @@ import torch
 from dino.errors import UserError
 from dino.json_files import is_number
 from dino.networks import unwrap
+from dino.optim import LARS
+from dino.printable import brief
 from dino.weights.files import is_named, without_prefix
 
 # Values of an optimizer's groups that a run or its schedule sets; all others must be the run's own.
 SCHEDULED = ("lr", "initial_lr", "weight_decay")
 IMPLEMENTATION = ("foreach", "fused", "capturable")  # how it computes, not what
 # What an optimizer keeps of a parameter once it has taken a step.
-MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}, {"mu"}, set())
+MOMENTS = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+    LARS: {"mu"},
+}
+NEVER_NEGATIVE = ("step", "exp_avg_sq")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SHOWN = 5  # names of a list that may be long
 
 
 def load_exactly(module, state_dict, what):
@@ -38,10 +47,10 @@ def unlike(name, value, own):
     """[why a tensor cannot take the place of `own`], or []."""
     if value.shape != own.shape:
         return [f"{name} is {tuple(value.shape)}, expected {tuple(own.shape)}"]
-    if value.is_floating_point() != own.is_floating_point() or value.is_complex():
+    if value.is_complex() or (value.dtype in FLOATS) != own.is_floating_point():
         return [f"{name} holds {value.dtype}, expected {own.dtype}"]
-    if value.is_floating_point() and not value.isfinite().all():
-        return [f"{name} has values that are not finite"]
+    if not value.to(own.dtype).isfinite().all():
+        return [f"{name} has values that are not finite in {own.dtype}"]
     return []
 
 
@@ -55,8 +64,8 @@ def restore(checkpoint, source, **objects):
     if missing:
         raise UserError(
             f"{source}: no entry {missing[0]!r}, so this is not a training checkpoint"
-            f" of such a run; it has {', '.join(map(str, entries)) or 'none'}. Move it away, or"
-            " give another --output_dir."
+            f" of such a run; it has {list_names(entries)}. Move it away, or give another"
+            " --output_dir."
         )
     for name, value in objects.items():
         what, state = f"{source}: {name}", checkpoint[name]
@@ -90,11 +99,11 @@ def merge_group(own, group, what):
         if name in ("params", *SCHEDULED, *IMPLEMENTATION) or name not in group:
             continue
         if not equal(group[name], value):
-            raise UserError(f"{what}: {name} is {group[name]!r:.60}, and {value!r} in this run.")
+            raise UserError(f"{what}: {name} is {brief(group[name])}, and {value!r} in this run.")
     scheduled = {name: group[name] for name in SCHEDULED if name in group}
     for name, value in scheduled.items():
         if not is_number(value) or value < 0:
-            raise UserError(f"{what}: {name} is {value!r:.60}, not a number of at least 0.")
+            raise UserError(f"{what}: {name} is {brief(value)}, not a number of at least 0.")
     scheduled = {name: float(value) for name, value in scheduled.items()}
     return {**own, **scheduled, "params": group.get("params")}
 
@@ -103,15 +112,18 @@ def check_moments(optimizer, what):
     """Raise UserError unless what `optimizer` keeps of each parameter fits it, and is finite."""
     for param in (param for group in optimizer.param_groups for param in group["params"]):
         state = optimizer.state.get(param, {})
-        if set(state) not in MOMENTS:
-            raise UserError(f"{what}: unknown moments {', '.join(map(str, state))}.")
+        if not isinstance(state, dict) or (state and set(state) != MOMENTS[type(optimizer)]):
+            raise UserError(f"{what}: the moments are not those of {type(optimizer).__name__}.")
         for name, value in state.items():
             if name == "momentum_buffer" and value is None:  # as SGD begins
                 continue
-            if not isinstance(value, torch.Tensor) or value.shape not in (param.shape, ()):
+            shape = () if name == "step" else param.shape
+            if not isinstance(value, torch.Tensor) or value.shape != shape:
                 raise UserError(f"{what}: {name} does not fit its parameter.")
-            if not value.isfinite().all() or (name == "step" and value < 0):
-                raise UserError(f"{what}: {name} has values that are not finite, or negative.")
+            if value.dtype not in FLOATS or not value.isfinite().all():
+                raise UserError(f"{what}: {name} has values that are not finite numbers.")
+            if name in NEVER_NEGATIVE and (value < 0).any():
+                raise UserError(f"{what}: {name} has negative values.")
 
 
 def restore_values(value, state, what):
@@ -119,7 +131,7 @@ def restore_values(value, state, what):
     own = value.state_dict()
     for name in state.keys() & own.keys():
         if not same_kind(state[name], own[name]):
-            raise UserError(f"{what}: {name} is {state[name]!r:.60}, not like {own[name]!r:.60}.")
+            raise UserError(f"{what}: {name} is {brief(state[name])}, not like {brief(own[name])}.")
     value.load_state_dict({name: state.get(name, own[name]) for name in own})
 
 
@@ -136,6 +148,13 @@ def same_kind(a, b):
     if isinstance(b, tuple | list):
         return isinstance(a, tuple | list) and len(a) == len(b) and all(map(same_kind, a, b))
     return type(a) is type(b)
+
+
+def list_names(entries):
+    """The first names of a dict, for a sentence: a file may hold any number, of any length."""
+    names = [brief(name) for name in list(entries)[:SHOWN]]
+    more = [f"{len(entries) - SHOWN} more"] if len(entries) > SHOWN else []
+    return ", ".join(names + more) or "none"
 
 
 def one_line(error):

@@ -3,7 +3,6 @@
 
 import math
 import re
-import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +13,15 @@ from dino.backbones import build_backbone, canonical_name, check_arch, check_tak
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from dino.distributed import print0
 from dino.errors import UserError
+from dino.json_files import is_number
 from dino.networks import unwrap
-from dino.printable import printable
+from dino.printable import brief, printable
 from dino.weights.files import flags_in, is_named, read, without_prefix
-from dino.weights.loading import load_exactly
+from dino.weights.loading import FLOATS, list_names, load_exactly
 from dino.weights.published import PUBLISHED_BACKBONES, download, published_entry
 from vision_transformer import ARCHITECTURES
+
+LARGEST_COLOR = 1000.0  # of a mean or a standard deviation that images are normalised by
 
 
 @dataclass
@@ -112,21 +114,20 @@ def check_description(described, source):
     def is_count(value):
         return type(value) is int and 0 < value <= 2**13
 
-    def is_color(value, lowest=-math.inf):
+    def is_color(value, lowest=-LARGEST_COLOR):
         numbers = isinstance(value, tuple | list) and len(value) == 3
-        return numbers and all(isinstance(v, int | float) and lowest < v < math.inf for v in value)
+        return numbers and all(is_number(v) and lowest < v <= LARGEST_COLOR for v in value)
 
     right = {
         "arch": lambda value: isinstance(value, str),
         "patch_size": is_count,
         "image_size": is_count,
         "mean": is_color,
-        "std": lambda value: is_color(value, lowest=0.0),
+        "std": lambda value: is_color(value, lowest=1 / LARGEST_COLOR),
     }
     for name, value in described.items():
         if not right[name](value):
-            shown = textwrap.shorten(repr(value), 60)
-            raise UserError(f"{source} has an invalid {name}: {shown}.")
+            raise UserError(f"{source} has an invalid {name}: {brief(value)}.")
 
 
 def vit_in(weights):
@@ -144,7 +145,7 @@ def vit_in(weights):
 
 def block_number(name):
     """N of the weights of `blocks.N`, -1 for other weights."""
-    match = re.match(r"blocks\.(\d+)\.", name)
+    match = re.match(r"blocks\.(\d{1,9})\.", name)
     return int(match[1]) if match else -1
 
 
@@ -172,7 +173,7 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
     else:
         raise UserError(
             f"{flag} {path} has no entry {key!r}; it has"
-            f" {', '.join(map(str, checkpoint))}. Choose one with --checkpoint_key."
+            f" {list_names(checkpoint)}. Choose one with --checkpoint_key."
         )
     if not is_named(state_dict):
         raise UserError(f"{flag} {path} holds weights whose names are not text.")
@@ -278,7 +279,7 @@ def load_resized(backbone, weights, what):
     """load_exactly, after resizing position embeddings to the grid of `backbone`."""
     own = backbone.state_dict().get("pos_embed")
     positions = weights.get("pos_embed")
-    if own is not None and positions is not None and own.shape != positions.shape:
+    if own is not None and is_position_grid(positions) and own.shape != positions.shape:
         weights = {**weights, "pos_embed": resize_positions(positions, own.shape[1] - 1)}
         print0(
             printable(f"{what}: position embeddings resized from {positions.shape[1] - 1} patches.")
@@ -286,9 +287,18 @@ def load_resized(backbone, weights, what):
     load_exactly(backbone, weights, what)
 
 
+def is_position_grid(positions):
+    """Whether this is (1, 1 + n, D) of numbers with n a square; load_exactly refuses the others."""
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 3:
+        return False
+    patches = positions.shape[1] - 1
+    square = patches > 0 and math.isqrt(patches) ** 2 == patches
+    return square and len(positions) == 1 and positions.dtype in FLOATS
+
+
 def resize_positions(positions, patches):
     """(1, 1 + n, D) -> (1, 1 + patches, D), both grids square, by bicubic interpolation."""
     size, new_size = round((positions.shape[1] - 1) ** 0.5), round(patches**0.5)
-    grid = positions[:, 1:].unflatten(1, (size, size)).permute(0, 3, 1, 2)
+    grid = positions[:, 1:].float().unflatten(1, (size, size)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(new_size, new_size), mode="bicubic")
-    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([positions[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Variables of a launcher that hold anything: one paragraph that somebody prints."""
+
+import pytest
+from conftest import SMALL_RUN, run_script
+
+WRONG = {
+    "RANK=''": {"RANK": "", "WORLD_SIZE": ""},
+    "WORLD_SIZE='two'": {"RANK": "0", "WORLD_SIZE": "two"},
+    "RANK='99999": {"RANK": "9" * 5000, "WORLD_SIZE": "9" * 5000},
+    "RANK=3 and WORLD_SIZE=2": {"RANK": "3", "WORLD_SIZE": "2"},
+    "RANK='٣'": {"RANK": "٣", "WORLD_SIZE": "4"},
+    "LOCAL_WORLD_SIZE='x'": {"LOCAL_WORLD_SIZE": "x"},
+    "SLURM_NTASKS='x'": {"SLURM_PROCID": "0", "SLURM_NTASKS": "x"},
+    "SLURM_NODELIST='[[['": {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_NODELIST": "[[["},
+    "MASTER_ADDR is not set": {"RANK": "0", "WORLD_SIZE": "2"},
+    "MASTER_PORT='x'": {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "x"},
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_variable_of_a_launcher_that_cannot_be_is_named(said, class_folders, tmp_path):
+    command = ("main_dino.py", *SMALL_RUN, "--data_path", class_folders / "train")
+    result = run_script(*command, "--output_dir", tmp_path / "run", **WRONG[said])
+    assert result.returncode == 2, result.stdout
+    assert result.stderr.startswith("main_dino.py: error: environment variable")
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_single_process_needs_no_address(class_folders, tmp_path):
+    command = ("main_dino.py", *SMALL_RUN, "--epochs", 1, "--data_path", class_folders / "train")
+    result = run_script(*command, "--output_dir", tmp_path / "run", RANK="0", WORLD_SIZE="1")
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One owner of a run's folder: the second one refuses, and names the first."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dino import run_lock
+from dino.errors import UserError
+from dino.run_lock import owned
+
+HOLD = """
+import sys
+from dino.run_lock import owned
+with owned(sys.argv[1]):
+    print("owned", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that owns the folder until it is told, or killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "owned\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_owner_is_refused_with_the_first_ones_name_until_that_is_killed(
+    holder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
+    first = f"process {holder.pid} of {socket.gethostname()} is writing a run there"
+    with pytest.raises(UserError, match=first), owned(tmp_path / "run"):
+        pytest.fail("two owners")
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with owned(tmp_path / "run"):
+        said = json.loads((tmp_path / "run" / ".lock").read_text())
+    assert said == {"host": socket.gethostname(), "process": os.getpid()}
+
+
+def test_a_run_that_is_about_to_end_is_waited_for(holder, tmp_path, monkeypatch):
+    """As by a requeued job."""
+    monkeypatch.setattr(run_lock, "PATIENCE", 600.0)
+    holder.stdin.close()
+    with owned(tmp_path / "run"):
+        holder.wait()
+    assert list((tmp_path / "run").iterdir()) == [], "no lock is left"
+
+
+@pytest.mark.parametrize("text", ["", "null", "5", "{", '{"host": "a\\u001b[2J\\nb"}', "\x00" * 99])
+def test_a_lock_file_that_holds_anything_is_no_obstacle_and_is_printed_safely(tmp_path, text):
+    (tmp_path / ".lock").write_text(text)
+    with (tmp_path / ".lock").open() as file:
+        assert set(run_lock.owner(file)) & {"\x1b", "\n", "\x00"} == set()
+    with owned(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["process"] == os.getpid()
+
+
+def test_folders_that_an_error_leaves_empty_are_removed(tmp_path):
+    with pytest.raises(UserError), owned(tmp_path / "a" / "b"):
+        raise UserError("wrong weights")
+    assert list(tmp_path.iterdir()) == []
+    with owned(tmp_path / "a" / "b"):
+        (tmp_path / "a" / "b" / "checkpoint.pth").touch()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["checkpoint.pth"]
