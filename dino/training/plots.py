@@ -52,9 +52,12 @@ def save(figure, path):
     """Write `figure` atomically, since somebody may be viewing the file, and close it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=90)
-    plt.close(figure)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, format="png", dpi=90)
+        temporary.replace(path)
+    finally:
+        plt.close(figure)
+        temporary.unlink(missing_ok=True)
 
 
 def draw_first_views(path, loader, augmentation, images=4):
