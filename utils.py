@@ -13,7 +13,9 @@ from dino.distributed import (
     is_dist_avail_and_initialized,
     is_main_process,
 )
+from dino.evaluation.copy_detection import PCA
 from dino.evaluation.linear_files import load_pretrained_linear_weights
+from dino.evaluation.retrieval import compute_ap, compute_map, multi_scale
 from dino.meters import MetricLogger, SmoothedValue, accuracy
 from dino.networks import MultiCropWrapper
 from dino.official_helpers import (
@@ -37,6 +39,7 @@ from vision_transformer import trunc_normal_
 
 __all__ = [
     "LARS",
+    "PCA",
     "GaussianBlur",
     "MetricLogger",
     "MultiCropWrapper",
@@ -46,6 +49,8 @@ __all__ = [
     "bool_flag",
     "cancel_gradients_last_layer",
     "clip_gradients",
+    "compute_ap",
+    "compute_map",
     "cosine_scheduler",
     "fix_random_seeds",
     "get_params_groups",
@@ -59,6 +64,7 @@ __all__ = [
     "load_pretrained_linear_weights",
     "load_pretrained_weights",
     "reduce_dict",
+    "multi_scale",
     "restart_from_checkpoint",
     "save_on_master",
     "setup_for_distributed",

@@ -97,11 +97,8 @@ def test_flags_that_cannot_go_together_are_refused_with_their_values(flags, mess
         check_training_flags(parse_args(flags.split()))
 
 
-SCRIPTS = [
-    *("main_dino.py", "eval_knn.py", "eval_linear.py", "visualize_attention.py"),
-    *("eval_attention.py", "compare_runs.py", "check_data.py", "run_with_submitit.py"),
-    *("extract_features.py", "export.py"),
-]
+IMPORTED = ("utils", "vision_transformer", "hubconf")  # by users, and not run
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if path.stem not in IMPORTED)
 
 # Every attempt to reach another machine is an error.
 NO_NETWORK = """
