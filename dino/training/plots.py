@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from dino.atomic import replacing
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
 from dino.printable import brief, printable
@@ -50,11 +51,9 @@ def displayable(view, mean, std):
 
 def save(figure, path):
     """Write `figure` atomically, since somebody may be viewing the file, and close it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=90)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
     plt.close(figure)
-    temporary.replace(path)
 
 
 def draw_first_views(path, loader, augmentation, images=4):
