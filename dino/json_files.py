@@ -16,7 +16,8 @@ def dumps(value, **options):
 
 def write_json(path, value):
     """Write `value` to `path` atomically, in a folder that is made if there is none."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(dumps(value, indent=1) + "\n")
 
