@@ -4,7 +4,7 @@
 import argparse
 
 import pytest
-from conftest import run_python
+from conftest import ROOT, run_python
 
 import main_dino
 from dino.command_line import Parser

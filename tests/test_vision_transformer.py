@@ -9,30 +9,14 @@ import subprocess
 import sys
 import types
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from helpers import fill, numbered
 from torch import nn
 
 import vision_transformer as vits
-
-
-def numbered(shape, seed=0, scale=1.0):
-    """Numbers from numpy's RandomState, whose stream is the same in every version."""
-    values = np.random.RandomState(seed).standard_normal(shape) * scale
-    return torch.from_numpy(values.astype(np.float32))
-
-
-def fill(module):
-    """Give every weight a value that does not depend on how the module initialises itself."""
-    with torch.no_grad():
-        for i, (name, value) in enumerate(sorted(module.state_dict().items())):
-            is_scale = (name.endswith("weight") and "norm" in name) or name.endswith("weight_g")
-            value.copy_(numbered(value.shape, i, 0.05) + is_scale)
-    return module.eval()
-
 
 FIGURES = json.loads((ROOT / "tests" / "official_figures.json").read_text())
 
