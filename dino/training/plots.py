@@ -114,7 +114,7 @@ def draw_curves(path, runs):
         axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, loc="upper right")  # the best place takes long to find
     save(figure, path)
 
 

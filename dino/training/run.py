@@ -2,7 +2,8 @@
 """What a run does around its steps: begin, resume, log, agree, save, measure, stop."""
 
 import argparse
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ from dino.training.saver import NEWEST, Saver
 from dino.weights.files import backbone_payload, flags_in
 from dino.weights.pretrained import initialise_from
 
+SECONDS_PER_PICTURE = 60  # between two drawings of the curves, which take a second
 BEST_KNN, BEST_RANK = "checkpoint_best_knn.pth", "checkpoint_best_rank.pth"
 
 
@@ -67,6 +69,7 @@ class Run:
     agreement: Agreement
     augmentation: MultiCrop
     amp_dtype: torch.dtype
+    drawn: float = field(default_factory=time.monotonic)  # when the curves were, or the run began
 
     def begin(self, state, loader, probes, weights=None):
         """Start a new run: initial weights, empty logs, a picture of its views, first measurements.
@@ -134,7 +137,9 @@ class Run:
         self.recorder.log.epoch(means)  # before the save: a resumed run drops a line, adds none
         progress.unlogged = {}
         self.save(state, names)
-        draw_run(self.saver.folder)
+        if progress.epoch == args.epochs or time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
+            draw_run(self.saver.folder)
+            self.drawn = time.monotonic()
 
     def is_measurement_due(self):
         epochs = self.progress.epoch
