@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dino import pulse
-from dino.errors import UserError
+from dino.errors import UserError, is_whole_number
 from dino.printable import printable
 
 # A group on gloo, beside the one for tensors on the device: for heartbeats, since gloo notices a
@@ -39,7 +39,7 @@ class Launch:
 def environment_number(name, default=None, environ=os.environ):
     """The whole number in an environment variable; UserError if it holds something else."""
     text = str(environ.get(name, default))
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+    if not is_whole_number(text):
         raise UserError(f"environment variable {name}={text!r:.40}: not a whole number from 0 on.")
     return int(text)
 

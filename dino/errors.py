@@ -78,10 +78,15 @@ def speaks_first(text):
         return True
     names = ("RANK", "WORLD_SIZE") if "RANK" in os.environ else ("SLURM_PROCID", "SLURM_NTASKS")
     numbers = [os.environ.get(name, "0") for name in names]
-    if not all(text.isdecimal() and len(text) < 10 for text in numbers):
+    if not all(map(is_whole_number, numbers)):
         return True
     rank, world_size = map(int, numbers)
     return rank == 0 or rank >= world_size  # a rank that cannot be is the only one to know
+
+
+def is_whole_number(text):
+    """Whether it is written in ASCII digits, few enough for int() and for a tensor."""
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 # ---- standard streams that outlive their readers ----

@@ -85,7 +85,7 @@ def test_moments_that_this_optimizer_cannot_have_are_refused(payload, said):
     elif value == "infinite in float32":
         moments[name] = torch.full_like(moments[name], 1e300, dtype=torch.float64)
     elif value == "added":
-        payload["optimizer"]["state"][0] = {name: moments["exp_avg"]}
+        moments[name] = moments["exp_avg"]
     else:
         moments[name] = value
     refused(payload, said)
