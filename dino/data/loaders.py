@@ -85,6 +85,22 @@ class LabelledTrainingImages(TrainingImages):
         return image, self.labels[epoch_and_index[1]]
 
 
+class LoadedImages(Dataset):
+    """(`load(path)`, number of the path); an unreadable image gives its UnreadableImage."""
+
+    def __init__(self, paths, load):
+        self.paths, self.load = paths, load
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        try:
+            return self.load(self.paths[number]), number
+        except UnreadableImage as error:
+            return error
+
+
 class LabelledImages(Dataset):
     """(transformed image, label); an unreadable image gives its UnreadableImage."""
 
@@ -284,6 +300,28 @@ def evaluation_loader(paths, labels, transform, *, batch_size, num_workers, pin_
     return ImageLoader(
         LabelledImages(paths[share], labels[share], transform),
         batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def equal_size_loader(paths, load, sizes, *, batch_size, num_workers, pin_memory):
+    """Loader of (images, their numbers), of every world_size-th image from this rank's on.
+
+    `load(path)` gives a tensor; two with equal entries in `sizes` have equal shapes, and only such
+    share a batch.
+    """
+    groups = {}
+    for number in range(get_rank(), len(paths), get_world_size()):
+        groups.setdefault(sizes[number], []).append(number)
+    batches = [
+        group[start : start + batch_size]
+        for group in groups.values()
+        for start in range(0, len(group), batch_size)
+    ]
+    return ImageLoader(
+        LoadedImages(paths, load),
+        batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
     )

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Features of a frozen backbone: of all images over all ranks, or of a batch for a linear head.
 
-D width of the features, B images of a batch.
+D width of the features, B images of a batch, P patch size.
 """
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dino.backbones import first_of, is_vit
-from dino.data.loaders import evaluation_loader
+from dino.data.loaders import equal_size_loader, evaluation_loader
 from dino.distributed import gather_interleaved
 from dino.errors import UserError
 from dino.meters import progress_bar
@@ -73,6 +74,62 @@ def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, k
     return [
         gather_interleaved(torch.cat(rows) if rows else None, total) for rows in (features, labels)
     ]
+
+
+@torch.no_grad()
+def describe_images(
+    describe,
+    paths,
+    load,
+    *,
+    sizes=None,
+    device=CPU,
+    batch_size=16,
+    num_workers=0,
+    amp_dtype=torch.float32,
+    title="features",
+):
+    """What `describe` makes of each image, in the order of `paths`, on every rank: (n, D) float32.
+
+    `load(path)` gives an image (3, H, W), `describe` turns images (B, 3, H, W) on `device` into
+    (B, D). Each rank reads a share, with a progress bar. Where images differ in shape, `sizes` has
+    an entry for each, and only those with equal ones share a batch. The result is on the CPU.
+    """
+    loader = equal_size_loader(
+        paths,
+        load,
+        sizes or [None] * len(paths),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    rows, numbers = [], []
+    for images, batch in progress_bar(loader, title):
+        with autocast(device, amp_dtype):
+            output = describe(images.to(device, non_blocking=True))
+        rows.append(output.float().cpu())
+        numbers.append(batch)
+    in_order = torch.cat(rows)[torch.cat(numbers).argsort()] if rows else None
+    return gather_interleaved(in_order, len(paths))
+
+
+def whole_patches(model, images):
+    """The images without the rows and columns, at the bottom and right, that fill no patch.
+
+    The convolution of the official ViT drops them, ours refuses. Networks that do not embed
+    patches side by side get their images as they are: (B, 3, H, W) -> (B, 3, H - H % P, W - W % P).
+    """
+    patch_size = patch_size_of(model)
+    height, width = images.shape[-2:]
+    return images[..., : height - height % patch_size, : width - width % patch_size]
+
+
+def patch_size_of(model):
+    """P of a ViT, ours or timm's; 1 for a network that takes images of any size."""
+    projection = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if isinstance(projection, nn.Conv2d) and projection.stride == projection.kernel_size:
+        return projection.kernel_size[0]
+    return 1
 
 
 class FrozenFeatures:

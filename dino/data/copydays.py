@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sets in the layout of Copydays (Douze et al. 2009): originals, and blocks of edited copies.
+
+DATA_PATH/original/*.jpg
+DATA_PATH/strong/*.jpg               the name begins with the first four characters of its original's
+DATA_PATH/jpegqual/3/*.jpg ... 75    quality of the JPEG file
+DATA_PATH/crops/10/*.jpg ... 80      percentage of the area that is cut off
+"""
+
+from pathlib import Path
+
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from dino.data.images import find_images, given_path, read_image
+from dino.distributed import print0
+from dino.errors import UserError
+from dino.printable import printable
+
+BLOCKS = [  # in the order in which the official script prints them
+    "original",
+    "strong",
+    *(f"jpegqual/{quality}" for quality in (3, 5, 8, 10, 15, 20, 30, 50, 75)),
+    *(f"crops/{percent}" for percent in (10, 15, 20, 30, 40, 50, 60, 70, 80)),
+]
+PREFIX = 4  # characters that a strong copy's name shares with its original's
+
+
+def open_copydays(data_path):
+    """({block: paths of its images, by name}, {block: positives}) of the blocks that are there.
+
+    Blocks may have any number of images. UserError without `original`, without any other block,
+    for an empty folder, and for a copy whose original is missing.
+    """
+    root = given_path(data_path)
+    if not (root / "original").is_dir():
+        raise UserError(
+            f"--data_path {data_path}: no folder original/ in it. It must hold original/ and some"
+            f" of strong/, jpegqual/3/ ... 75/ and crops/10/ ... 80/, as Copydays does."
+        )
+    present = [block for block in BLOCKS if (root / block).is_dir()]
+    if len(present) == 1:
+        raise UserError(f"--data_path {data_path}: there is original/, but no block of copies.")
+    absent = [block for block in BLOCKS if block not in present]
+    if absent:
+        print0(f"Not in {data_path}, and left out: {', '.join(absent)}.")
+    blocks = {block: list_folder(root / block, "--data_path") for block in present}
+    originals = names_of(blocks["original"])
+    return blocks, {
+        block: positives(block, names_of(paths), originals) for block, paths in blocks.items()
+    }
+
+
+def list_folder(folder, flag):
+    """Paths of the images in `folder`, sorted by name; UserError if there is none.
+
+    Endings count in any case; the official script overlooks .JPG.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{flag} {folder}: no such folder.")
+    paths = find_images(folder)
+    if not paths:
+        raise UserError(f"{flag}: no image in {folder}.")
+    return paths
+
+
+def names_of(paths):
+    return [Path(path).name for path in paths]
+
+
+def positives(block, query_names, original_names):
+    """For each image of a block the indices of its originals, a list of lists, none empty.
+
+    In `strong` the originals whose names begin with the same four characters. In the other blocks
+    the original of the same name, whatever the suffix. If the two have as many images and not one
+    name in common, the original at the same place: the official rule for all blocks but `strong`,
+    which on Copydays gives the same. UserError for a copy without an original.
+    """
+    stems = [Path(name).stem for name in query_names]
+    places = {Path(name).stem: i for i, name in enumerate(original_names)}
+    if block == "strong":
+        found = [
+            [i for i, original in enumerate(original_names) if original[:PREFIX] == stem[:PREFIX]]
+            for stem in stems
+        ]
+    elif len(query_names) == len(original_names) and places.keys().isdisjoint(stems):
+        found = [[i] for i in range(len(query_names))]
+    else:
+        found = [[places[stem]] if stem in places else [] for stem in stems]
+    for name, originals in zip(query_names, found, strict=True):
+        if not originals:
+            rule = f"first {PREFIX} characters" if block == "strong" else "name"
+            raise UserError(
+                f"{block}/{printable(name)}: no image in original/ has the same {rule}. Add its"
+                " original, or remove the copy."
+            )
+    return found
+
+
+def load_image(path, imsize, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """The image at `imsize` x `imsize` pixels, whatever its aspect ratio, normalised."""
+    image = F.resize(read_image(path), [imsize, imsize], InterpolationMode.BICUBIC)
+    return F.normalize(F.to_tensor(image), mean, std)
