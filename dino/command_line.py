@@ -131,7 +131,25 @@ def add_launch_arguments(group):
     )
 
 
-def add_weights_arguments(group, patch_size=16):
+def add_use_cuda_argument(group):
+    group.add_argument(
+        "--use_cuda",
+        default=True,
+        type=bool_flag,
+        help="false is the official way to say --device cpu",
+    )
+
+
+def device_flag(args):
+    """What --device and --use_cuda say together, for init_distributed."""
+    if args.use_cuda:
+        return args.device
+    if args.device == "cuda":
+        raise UserError("--use_cuda false and --device cuda contradict each other: drop one.")
+    return "cpu"
+
+
+def add_weights_arguments(group, patch_size=16, arch="vit_small"):
     """Which backbone to look at. Our checkpoints, and whole official ones, say what they hold."""
     add = group.add_argument
     add(
@@ -143,7 +161,7 @@ def add_weights_arguments(group, patch_size=16):
     add("--checkpoint_key", default="teacher", help="the network of the checkpoint to take")
     add(
         "--arch",
-        default="vit_small",
+        default=arch,
         help="architecture; ignored if the checkpoint names its own",
     )
     add(

@@ -13,6 +13,18 @@ def dumps(value, **options):
     return json.dumps(finite(value), allow_nan=False, **options)
 
 
+def write_json(path, value):
+    """Write `value` to `path` atomically, in a folder that is made if there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(dumps(value, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def finite(value):
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}

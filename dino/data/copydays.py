@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sets in the layout of Copydays (Douze et al. 2009): originals, and blocks of edited copies.
 
-DATA_PATH/original/*.jpg
-DATA_PATH/strong/*.jpg               the name begins with the first four characters of its original's
-DATA_PATH/jpegqual/3/*.jpg ... 75    quality of the JPEG file
-DATA_PATH/crops/10/*.jpg ... 80      percentage of the area that is cut off
+    DATA_PATH/original/*.jpg
+    DATA_PATH/strong/*.jpg               print, blur, paint and so on
+    DATA_PATH/jpegqual/3/*.jpg ... 75    by the quality of the JPEG file
+    DATA_PATH/crops/10/*.jpg ... 80      by the percentage of the area that is cut off
+
+The first four characters of a name say which original a strong copy is of.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchvision.transforms import InterpolationMode
@@ -27,11 +30,19 @@ BLOCKS = [  # in the order in which the official script prints them
 PREFIX = 4  # characters that a strong copy's name shares with its original's
 
 
-def open_copydays(data_path):
-    """({block: paths of its images, by name}, {block: positives}) of the blocks that are there.
+@dataclass
+class Copydays:
+    """Images of each block, and which originals each of them is a copy of."""
 
-    Blocks may have any number of images. UserError without `original`, without any other block,
-    for an empty folder, and for a copy whose original is missing.
+    blocks: dict  # {block: paths, sorted}
+    positives: dict  # {block: see `positives`}
+
+
+def open_copydays(data_path):
+    """The Copydays in `data_path`: the blocks that are there, with any number of images.
+
+    UserError without `original`, without any other block, for an empty folder, and for a copy whose
+    original is missing.
     """
     root = given_path(data_path)
     if not (root / "original").is_dir():
@@ -47,9 +58,8 @@ def open_copydays(data_path):
         print0(f"Not in {data_path}, and left out: {', '.join(absent)}.")
     blocks = {block: list_folder(root / block, "--data_path") for block in present}
     originals = names_of(blocks["original"])
-    return blocks, {
-        block: positives(block, names_of(paths), originals) for block, paths in blocks.items()
-    }
+    found = {block: positives(block, names_of(paths), originals) for block, paths in blocks.items()}
+    return Copydays(blocks, found)
 
 
 def list_folder(folder, flag):

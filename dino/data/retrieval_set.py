@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sets in the layout of revisited Oxford and Paris (Radenovic et al. 2018): ground truth and images.
+"""Sets in the layout of revisited Oxford and Paris (Radenovic et al. 2018).
 
-DATA_PATH/NAME/gnd_NAME.pkl
-DATA_PATH/NAME/jpg/IMAGE.jpg      of the database and the queries
+    DATA_PATH/NAME/gnd_NAME.pkl
+    DATA_PATH/NAME/jpg/IMAGE.jpg
+
+The images are those of the database and the queries; the file, which is read without running code
+in it, says which are which, and which of the database show what a query shows.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image, ImageFile
 from torchvision.transforms import functional as F
@@ -23,12 +25,17 @@ LABELS = ("easy", "hard", "junk")  # of database images, for each query
 
 @dataclass
 class RetrievalSet:
-    """Paths of the images, and for each query the numbers of its easy, hard and junk ones."""
+    """Paths of the images, and for each query which of the database are easy, hard and junk."""
 
     name: str
     database: list
     queries: list
+    sizes: list  # (width, height) of the database's images, then of the queries
     ground_truth: list  # {"easy": [...], "hard": [...], "junk": [...]}; junk may be absent
+
+    @property
+    def paths(self):
+        return self.database + self.queries
 
 
 def open_retrieval_set(data_path, name):
@@ -53,7 +60,8 @@ def open_retrieval_set(data_path, name):
             f" there; the first is {printable(missing[0])}.jpg."
         )
     database, queries = ([paths[image] for image in content[key]] for key in ("imlist", "qimlist"))
-    return RetrievalSet(name, database, queries, content["gnd"])
+    sizes = image_sizes(database + queries)
+    return RetrievalSet(name, database, queries, sizes, content["gnd"])
 
 
 def read_ground_truth(path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copy detection on Copydays (Sec. 4.2, Douze et al. 2009; descriptors as in Berman et al. 2019).
+"""Copy detection on Copydays (Sec. 4.2, Douze et al. 2009).
 
 m queries, n database images (the originals first, then distractors), B images of a batch, N patch
 tokens, D width of a token.
@@ -24,6 +24,7 @@ __all__ = [
     "mean_average_precision",
     "micro_average_precision",
     "positives",
+    "score_blocks",
     "search",
     "whiten",
 ]
@@ -95,6 +96,42 @@ def search(queries, database, k=TOP):
 
 
 # ---- scores ----
+
+
+def score_blocks(copydays, distractors, learned_on, describe):
+    """{block: figures, see `figures`} of a Copydays, and under "copies" of all of them but
+    `original`, in one ranking.
+
+    `describe(paths, title)` gives descriptors (n, 2D); each image is described once. `distractors`
+    are paths to search beside the originals, `learned_on` paths to learn a whitening on; either may
+    be empty.
+    """
+    originals = len(copydays.blocks["original"])  # which is the first block
+    queries = describe([path for paths in copydays.blocks.values() for path in paths], "Copydays")
+    database = queries[:originals]
+    if distractors:
+        database = torch.cat([database, describe(distractors, "distractors")])
+    if learned_on:
+        database, queries = whiten(database, queries, describe(learned_on, "whitening"))
+    found = search(queries, database)
+    sizes = [len(paths) for paths in copydays.blocks.values()]
+    scores = {
+        block: figures(*of_block, copydays.positives[block])
+        for block, *of_block in zip(
+            copydays.blocks, *(part.split(sizes) for part in found), strict=True
+        )
+    }
+    copies = [row for rows in copydays.positives.values() for row in rows][originals:]
+    return {**scores, "copies": figures(*(part[originals:] for part in found), copies)}
+
+
+def figures(similarities, retrieved, positives):
+    """{"images", "mAP", "micro-AP"} of queries; the scores are from 0 to 1."""
+    return {
+        "images": len(positives),
+        "mAP": mean_average_precision(retrieved, positives),
+        "micro-AP": micro_average_precision(similarities, retrieved, positives),
+    }
 
 
 def mean_average_precision(retrieved, positives):

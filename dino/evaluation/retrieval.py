@@ -5,12 +5,16 @@ n database images, m queries, B images of a batch, D width of the features. A ra
 array of indices into the database, nearest first. Places in it count from 0.
 """
 
+from functools import partial
+
 import numpy as np
 import torch.nn.functional as F
 
 from dino.backbones import first_of
 from dino.data.retrieval_set import load_image, read_ground_truth
-from dino.evaluation.features import whole_patches
+from dino.errors import UserError
+from dino.evaluation.features import describe_images, patch_size_of, whole_patches
+from dino.printable import printable
 
 __all__ = [
     "DIFFICULTIES",
@@ -26,6 +30,8 @@ __all__ = [
     "protocol",
     "rank",
     "read_ground_truth",
+    "score",
+    "set_features",
 ]
 
 SCALES = (1, 2**-0.5, 2**-1)  # of the image, for the multi-scale features
@@ -40,6 +46,36 @@ DIFFICULTIES = {
 
 
 # ---- features ----
+
+
+def set_features(pretrained, images, imsize, multiscale, *, device, **options):
+    """Features of the database (n, D) and the queries (m, D) of a RetrievalSet.
+
+    `options` are those of describe_images. UserError for an image that is too small.
+    """
+    model = pretrained.backbone.to(device)
+    check_sizes(images, imsize, min(SCALES) if multiscale else 1, patch_size_of(model))
+    rows = describe_images(
+        partial(multi_scale_features if multiscale else features, model),
+        images.paths,
+        partial(load_image, imsize=imsize, mean=pretrained.mean, std=pretrained.std),
+        sizes=images.sizes,
+        device=device,
+        **options,
+    )
+    return rows.split([len(images.database), len(images.queries)])
+
+
+def check_sizes(images, imsize, smallest_scale, patch_size):
+    """Raise UserError for an image that does not hold one patch at the smallest scale."""
+    for path, (width, height) in zip(images.paths, images.sizes, strict=True):
+        scale = min(1, imsize / max(width, height)) * smallest_scale
+        if round(min(width, height) * scale) < patch_size:
+            raise UserError(
+                f"--imsize {imsize}: {printable(path)}, of {width} x {height} pixels, does not hold"
+                f" a patch of {patch_size} x {patch_size} at the scale {scale:.2g}. Give a larger"
+                " one, or take the image out of the set."
+            )
 
 
 def features(model, images):
@@ -60,7 +96,7 @@ def multi_scale_features(model, images):
 
 
 def resize(images, scale):
-    """Bilinear, without antialiasing, by the scale itself and not the ratio of the rounded sizes."""
+    """Bilinear, not antialiased, sampled by the scale itself and not by the rounded sizes."""
     if scale == 1:
         return images
     return F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
@@ -73,6 +109,14 @@ def rank(database, queries):
 
 
 # ---- scores ----
+
+
+def score(ranks, gnd, ks):
+    """{difficulty: mean_average_precision} of a ranking (n, m), by the lists of `gnd`."""
+    return {
+        difficulty: mean_average_precision(ranks, protocol(gnd, difficulty), ks)
+        for difficulty in DIFFICULTIES
+    }
 
 
 def protocol(gnd, difficulty):

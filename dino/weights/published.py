@@ -32,7 +32,10 @@ PUBLISHED_FOR_PICTURES = {
     **PUBLISHED_BACKBONES,
     ("vit_small", 8): "dino_deitsmall8_300ep_pretrain",
 }
-# Linear heads on these: file, and the flags of eval_linear.py with which they were trained.
+# Trained on Google Landmarks v2, for retrieval (Table 3).
+PUBLISHED_ON_LANDMARKS = {("vit_small", 16): "dino_vitsmall16_googlelandmark_pretrain"}
+# Linear heads on PUBLISHED_BACKBONES: file, and the flags of eval_linear.py with which they were
+# trained.
 PUBLISHED_HEADS = {
     ("vit_small", 16): (
         "dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth",
