@@ -15,8 +15,6 @@ pixel takes the patch that its centre falls into; pixels beyond the last whole p
 and on the right, are left out.
 """
 
-from pathlib import Path
-
 import torch
 
 from dino.command_line import (
@@ -32,7 +30,7 @@ from dino.data.masks import SegmentedImages
 from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_vit
-from dino.json_files import dumps
+from dino.json_files import write_json
 from dino.meters import progress_bar
 
 # Best head, validation images of VOC2012 (Fig. 4 and App. D, which alone has the last value).
@@ -107,7 +105,7 @@ def eval_attention(args):
             "image_size": args.image_size,
             "ground_truth": images.ground_truth,
         }
-        write_json(args.output, protocol, summaries, scores)
+        write_figures(args.output, protocol, summaries, scores)
     return summaries
 
 
@@ -200,15 +198,13 @@ def print_table(summaries, scores, images):
         print0(*[f"  {network:9} {values}" for network, values in PAPER.items()], sep="\n")
 
 
-def write_json(path, protocol, summaries, scores):
+def write_figures(path, protocol, summaries, scores):
     """The protocol, the summaries, and the summary of every image by itself."""
     images = {
         name: {share: summarise_scores([values]) for share, values in image.items()}
         for name, image in scores.items()
     }
-    content = {**protocol, "thresholds": summaries, "images": images}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(dumps(content, indent=1) + "\n")
+    write_json(path, {**protocol, "thresholds": summaries, "images": images})
 
 
 def main():

@@ -5,10 +5,10 @@
     python eval_image_retrieval.py --data_path data/ --dataset rparis6k --imsize 512 --multiscale 1
 
 --data_path holds a folder for each set: NAME/gnd_NAME.pkl and NAME/jpg/. Without
---pretrained_weights the commands take the ViT-S/16 that the authors trained on Google Landmarks v2;
-they report mAP 51.5 (medium) and 24.3 (hard) on Oxford, 75.3 and 51.6 on Paris. As in the official
-code the query is the whole image, not the box that the benchmark crops it to; features are not
-whitened and results not re-ranked.
+--pretrained_weights both commands download the ViT-S/16 that the authors trained on Google
+Landmarks v2, for which they report mAP 51.5 (medium) and 24.3 (hard) on Oxford, 75.3 and 51.6 on
+Paris. As in the official code, a query is the whole image, although the benchmark crops it to a
+box. Features are not whitened, and results are not re-ranked.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from dino.backbones import canonical_name
 from dino.command_line import (
     Parser,
+    add_image_arguments,
     add_launch_arguments,
     add_precision_argument,
     add_use_cuda_argument,
@@ -29,6 +30,7 @@ from dino.command_line import (
     loader_workers,
     number,
 )
+from dino.data.images import limit_pixels
 from dino.data.retrieval_set import open_retrieval_set
 from dino.distributed import init_distributed, is_main_process, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
@@ -68,34 +70,34 @@ def get_args_parser():
         "--multiscale",
         default=False,
         type=bool_flag,
-        help="mean of the features at three scales: true for the authors' figures on Paris, false"
-        " for those on Oxford",
+        help="average the features of three scales; the authors do so on Paris, not on Oxford",
     )
     add(
         "--imsize",
         default=224,
-        type=number(int, 1),
-        help="pixels of the longer side; smaller images are not enlarged. The authors' figures have"
-        " 512 on Paris, 224 on Oxford",
+        type=number(int, 1, 2**13),
+        help="pixels of the longer side; smaller images are not enlarged. The authors take 512 on"
+        " Paris and 224 on Oxford",
     )
     add(
         "--batch_size_per_gpu",
         default=16,
         type=number(int, 1),
-        help="images per forward pass, at most: only images of equal size share one",
+        help="most images per forward pass; only images of equal size share one",
     )
     add_use_cuda_argument(evaluation)
     add_precision_argument(evaluation, default="float32")
     add = parser.add_argument_group("output").add_argument
-    add("--output", default=None, help="JSON file to write the figures of every query to")
+    add("--output", default=None, help="JSON file for the scores, with those of every query")
     add(
         "--save_pictures",
         default=0,
         type=number(int, 0),
         metavar="N",
-        help="draw so many queries, from all over the set, each with its first ten results",
+        help="draw N queries, spread over the set, each with its first ten results",
     )
     add("--output_dir", default=".", help="folder of the pictures")
+    add_image_arguments(parser)
     add_launch_arguments(parser.add_argument_group("launch"))
     return parser
 
@@ -103,6 +105,7 @@ def get_args_parser():
 def eval_image_retrieval(args):
     """Print and return {difficulty: (mAP, AP of each query, mean P@k, P@k of each query)}."""
     check_flags(args)
+    limit_pixels(args.max_image_pixels)
     _, device = init_distributed(device_flag(args), args.dist_url)
     images = open_retrieval_set(args.data_path, args.dataset)
     print0(f"train: {len(images.database)} imgs / query: {len(images.queries)} imgs")
@@ -120,20 +123,16 @@ def eval_image_retrieval(args):
     ranks = rank(database, queries)
     scores = score(ranks, images.ground_truth, KS)
     print_scores(printable(images.name), scores)
-    if is_main_process():
-        if args.output:
-            write_figures(args, pretrained, images, scores)
-        for query in spread(args.save_pictures, len(images.queries)):
-            path = Path(args.output_dir) / f"query{query:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            plots.save(draw_query(images, query, ranks[:, query]), path)
-            print0(path)
+    if args.output and is_main_process():
+        write_scores(args, pretrained, images, scores)
+    if args.save_pictures and is_main_process():
+        save_pictures(args.output_dir, args.save_pictures, images, ranks)
     shut_down()
     return scores
 
 
 def check_flags(args):
-    """Raise UserError for flags that cannot be, before anything is opened."""
+    """Raise UserError for invalid flags, before anything is opened."""
     if args.output:
         check_output_file(args.output)
     if args.save_pictures:
@@ -143,17 +142,16 @@ def check_flags(args):
         PUBLISHED_ON_LANDMARKS, arch, patch_size
     ):
         file = published_entry(PUBLISHED_BACKBONES, arch, patch_size)
-        imagenet = (
-            f", such as {PUBLISHED_URL}{file}/{file}.pth, trained on ImageNet" if file else ""
-        )
+        url = f" The one trained on ImageNet is {PUBLISHED_URL}{file}/{file}.pth." if file else ""
         raise UserError(
             f"--arch {args.arch} --patch_size {patch_size}: for retrieval the authors published a"
-            f" ViT-S/16 alone, trained on Google Landmarks v2. Give --pretrained_weights{imagenet}."
+            " ViT-S/16 only, trained on Google Landmarks v2. Give a file with --pretrained_weights."
+            f"{url}"
         )
 
 
 def print_scores(name, scores):
-    """The two lines of the official script, of medium and hard, and two of easy."""
+    """The two lines of the official script, for medium and hard, and two of ours for easy."""
     easy, medium, hard = (
         (np.around(100 * mean, 2), np.around(100 * precisions, 2))
         for mean, _, precisions, _ in scores.values()
@@ -165,8 +163,8 @@ def print_scores(name, scores):
     print0(f">> {name}: mP@k{ks} E: {easy[1]}")
 
 
-def write_figures(args, pretrained, images, scores):
-    """The protocol, the means, and the average precision of every query, from 0 to 1."""
+def write_scores(args, pretrained, images, scores):
+    """Write the protocol, the means, and the average precision of every query, from 0 to 1."""
     content = dict(
         dataset=images.name,
         arch=pretrained.arch,
@@ -177,11 +175,21 @@ def write_figures(args, pretrained, images, scores):
     for difficulty, (mean, _, precisions, _) in scores.items():
         at_k = dict(zip(KS, precisions.tolist(), strict=True))
         content[difficulty] = {"mAP": float(mean), "mP@k": at_k}
-    content["AP"] = {
-        Path(path).stem: {name: float(aps[i]) for name, (_, aps, _, _) in scores.items()}
+    content["AP"] = [
+        {"query": Path(path).stem, **{name: float(aps[i]) for name, (_, aps, *_) in scores.items()}}
         for i, path in enumerate(images.queries)
-    }
+    ]
     write_json(args.output, content)
+
+
+def save_pictures(folder, count, images, ranks):
+    """Write queryNNN.png of `count` queries, numbered as in the ground truth."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for query in spread(count, len(images.queries)):
+        path = folder / f"query{query:03}.png"
+        plots.save(draw_query(images, query, ranks[:, query]), path)
+        print0(path)
 
 
 def main():

@@ -8,6 +8,8 @@ from dino.backbones import has_batchnorms
 from dino.command_line import bool_flag
 from dino.data.augmentations import GaussianBlur, Solarization
 from dino.distributed import get_rank, get_world_size, is_main_process
+from dino.evaluation.copy_detection import PCA
+from dino.evaluation.retrieval import compute_ap, compute_map, multi_scale
 from dino.meters import MetricLogger, SmoothedValue, accuracy
 from dino.networks import MultiCropWrapper
 from dino.optim import (
@@ -24,6 +26,7 @@ from vision_transformer import trunc_normal_
 
 __all__ = [
     "LARS",
+    "PCA",
     "GaussianBlur",
     "MetricLogger",
     "MultiCropWrapper",
@@ -33,6 +36,8 @@ __all__ = [
     "bool_flag",
     "cancel_gradients_last_layer",
     "clip_gradients",
+    "compute_ap",
+    "compute_map",
     "cosine_scheduler",
     "fix_random_seeds",
     "get_params_groups",
@@ -41,6 +46,7 @@ __all__ = [
     "has_batchnorms",
     "is_main_process",
     "load_pretrained_weights",
+    "multi_scale",
     "restart_from_checkpoint",
     "trunc_normal_",
 ]

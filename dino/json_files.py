@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+from dino.atomic import replacing
 from dino.errors import UserError
 
 
@@ -15,14 +16,9 @@ def dumps(value, **options):
 
 def write_json(path, value):
     """Write `value` to `path` atomically, in a folder that is made if there is none."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(dumps(value, indent=1) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def finite(value):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images on disk: finding them, refusing a wrong --data_path with advice, reading one."""
 
+import contextlib
 import functools
 import os
 import stat
@@ -190,6 +191,19 @@ def read_image(path):
     than 8 bits, and floating-point numbers, are scaled by their type or range, see `to_rgb`; PIL
     alone would cut them off at 255.
     """
+    with open_image(path) as image:
+        return to_rgb(image)
+
+
+def image_size(path):
+    """(width, height) of what `read_image` gives, from the first bytes. Raises UnreadableImage."""
+    with open_image(path) as image:
+        return image.size
+
+
+@contextlib.contextmanager
+def open_image(path):
+    """The PIL image of a file, not yet decoded. Any error, the caller's too: UnreadableImage."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("a folder, a pipe or a device, not a file")
@@ -197,7 +211,7 @@ def read_image(path):
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes, which we check
             image = Image.open(file, formats=known_formats())
             check_size(image)
-            return to_rgb(image)
+            yield image
     except UnidentifiedImageError:
         formats = ", ".join(known_formats())
         raise UnreadableImage(path, f"not {formats} of a kind that Pillow reads") from None

@@ -52,7 +52,7 @@ def read_plain_pickle(path):
     except NotPlain as error:
         raise UserError(
             f"{path}: holds more than plain values ({printable(error)}); refused, and nothing in it"
-            " was run. Take the file from where the data comes from."
+            " was run. Take it from its source; in one of your own, write lists, not numpy arrays."
         ) from None
     except Exception as error:  # whatever a parser may raise on somebody's bytes
         kind = type(error).__name__

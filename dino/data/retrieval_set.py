@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sets in the layout of revisited Oxford and Paris (Radenovic et al. 2018).
 
-    DATA_PATH/NAME/gnd_NAME.pkl
-    DATA_PATH/NAME/jpg/IMAGE.jpg
+    DATA_PATH/NAME/gnd_NAME.pkl     ground truth
+    DATA_PATH/NAME/jpg/IMAGE.jpg    images of the database, and queries
 
-The images are those of the database and the queries; the file, which is read without running code
-in it, says which are which, and which of the database show what a query shows.
+The ground truth lists both, and for each query which images of the database show what it shows. It
+is a pickle, read without running code in it.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from torchvision.transforms import functional as F
 
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
-from dino.data.images import UnreadableImage, given_path, read_image
+from dino.data.images import UnreadableImage, given_path, image_size, read_image
 from dino.data.masks import by_name
 from dino.data.plain_pickle import read_plain_pickle
 from dino.errors import UserError
@@ -60,7 +60,7 @@ def open_retrieval_set(data_path, name):
             f" there; the first is {printable(missing[0])}.jpg."
         )
     database, queries = ([paths[image] for image in content[key]] for key in ("imlist", "qimlist"))
-    sizes = image_sizes(database + queries)
+    sizes = [image_size(path) for path in database + queries]
     return RetrievalSet(name, database, queries, sizes, content["gnd"])
 
 
@@ -69,8 +69,8 @@ def read_ground_truth(path):
 
     `imlist` and `qimlist` are names of images without folder and suffix; `gnd` holds for each
     query a dict whose lists `easy`, `hard` and `junk` are indices into `imlist`. `bbx`, the part of
-    the query that shows the building, is not used: like the official code we look at the whole
-    image. Raises UserError for a file that holds code, or is not such a ground truth.
+    the query that shows the building, is not used: the query is the whole image, as in the official
+    code. Raises UserError for a file that holds code, or is not such a ground truth.
     """
     content = read_plain_pickle(path)
     problem = problem_with(content)
@@ -117,18 +117,6 @@ def problem_with_entry(entry, database_size):
     return None
 
 
-def image_sizes(paths):
-    """(width, height) of each image, from the beginnings of the files. Raises UnreadableImage."""
-    sizes = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                sizes.append(image.size)
-        except Exception as error:  # whatever a decoder may raise on somebody's bytes
-            raise UnreadableImage(path, str(error) or type(error).__name__) from None
-    return sizes
-
-
 def load_image(path, imsize, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """The image, normalised: (3, H, W), of which the longer side is at most `imsize` pixels.
 
@@ -141,9 +129,9 @@ def load_image(path, imsize, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 
 def read_even_truncated(path):
-    """`read_image`; of a file that is cut short as far as it goes, the rest grey, with a warning.
+    """`read_image`, but a truncated file is read as far as it goes, with a warning.
 
-    The official code reads such files too, and says nothing.
+    The official code reads such files too, without a warning.
     """
     try:
         return read_image(path)
@@ -153,5 +141,5 @@ def read_even_truncated(path):
             image = read_image(path)
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
-        print(f"Warning: {printable(path)} is cut short; the rest of it counts as grey.")
+        print(f"Warning: {printable(path)} is truncated; the rest of it is grey.", flush=True)
         return image

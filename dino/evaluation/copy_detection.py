@@ -90,42 +90,45 @@ def whiten(database, queries, learned_on):
 
 
 def search(queries, database, k=TOP):
-    """(cosines, indices), each (m, k): the k nearest database images of each query."""
+    """(cosines, indices), each (m, k): the k nearest database images of each query.
+
+    All n of a smaller database, where the official code fails.
+    """
     queries, database = F.normalize(queries, dim=1), F.normalize(database, dim=1)
-    return nearest(queries, database, k)
+    return nearest(queries, database, min(k, len(database)))
 
 
 # ---- scores ----
 
 
 def score_blocks(copydays, distractors, learned_on, describe):
-    """{block: figures, see `figures`} of a Copydays, and under "copies" of all of them but
-    `original`, in one ranking.
+    """{block: `scores_of` it} of a Copydays; under "copies" all blocks but `original` together.
 
-    `describe(paths, title)` gives descriptors (n, 2D); each image is described once. `distractors`
-    are paths to search beside the originals, `learned_on` paths to learn a whitening on; either may
-    be empty.
+    `describe(paths, title=...)` gives descriptors (n, 2D); each image is described once.
+    `distractors` are paths to search beside the originals, `learned_on` paths to learn a whitening
+    on; either may be empty.
     """
-    originals = len(copydays.blocks["original"])  # which is the first block
-    queries = describe([path for paths in copydays.blocks.values() for path in paths], "Copydays")
+    queries = describe([path for paths in copydays.blocks.values() for path in paths])
+    originals = len(copydays.blocks["original"])  # the first block
     database = queries[:originals]
     if distractors:
-        database = torch.cat([database, describe(distractors, "distractors")])
+        database = torch.cat([database, describe(distractors, title="distractors")])
     if learned_on:
-        database, queries = whiten(database, queries, describe(learned_on, "whitening"))
-    found = search(queries, database)
-    sizes = [len(paths) for paths in copydays.blocks.values()]
-    scores = {
-        block: figures(*of_block, copydays.positives[block])
-        for block, *of_block in zip(
-            copydays.blocks, *(part.split(sizes) for part in found), strict=True
-        )
-    }
-    copies = [row for rows in copydays.positives.values() for row in rows][originals:]
-    return {**scores, "copies": figures(*(part[originals:] for part in found), copies)}
+        learned_on = describe(learned_on, title="whitening set")
+        database, queries = whiten(database, queries, learned_on)
+    similarities, retrieved = search(queries, database)
+    wanted = [row for rows in copydays.positives.values() for row in rows]
+    scores, end = {}, 0
+    for block, paths in copydays.blocks.items():
+        start, end = end, end + len(paths)
+        part = slice(start, end)
+        scores[block] = scores_of(similarities[part], retrieved[part], wanted[part])
+    part = slice(originals, None)
+    scores["copies"] = scores_of(similarities[part], retrieved[part], wanted[part])
+    return scores
 
 
-def figures(similarities, retrieved, positives):
+def scores_of(similarities, retrieved, positives):
     """{"images", "mAP", "micro-AP"} of queries; the scores are from 0 to 1."""
     return {
         "images": len(positives),
@@ -150,10 +153,10 @@ def mean_average_precision(retrieved, positives):
 def micro_average_precision(similarities, retrieved, positives):
     """Average precision of the results of all queries in one ranking by similarity, each (m, k).
 
-    Unlike the mAP it falls where a wrong result of one query is more similar than a right one of
-    another, so that no threshold tells copies from the rest. The official code does not have it;
-    the definition is that of the Image Similarity Challenge 2021: precision at each right result,
-    summed, by the number of all originals to be found.
+    Unlike mAP it needs one threshold for all queries: it falls where a wrong result of one query
+    is more similar than a right result of another. The official code lacks it; the definition is
+    that of the Image Similarity Challenge 2021: the sum of the precision at each right result,
+    divided by the number of originals to be found.
     """
     right = np.array(
         [np.isin(row, wanted) for row, wanted in zip(np.asarray(retrieved), positives, strict=True)]

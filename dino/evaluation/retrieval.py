@@ -8,6 +8,7 @@ array of indices into the database, nearest first. Places in it count from 0.
 from functools import partial
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 from dino.backbones import first_of
@@ -34,7 +35,7 @@ __all__ = [
     "set_features",
 ]
 
-SCALES = (1, 2**-0.5, 2**-1)  # of the image, for the multi-scale features
+SCALES = (1, 2**-0.5, 0.5)  # of the image, for the multi-scale features
 
 # Which images are positive and which are left out of the ranking. The official script reports
 # medium and hard; the benchmark has all three.
@@ -51,12 +52,11 @@ DIFFICULTIES = {
 def set_features(pretrained, images, imsize, multiscale, *, device, **options):
     """Features of the database (n, D) and the queries (m, D) of a RetrievalSet.
 
-    `options` are those of describe_images. UserError for an image that is too small.
+    `options` are those of describe_images. UserError for an image that the network does not take.
     """
-    model = pretrained.backbone.to(device)
-    check_sizes(images, imsize, min(SCALES) if multiscale else 1, patch_size_of(model))
+    check_sizes(pretrained, images, imsize, min(SCALES) if multiscale else 1)
     rows = describe_images(
-        partial(multi_scale_features if multiscale else features, model),
+        partial(multi_scale_features if multiscale else features, pretrained.backbone.to(device)),
         images.paths,
         partial(load_image, imsize=imsize, mean=pretrained.mean, std=pretrained.std),
         sizes=images.sizes,
@@ -66,16 +66,28 @@ def set_features(pretrained, images, imsize, multiscale, *, device, **options):
     return rows.split([len(images.database), len(images.queries)])
 
 
-def check_sizes(images, imsize, smallest_scale, patch_size):
-    """Raise UserError for an image that does not hold one patch at the smallest scale."""
+@torch.no_grad()
+def check_sizes(pretrained, images, imsize, smallest_scale):
+    """Raise UserError for an image that holds no patch at the smallest scale.
+
+    And for a network, such as many of timm's, that takes images of one size only.
+    """
+    patch_size = patch_size_of(pretrained.backbone)
     for path, (width, height) in zip(images.paths, images.sizes, strict=True):
         scale = min(1, imsize / max(width, height)) * smallest_scale
-        if round(min(width, height) * scale) < patch_size:
+        shape = [max(1, int(side * scale + 1e-6)) for side in (height, width)]
+        if min(shape) < patch_size:
             raise UserError(
-                f"--imsize {imsize}: {printable(path)}, of {width} x {height} pixels, does not hold"
-                f" a patch of {patch_size} x {patch_size} at the scale {scale:.2g}. Give a larger"
-                " one, or take the image out of the set."
+                f"{printable(path)}: its {width} x {height} pixels do not hold a patch of"
+                f" {patch_size} x {patch_size} at --imsize {imsize} and the scale {smallest_scale}."
+                " Raise --imsize if that makes it larger, or take the image out of the set."
             )
+    try:
+        features(pretrained.backbone, torch.zeros(1, 3, *shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{pretrained.arch} does not take images of {shape[0]} x {shape[1]} pixels: {error}"
+        ) from None
 
 
 def features(model, images):
@@ -89,7 +101,7 @@ def features(model, images):
 def multi_scale_features(model, images):
     """Mean of the features at three scales, each row of length 1: (B, 3, H, W) -> (B, D).
 
-    The official code normalises the whole batch by one number, and so takes one image at a time.
+    The official code divides a whole batch by one norm, which is right for one image at a time.
     """
     total = sum(features(model, resize(images, scale)) for scale in SCALES)
     return F.normalize(total / len(SCALES), dim=1)
@@ -103,7 +115,7 @@ def resize(images, scale):
 
 
 def rank(database, queries):
-    """The ranking (n, m) by cosine of features (n, D) and (m, D); equal ones by their index."""
+    """The ranking (n, m) by cosine of features (n, D) and (m, D); ties in the order of indices."""
     similarities = F.normalize(database, dim=1) @ F.normalize(queries, dim=1).T
     return similarities.argsort(dim=0, descending=True, stable=True).cpu().numpy()
 
