@@ -2,14 +2,15 @@
 """A retrieval set and a copy-detection set of photographs that come with scikit-image.
 
     python benchmarks/made_sets.py made/
-    python eval_image_retrieval.py --data_path made/ --dataset photographs ...
+    python eval_image_retrieval.py --data_path made/ --dataset photographs --imsize 64 \
+        --pretrained_weights runs/demo/backbone.pth
     python eval_copy_detection.py --data_path made/copydays --distractors_path made/distractors \
-        --whitening_path made/whitening ...
+        --imsize 64 --pretrained_weights runs/demo/backbone.pth
 
-In the layouts of revisited Oxford and Paris and of Copydays, without a download, the same on every
-machine that has the same scikit-image and Pillow. All images that are searched for or are to be
-found come from the blocks of the photographs that the demo holds out of its training; distractors,
-and the images for the whitening, from the others.
+Both have the layouts of the real sets: revisited Oxford and Paris, and Copydays. They need no
+download and are the same wherever scikit-image and Pillow are. Queries, database and originals
+come from the blocks of the photographs that the demo holds out of its training; distractors and
+the images for a whitening (made/whitening) come from the other blocks.
 """
 
 import argparse
