@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small networks, training states and checkpoints that several test files build and compare."""
 
+import importlib
+import shlex
+import sys
+
+import pytest
 import torch
 from conftest import save_backbone
+from PIL import Image
 from torch import nn
 
 from dino.backbones import build_backbone
@@ -86,3 +92,18 @@ def save_random_backbone(path, arch):
 
 def parse(module, *flags):
     return module.get_args_parser().parse_args([*map(str, flags), "--device", "cpu"])
+
+
+def refusal(monkeypatch, capsys, script, flags):
+    """What `script` says about `flags`: one paragraph, exit code 2, before any network is built."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # restored afterwards
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(flags)])
+    module = importlib.import_module(script)
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2, said.err
+    assert said.err.startswith(f"{script}.py: error: ")
+    assert len(said.err.strip().splitlines()) == 1, said.err
+    assert "Traceback" not in said.err
+    return said

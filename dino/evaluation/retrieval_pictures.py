@@ -47,4 +47,5 @@ def draw_image(axis, path, title, color):
 
 def spread(count, total):
     """At most `count` numbers below `total`, evenly spread: neighbours show the same building."""
-    return sorted({i * total // count for i in range(min(count, total))})
+    count = min(count, total)
+    return [i * total // count for i in range(count)]

@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_processes
+from torch import nn
 
 import utils
 from dino.backbones import build_backbone
+from dino.data.retrieval_set import RetrievalSet
+from dino.errors import UserError
 from dino.evaluation.features import describe_images
 from dino.evaluation.retrieval import (
     average_precision,
+    check_sizes,
     features,
     mean_average_precision,
     multi_scale_features,
@@ -19,6 +23,7 @@ from dino.evaluation.retrieval import (
     resize,
     score,
 )
+from dino.weights.pretrained import Pretrained
 from vision_transformer import vit_nano
 
 
@@ -172,6 +177,13 @@ def test_a_resnet_50_has_2048_features_of_images_of_any_size():
         found = features(backbone.eval(), torch.randn(1, 3, 45, 39))
     assert found.shape == (1, 2048)
     assert found.std() > 0
+
+
+def test_a_network_of_one_image_size_is_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8))
+    images = RetrievalSet("own", ["a.jpg"], ["b.jpg"], [(64, 64), (64, 48)], [])
+    with pytest.raises(UserError, match="linear does not take images of 24 x 32 pixels"):
+        check_sizes(Pretrained(network, 8, "linear", 1), images, 64, smallest_scale=0.5)
 
 
 def describe_sums(numbers, sizes):
