@@ -3,5 +3,6 @@
 
 `images` finds and reads files; `augmentations` draws and applies views, `augmentations_on_device`
 does the second half on the device; `loaders` serves batches in a reproducible order; `demo` is the
-embedded data set, `masks` are images with ground-truth masks.
+embedded data set, `masks` are images with ground-truth masks; `retrieval_set` (revisited Oxford
+and Paris, with a ground truth that `plain_pickle` reads) and `copydays` are benchmarks' layouts.
 """
