@@ -48,7 +48,7 @@ def open_copydays(data_path):
     if not (root / "original").is_dir():
         raise UserError(
             f"--data_path {data_path}: no folder original/ in it. It must hold original/ and some"
-            f" of strong/, jpegqual/3/ ... 75/ and crops/10/ ... 80/, as Copydays does."
+            " of strong/, jpegqual/3/ ... 75/ and crops/10/ ... 80/, as Copydays does."
         )
     present = [block for block in BLOCKS if (root / block).is_dir()]
     if len(present) == 1:
@@ -65,7 +65,7 @@ def open_copydays(data_path):
 def list_folder(folder, flag):
     """Paths of the images in `folder`, sorted by name; UserError if there is none.
 
-    Endings count in any case; the official script overlooks .JPG.
+    Suffixes match in any case; the official script skips .JPG.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{flag} {folder}: no such folder.")
@@ -80,12 +80,12 @@ def names_of(paths):
 
 
 def positives(block, query_names, original_names):
-    """For each image of a block the indices of its originals, a list of lists, none empty.
+    """For each image of a block the indices of its originals: a list of lists, none empty.
 
-    In `strong` the originals whose names begin with the same four characters. In the other blocks
-    the original of the same name, whatever the suffix. If the two have as many images and not one
-    name in common, the original at the same place: the official rule for all blocks but `strong`,
-    which on Copydays gives the same. UserError for a copy without an original.
+    In `strong` these are the originals whose names begin with the same four characters; in other
+    blocks the one of the same name, whatever the suffix. A block with as many images as there are
+    originals, and no name in common with them, goes by the place, as all blocks but `strong` do in
+    the official code. UserError for a copy without an original.
     """
     stems = [Path(name).stem for name in query_names]
     places = {Path(name).stem: i for i, name in enumerate(original_names)}

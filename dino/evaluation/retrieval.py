@@ -161,10 +161,10 @@ def average_precision(ranks, num_positives):
 def mean_average_precision(ranks, ground_truth, ks=()):
     """(mAP, AP (m,), mean P@k (len(ks),), P@k (m, len(ks))) of a ranking (n, m).
 
-    `ground_truth`: {"ok", "junk"} for each query; junk, which may be absent, leaves the ranking
-    before places are counted. A query without positives has nan, and is left out of the means,
-    which are nan if there is no other. P@k looks no further than the last positive that was found,
-    as in the benchmark: positives at the first and third place give P@5 = 2/3.
+    `ground_truth`: {"ok", "junk"} for each query. Junk, which may be absent, is removed from the
+    ranking before places are counted. A query without positives has nan and is left out of the
+    means, which are nan if no query has any. P@k looks no further than the last positive found, as
+    in the benchmark: positives at the first and third place give P@5 = 2/3.
     """
     aps = np.full(len(ground_truth), np.nan)
     precisions = np.full((len(ground_truth), len(ks)), np.nan)
