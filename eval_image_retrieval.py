@@ -48,11 +48,15 @@ from dino.weights.published import (
     published_entry,
 )
 
+DESCRIPTION = (
+    "Retrieval by frozen features. Without --pretrained_weights the weights are those of the"
+    " ViT-S/16 that the authors trained on Google Landmarks v2."
+)
 KS = [1, 5, 10]  # of the precision at k
 
 
 def get_args_parser():
-    parser = Parser(prog="eval_image_retrieval.py", description="Retrieval by frozen features.")
+    parser = Parser(prog="eval_image_retrieval.py", description=DESCRIPTION)
     add_weights_arguments(parser.add_argument_group("backbone"))
     evaluation = parser.add_argument_group("evaluation")
     add = evaluation.add_argument
