@@ -53,7 +53,7 @@ from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.recorder import Recorder, report_end, report_start
 from dino.training.run import Probes, Run, TrainState
 from dino.training.saver import Saver, find_checkpoint, own_checkpoints
-from dino.weights.files import read
+from dino.weights.layouts import read_weights
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino", "train_step"]
 
@@ -69,7 +69,7 @@ def train_dino(args, images=None, augmentation=None):
     limit_pixels(args.max_image_pixels)
     check_training_flags(args, own_views=augmentation is not None)
     begins = args.init_from and not own_checkpoints(args.output_dir)
-    weights = read(args.init_from, "--init_from") if begins else None
+    weights = read_weights(args.init_from, "--init_from") if begins else None
 
     # ---- processes ----
     launch, device = init_distributed(args.device, args.dist_url)

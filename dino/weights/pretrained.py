@@ -16,7 +16,8 @@ from dino.errors import UserError
 from dino.json_files import is_number
 from dino.networks import unwrap
 from dino.printable import brief, printable
-from dino.weights.files import flags_in, is_named, read, without_prefix
+from dino.weights.files import flags_in, is_named, without_prefix
+from dino.weights.layouts import in_our_names, read_weights
 from dino.weights.loading import FLOATS, list_names, load_exactly
 from dino.weights.published import PUBLISHED_BACKBONES, download, published_entry
 from vision_transformer import ARCHITECTURES
@@ -52,7 +53,7 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     """
     if args.pretrained_weights:
         source = f"--pretrained_weights {args.pretrained_weights}"
-        checkpoint = read(args.pretrained_weights)
+        checkpoint = read_weights(args.pretrained_weights)
         weights = backbone_weights(checkpoint, args.checkpoint_key, args.pretrained_weights)
         described = vit_in(weights) | describe(checkpoint)
         check_description(described, source)
@@ -105,6 +106,8 @@ def describe(checkpoint):
     described |= {field: args[name] for field, name in names.items() if name in args}
     if isinstance(described.get("arch"), str):
         described["arch"] = canonical_name(described["arch"])
+        if re.fullmatch(r"vit_\w+_patch\d+_\d+", described["arch"]):  # timm's: the shapes say more
+            del described["arch"]
     return described
 
 
@@ -159,7 +162,8 @@ def trained_img_size(weights, arch, patch_size):
 
 
 def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
-    """The backbone's state dict in any layout: ours, the official full one, or a bare backbone.
+    """The backbone's state dict in any layout: ours, the official full one, or a bare backbone,
+    which may have transformers' names.
 
     The prefixes of wrappers and the weights of DINO's head are taken off.
     """
@@ -182,7 +186,7 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
         state_dict = {
             name: value for name, value in state_dict.items() if name.startswith("backbone.")
         }
-    return without_prefix(state_dict, "backbone.")
+    return in_our_names(without_prefix(state_dict, "backbone."))
 
 
 def published_weights(arch, patch_size, published=PUBLISHED_BACKBONES):
@@ -209,13 +213,18 @@ def fit_weights(backbone, weights, arch, source):
         from timm.models.xcit import checkpoint_filter_fn  # the official keys, in timm's names
 
         weights = checkpoint_filter_fn(dict(weights), backbone)
+    weights = without_classifier(weights, backbone)
+    load_exactly(backbone, weights, f"{source}, as --arch {arch},")
+
+
+def without_classifier(weights, backbone):
+    """`weights` without those of a classifier that `backbone` lacks."""
     own = backbone.state_dict()
-    weights = {
+    return {
         name: value
         for name, value in weights.items()
         if name in own or not name.startswith(("head.", "fc."))
     }
-    load_exactly(backbone, weights, f"{source}, as --arch {arch},")
 
 
 def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_name, patch_size):
@@ -224,7 +233,7 @@ def load_pretrained_weights(model, pretrained_weights, checkpoint_key, model_nam
     Unlike the official function it raises UserError for a file that does not exist or does not fit.
     """
     if pretrained_weights:
-        checkpoint = read(pretrained_weights)
+        checkpoint = read_weights(pretrained_weights)
         weights = backbone_weights(checkpoint, checkpoint_key, pretrained_weights)
     else:
         weights = published_weights(model_name, patch_size)
@@ -276,7 +285,9 @@ def fits(module, state_dict):
 
 
 def load_resized(backbone, weights, what):
-    """load_exactly, after resizing position embeddings to the grid of `backbone`."""
+    """load_exactly, after resizing position embeddings to the grid of `backbone`. A classifier is
+    ignored.
+    """
     own = backbone.state_dict().get("pos_embed")
     positions = weights.get("pos_embed")
     if own is not None and is_position_grid(positions) and own.shape != positions.shape:
@@ -284,7 +295,7 @@ def load_resized(backbone, weights, what):
         print0(
             printable(f"{what}: position embeddings resized from {positions.shape[1] - 1} patches.")
         )
-    load_exactly(backbone, weights, what)
+    load_exactly(backbone, without_classifier(weights, backbone), what)
 
 
 def is_position_grid(positions):

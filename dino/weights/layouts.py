@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in other libraries' layouts: timm's and transformers' names and folders of a ViT,
+safetensors files.
+
+timm's names of a plain ViT are ours. transformers has names of its own, and keeps queries, keys and
+values apart.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+
+from dino.errors import UserError
+from dino.json_files import parse
+from dino.printable import printable
+from dino.weights.files import DamagedFile, is_named, read, without_prefix
+from vision_transformer import ARCHITECTURES
+
+# The name in a safetensors file's metadata of what ours say of the backbone, as JSON.
+DESCRIPTION = "backbone"
+CONFIG, PREPROCESSOR, SAFETENSORS = "config.json", "preprocessor_config.json", "model.safetensors"
+
+# Ours: transformers', in files. Of the last one in a block each of the three is a third.
+OUTSIDE_BLOCKS = {
+    "cls_token": ["embeddings.cls_token"],
+    "pos_embed": ["embeddings.position_embeddings"],
+    "patch_embed.proj.weight": ["embeddings.patch_embeddings.projection.weight"],
+    "patch_embed.proj.bias": ["embeddings.patch_embeddings.projection.bias"],
+    "norm.weight": ["layernorm.weight"],
+    "norm.bias": ["layernorm.bias"],
+}
+IN_BLOCK = {
+    "norm1": ["layernorm_before"],
+    "attn.proj": ["attention.output.dense"],
+    "norm2": ["layernorm_after"],
+    "mlp.fc1": ["intermediate.dense"],
+    "mlp.fc2": ["output.dense"],
+    "attn.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")],
+}
+# Since version 5 transformers has other names in memory: theirs there, and in files.
+IN_MEMORY = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+# ---- files and folders ----
+
+
+def read_weights(path, flag="--pretrained_weights"):
+    """`read` for a checkpoint in any container: .pth, .safetensors, a folder with a config.json.
+
+    The latter two give {"teacher": weights by name} and what the file says of its backbone. Raises
+    what `read` raises.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        return read_folder(path, flag)
+    if path.suffix == ".safetensors" and path.is_file():
+        return read_safetensors(path, flag)
+    return read(path, flag)
+
+
+def read_safetensors(path, flag):
+    """The weights in a .safetensors file, and what its metadata says of the backbone.
+
+    The format holds no code. The library checks that header and tensors fill the file exactly.
+    """
+    from safetensors import safe_open  # timm brings it along
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            described = (file.metadata() or {}).get(DESCRIPTION, "{}")
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever a parser may raise on somebody's bytes
+        reason = str(error).partition(".")[0]
+        raise DamagedFile(
+            f"{flag} {path}: damaged, or not a safetensors file ({reason})."
+        ) from None
+    described = parse(described)
+    if not isinstance(described, dict):
+        raise DamagedFile(f"{flag} {path}: its description of the backbone is damaged.")
+    return {**described, "teacher": weights}
+
+
+def read_folder(folder, flag):
+    """The weights in a folder as transformers' or timm's `save_pretrained` writes it."""
+    source = f"{flag} {printable(folder)}"
+    config = read_json(folder / CONFIG, flag)
+    files = (folder / name for name in (SAFETENSORS, "pytorch_model.bin"))
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{source}: neither {SAFETENSORS} nor pytorch_model.bin is in this folder, whose"
+            f" {CONFIG} is one of transformers or timm. Give a folder with the weights in one file."
+        )
+    if "model_type" in config:
+        preprocessor = folder / PREPROCESSOR
+        shown = read_json(preprocessor, flag) if preprocessor.is_file() else {}
+        described = describe_transformers(config, shown, source)
+    else:
+        described = describe_timm(config, source)
+    weights = read_weights(file, flag)
+    if not isinstance(weights, dict) or "teacher" not in weights:
+        weights = {"teacher": weights}
+    return {**described, **weights}
+
+
+def read_json(path, flag):
+    """The JSON object in a file; DamagedFile for anything else."""
+    content = parse(path.read_text(encoding="utf-8", errors="replace"))
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{flag} {path}: damaged, or not a JSON object.")
+    return content
+
+
+def describe_transformers(config, preprocessor, source):
+    """What transformers' two JSON files say of a backbone; UserError unless it is one of our ViTs.
+
+    Names and shapes of weights do not show everything: the number of heads and the activation are
+    compared here.
+    """
+    sizes = {
+        "embed_dim": config.get("hidden_size"),
+        "depth": config.get("num_hidden_layers"),
+        "num_heads": config.get("num_attention_heads"),
+    }
+    arch = next((name for name, other in ARCHITECTURES.items() if other == sizes), None)
+    wanted = {"model_type": "vit", "hidden_act": "gelu"}
+    different = [name for name, value in wanted.items() if config.get(name, value) != value]
+    if arch is None or different:
+        name = different[0] if different else "num_attention_heads"
+        raise UserError(
+            f"{source} is not a ViT of this project: its {name} is {printable(config.get(name))}"
+            f" at sizes {printable(sizes)}. transformers' ViTs of the sizes of"
+            f" {', '.join(ARCHITECTURES)} can be read."
+        )
+    epsilon = config.get("layer_norm_eps", 1e-12)  # transformers' default; ours adds 1e-6
+    if not isinstance(epsilon, float) or not 0 <= epsilon <= 1e-5:
+        raise UserError(f"{source}: layer_norm_eps is {printable(epsilon)}; ours is 1e-6.")
+    described = {"arch": arch, "patch_size": config.get("patch_size", 16)}
+    described["image_size"] = config.get("image_size", 224)
+    if preprocessor.get("do_normalize", True):
+        names = {"mean": "image_mean", "std": "image_std"}
+        described |= {
+            ours: preprocessor[name] for ours, name in names.items() if name in preprocessor
+        }
+    return described
+
+
+def describe_timm(config, source):
+    """What timm's config.json says of a backbone: image size, mean and std.
+
+    The shapes of the weights say the rest, save the number of heads: UserError if that is not ours.
+    """
+    options, shown = (
+        entry if is_named(entry) else {}
+        for entry in (config.get("model_args"), config.get("pretrained_cfg"))
+    )
+    heads, width = options.get("num_heads"), config.get("num_features")
+    ours = [(sizes["num_heads"], sizes["embed_dim"]) for sizes in ARCHITECTURES.values()]
+    if heads is not None and (heads, width) not in ours:
+        raise UserError(
+            f"{source} is not a ViT of this project: {printable(heads)} heads share a width of"
+            f" {printable(width)}."
+        )
+    described = {name: shown[name] for name in ("mean", "std") if name in shown}
+    if isinstance(shown.get("input_size"), list) and shown["input_size"]:
+        described["image_size"] = shown["input_size"][-1]  # [channels, height, width]
+    return described
+
+
+# ---- names ----
+
+
+def in_our_names(weights):
+    """The state dict of a ViT in our names. What is named otherwise keeps its name."""
+    if "vit.embeddings.cls_token" in weights:  # inside a classifier
+        weights = without_prefix(weights, "vit.")
+    return from_transformers(weights) if "embeddings.cls_token" in weights else weights
+
+
+def from_transformers(weights):
+    """Our names for transformers' weights of a ViT: queries, keys and values become one matrix.
+
+    The pooling layer is left out: transformers adds it, DINO has none. What has no counterpart
+    keeps its name, so that it is found not to fit.
+    """
+    left = {name_in_files(name): value for name, value in weights.items()}
+    ours = {}
+    for name, theirs in transformers_names(left, r"encoder\.layer\.(\d+)\.").items():
+        values = [left.get(part) for part in theirs]
+        shapes = {getattr(value, "shape", None) for value in values}
+        if len(shapes) == 1 and shapes.isdisjoint({None, torch.Size()}):
+            ours[name] = torch.cat(values)
+            left = {part: value for part, value in left.items() if part not in theirs}
+    left = {name: value for name, value in left.items() if not name.startswith("pooler.")}
+    left = {re.sub(r"^classifier\.", "head.", name): value for name, value in left.items()}
+    return {**ours, **left}
+
+
+def to_transformers(weights):
+    """transformers' names, those in its files, for the state dict of one of our ViTs."""
+    return {
+        part: value.clone()
+        for name, theirs in transformers_names(weights, r"blocks\.(\d+)\.").items()
+        for part, value in zip(theirs, weights[name].chunk(len(theirs)), strict=True)
+    }
+
+
+def transformers_names(weights, block):
+    """{our name: [transformers' names]} of a ViT with the blocks that `weights` has.
+
+    `block` matches the beginning of the name of a block's weight, and in it the block's number.
+    """
+    found = (re.match(block, name) for name in weights)
+    numbers = dict.fromkeys(match[1] for match in found if match)
+    return OUTSIDE_BLOCKS | {
+        f"blocks.{number}.{part}.{kind}": [
+            f"encoder.layer.{number}.{name}.{kind}" for name in theirs
+        ]
+        for number in numbers
+        for part, theirs in IN_BLOCK.items()
+        for kind in ("weight", "bias")
+    }
+
+
+def name_in_files(name):
+    """What transformers calls in its files a weight that it calls `name` in memory, or in files."""
+    block = re.fullmatch(r"layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    if not block:
+        return name
+    number, part, kind = block.groups()
+    return f"encoder.layer.{number}.{IN_MEMORY.get(part, part)}.{kind}"
