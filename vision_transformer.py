@@ -270,7 +270,7 @@ class VisionTransformer(nn.Module):
         """(B, C, H, W) -> tokens (B, N, D): [CLS] and the patches, with positions added."""
         height, width = x.shape[-2:]
         patches = self.patch_embed(x)
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), patches], dim=1)
         return self.pos_drop(tokens + self.interpolate_pos_encoding(tokens, height, width))
 
     def interpolate_pos_encoding(self, x, w, h):

@@ -137,8 +137,9 @@ def add_weights_arguments(group, patch_size=16):
     add(
         "--pretrained_weights",
         default="",
-        help="a checkpoint, ours or official, whole or backbone only; without it, the weights"
-        " that the authors published for --arch and --patch_size",
+        help="a checkpoint, ours or official, whole or backbone only; or a ViT of timm or"
+        " transformers, its .pth or .safetensors file or its folder; without it, the weights that"
+        " the authors published for --arch and --patch_size",
     )
     add("--checkpoint_key", default="teacher", help="the network of the checkpoint to take")
     add(

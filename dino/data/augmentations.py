@@ -264,9 +264,14 @@ def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Central crop of `image_size` pixels after resizing the short side to 256/224 of that."""
     return transforms.Compose(
         [
-            transforms.Resize(round(image_size * 256 / 224), InterpolationMode.BICUBIC),
+            transforms.Resize(resized_side(image_size), InterpolationMode.BICUBIC),
             transforms.CenterCrop(image_size),
             transforms.ToTensor(),
             transforms.Normalize(mean, std),
         ]
     )
+
+
+def resized_side(image_size):
+    """The short side, in pixels, from which `eval_transform` crops its centre."""
+    return round(image_size * 256 / 224)
