@@ -110,6 +110,11 @@ def given_path(data_path, flag="--data_path"):
 
 def read_list(path, flag):
     """The paths in a text file, one per line; UserError names the first that does not exist."""
+    return listed_files(list_lines(path, flag), path, flag)
+
+
+def list_lines(path, flag):
+    """The lines of a list of images that are not blank; UserError where there is none."""
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except UnicodeDecodeError:
@@ -117,9 +122,15 @@ def read_list(path, flag):
             f"{flag} {path}: this file is not text. Give a folder of images, or a text file with"
             " the path of one image per line."
         ) from None
-    images = [os.path.join(path.parent, line) for line in lines if line]
-    if not images:
+    lines = [line for line in lines if line]
+    if not lines:
         raise UserError(f"{flag} {path}: this list of images is empty.")
+    return lines
+
+
+def listed_files(lines, path, flag):
+    """The images that the lines of the list `path` name; relative ones start from its folder."""
+    images = [os.path.join(path.parent, line) for line in lines]
     for number, image in enumerate(images, start=1):
         if not os.path.isfile(image):
             raise UserError(f"{flag} {path}: line {number} names {image}, which is not a file.")
