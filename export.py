@@ -174,7 +174,8 @@ def to_pixels(pretrained, photographs, size):
 
 
 def largest(values):
-    return float(values.abs().max())
+    """The largest absolute value; infinite where there is a nan."""
+    return float(values.abs().nan_to_num(nan=torch.inf, posinf=torch.inf).max())
 
 
 def compare_other_shape(name, pretrained, network, pixels):
@@ -204,10 +205,11 @@ def compare_transform(name, pretrained, network, written, photographs, expected)
         return
     transform = FORMATS[name].load_transform(written)
     found = network(torch.stack([transform(photograph) for photograph in photographs]))
-    each = (found - expected).abs().amax(dim=1).tolist()
+    each = (found - expected).abs().amax(dim=1)
+    other = int((each > TOLERANCE).sum())
     print0(
-        "With its own preprocessing the features of each photograph differ by"
-        f" {', '.join(f'{value:.1g}' for value in each)}."
+        f"With {name}'s own preprocessing the features of {other} of {len(each)} photographs"
+        f" differ, by at most {largest(each):.1g}."
     )
 
 

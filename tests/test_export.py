@@ -242,6 +242,21 @@ def test_a_difference_is_an_error_and_leaves_nothing(weights, tmp_path, monkeypa
     assert not any(tmp_path.iterdir())
 
 
+def test_a_feature_that_is_not_a_number_is_a_difference(weights, tmp_path, monkeypatch):
+    """Of one image among several, which the first alone does not show."""
+    good = exports.FORMATS["safetensors"]
+
+    def load(pretrained, path):
+        network = good.load(pretrained, path)
+        return lambda pixels: network(pixels) + torch.tensor([0.0, torch.nan])[: len(pixels), None]
+
+    monkeypatch.setitem(exports.FORMATS, "safetensors", replace(good, load=load))
+    monkeypatch.setattr(export, "PHOTOGRAPHS", NAMES[:2])
+    with pytest.raises(UserError, match="differ by inf"):
+        run_export(weights, "safetensors", tmp_path)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_a_library_that_is_not_installed_is_named(weights, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     absent = ("onnxscript", "onnxruntime")
@@ -287,7 +302,9 @@ def test_a_mistake_is_named_and_writes_nothing(
 def test_the_command_as_a_user_runs_it(weights, tmp_path):
     (tmp_path / "photos").mkdir()
     photograph().save(tmp_path / "photos" / "a.png")
-    (tmp_path / "deep" / ".out.safetensors.tmp" / "out").mkdir(parents=True)  # of an export that was killed
+    (tmp_path / "deep" / ".out.safetensors.tmp" / "out").mkdir(
+        parents=True
+    )  # of an export that was killed
     command = ("export.py", "--pretrained_weights", weights, "--format", "safetensors")
     output = tmp_path / "deep" / "out.safetensors"
     done = run_script(*command, "--output", output, "--check_images", tmp_path / "photos")
