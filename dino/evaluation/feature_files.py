@@ -112,12 +112,12 @@ def map_member(path, name):
 def write_safetensors(file, features, labels, paths, settings):
     """Written here, as the library's own writer wants all arrays in memory."""
     text = "".join(f"{path}\0" for path in paths).encode("utf-8", "surrogateescape")
+    types = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
     arrays = {  # those with the longest numbers first, so that each is aligned
         "labels": np.load(labels, mmap_mode="r"),
         "features": np.load(features, mmap_mode="r"),
         "paths": np.frombuffer(text, np.uint8),
     }
-    types = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
     header, end = {"__metadata__": {"settings": settings}}, 0
     for name, array in arrays.items():
         start, end = end, end + array.nbytes
@@ -129,10 +129,11 @@ def write_safetensors(file, features, labels, paths, settings):
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(struct.pack("<Q", len(encoded)) + encoded)
-    for array in arrays.values():
-        rows = max(1, CHUNK // max(1, array[:1].nbytes))
-        for start in range(0, len(array), rows):
-            file.write(array[start : start + rows].tobytes())
+    for source, array in ((labels, arrays["labels"]), (features, arrays["features"])):
+        with open(source, "rb") as content:
+            content.seek(array.offset)  # after the header of the .npy file
+            shutil.copyfileobj(content, file, CHUNK)
+    file.write(text)
 
 
 def read_safetensors(path):
