@@ -13,7 +13,7 @@ import torch
 
 from dino.errors import UserError
 from dino.json_files import parse
-from dino.printable import printable
+from dino.printable import brief
 from dino.weights.files import DamagedFile, is_named, read, without_prefix
 from vision_transformer import ARCHITECTURES
 
@@ -92,7 +92,7 @@ def read_safetensors(path, flag):
 
 def read_folder(folder, flag):
     """The weights in a folder as transformers' or timm's `save_pretrained` writes it."""
-    source = f"{flag} {printable(folder)}"
+    source = f"{flag} {folder}"
     config = read_json(folder / CONFIG, flag)
     files = (folder / name for name in (SAFETENSORS, "pytorch_model.bin"))
     file = next((file for file in files if file.is_file()), None)
@@ -138,13 +138,13 @@ def describe_transformers(config, preprocessor, source):
     if arch is None or different:
         name = different[0] if different else "num_attention_heads"
         raise UserError(
-            f"{source} is not a ViT of this project: its {name} is {printable(config.get(name))}"
-            f" at sizes {printable(sizes)}. transformers' ViTs of the sizes of"
-            f" {', '.join(ARCHITECTURES)} can be read."
+            f"{source} is not a ViT of this project: its {name} is {brief(config.get(name))}, its"
+            f" sizes {brief(sizes)}. transformers' ViTs of the sizes of {', '.join(ARCHITECTURES)}"
+            " can be read."
         )
     epsilon = config.get("layer_norm_eps", 1e-12)  # transformers' default; ours adds 1e-6
     if not isinstance(epsilon, float) or not 0 <= epsilon <= 1e-5:
-        raise UserError(f"{source}: layer_norm_eps is {printable(epsilon)}; ours is 1e-6.")
+        raise UserError(f"{source}: layer_norm_eps is {brief(epsilon)}; ours is 1e-6.")
     described = {"arch": arch, "patch_size": config.get("patch_size", 16)}
     described["image_size"] = config.get("image_size", 224)
     if preprocessor.get("do_normalize", True):
@@ -168,8 +168,8 @@ def describe_timm(config, source):
     ours = [(sizes["num_heads"], sizes["embed_dim"]) for sizes in ARCHITECTURES.values()]
     if heads is not None and (heads, width) not in ours:
         raise UserError(
-            f"{source} is not a ViT of this project: {printable(heads)} heads share a width of"
-            f" {printable(width)}."
+            f"{source} is not a ViT of this project: {brief(heads)} heads share a width of"
+            f" {brief(width)}."
         )
     described = {name: shown[name] for name in ("mean", "std") if name in shown}
     if isinstance(shown.get("input_size"), list) and shown["input_size"]:
