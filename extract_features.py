@@ -13,6 +13,7 @@ an interrupted extraction, with any number of processes, to the same result. As 
 the network sees the central crop of an image, not turned by EXIF.
 """
 
+import contextlib
 import hashlib
 import os
 import time
@@ -47,7 +48,7 @@ from dino.evaluation.neighbour_pictures import (
     without_self,
 )
 from dino.evaluation.tokens import TOKENS, token_features
-from dino.evaluation.unfinished import Unfinished, check_settings
+from dino.evaluation.unfinished import FEATURES, LABELS, Unfinished, check_settings
 from dino.meters import peak_memory_mb
 from dino.precision import choose_amp_dtype
 from dino.run_lock import owned
@@ -188,7 +189,7 @@ def describe_settings(args, listed, pretrained, amp_dtype, device):
         weights.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     paths = "\0".join(listed.paths).encode("utf-8", "surrogateescape")
     return {
-        "pretrained_weights": args.pretrained_weights or "the authors'",
+        "pretrained_weights": args.pretrained_weights or "published",
         "weights_sha256": weights.hexdigest(),
         "arch": pretrained.arch,
         "patch_size": pretrained.patch_size,
@@ -233,9 +234,11 @@ def write(args, settings, paths, dataset, describe, device):
             f" {peak_memory_mb():.0f} MiB"
         )
         if is_main_process():
-            files = (folder / "features.npy", folder / "labels.npy")
-            write_features(args.output, *files, paths, settings)
+            write_features(args.output, folder / FEATURES, folder / LABELS, paths, settings)
             unfinished.remove()
+    if is_main_process():
+        with contextlib.suppress(OSError):  # somebody else's now
+            folder.rmdir()
     shape = " x ".join(map(str, (len(paths), *shape)))
     print0(f"Wrote {args.output}: {shape} numbers of type {args.dtype}.")
 

@@ -186,6 +186,10 @@ def test_an_extraction_resumes_with_the_same_settings_only(
     with pytest.raises(UserError, match=r"b\.png: cannot be read as an image"):
         extract(checkpoint, tmp_path / "bad", output, "--batch_size_per_gpu", 1)
     assert (tmp_path / "f.npz.unfinished" / "done").read_bytes() == b"\1\0"
+    shutil.copytree(tmp_path / "f.npz.unfinished", tmp_path / "g.npz.unfinished")
+    (tmp_path / "g.npz.unfinished" / "labels.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is damaged\. Remove it"):
+        extract(checkpoint, tmp_path / "bad", tmp_path / "g.npz", "--batch_size_per_gpu", 1)
     for flags, name in (
         (("--batch_size_per_gpu", 2), "batch_size is 1, now 2"),
         (("--batch_size_per_gpu", 1, "--tokens", "mean"), "tokens is cls, now mean"),
@@ -193,7 +197,9 @@ def test_an_extraction_resumes_with_the_same_settings_only(
         with pytest.raises(UserError, match=name):
             extract(checkpoint, tmp_path / "bad", output, *flags)
     photograph("coffee.png").save(tmp_path / "bad" / "b.png")  # repaired
-    extract(checkpoint, tmp_path / "bad", output, "--batch_size_per_gpu", 1)
+    flags = ("--batch_size_per_gpu", 1, "--on_bad_image", "skip")  # this one may change
+    extract(checkpoint, tmp_path / "bad", output, *flags)
+    assert not (tmp_path / "f.npz.unfinished").exists()
     assert "Resuming: 1 of 2 batches are left." in capsys.readouterr().out
     with pytest.raises(UserError, match="images is 2, now 12"):
         extract(checkpoint, data, output, "--batch_size_per_gpu", 1)

@@ -44,8 +44,8 @@ class TransformedImages(Dataset):
 def fill(unfinished, names, dataset, describe, *, num_workers, pin_memory):
     """Compute and write what is missing in an Unfinished, in shares of all ranks.
 
-    `names` are those of the images in messages. Images that were skipped have rows of nan, and
-    their names are printed. UserError for features that are not finite otherwise.
+    Closes it at the end. `names` are those of the images in messages. Images that were skipped have
+    rows of nan, and their names are printed. UserError for features that are not finite otherwise.
     """
     share = unfinished.missing()[get_rank() :: get_world_size()]
     loader = ImageLoader(
@@ -61,7 +61,7 @@ def fill(unfinished, names, dataset, describe, *, num_workers, pin_memory):
             check_finite(features, skipped, unfinished.rows(batch), names)
             unfinished.write(batch, features, labels.numpy())
     finally:
-        unfinished.save()
+        unfinished.close()
 
 
 def check_finite(features, skipped, rows, names):

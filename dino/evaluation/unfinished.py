@@ -2,10 +2,10 @@
 """An extraction of features while it runs: a folder that outlives its processes.
 
 n images in batches of fixed members, so that a resumed extraction computes what an unbroken one
-computes, bit for bit, with any number of processes. `features.npy` and `labels.npy` have a row for
-each image, `done` a byte for each batch, `settings.json` what all rows share. Rows are written to
-their place in a file, not into a map of it: a full disk is then an error and not a signal, and two
-nodes do not overwrite each other's pages.
+computes, bit for bit, with any number of processes (on a CPU, of as many threads). `features.npy`
+and `labels.npy` have a row for each image, `done` a byte for each batch, `settings.json` what all
+rows share. Rows are written to their place in a file, not into a map of it: a full disk is then an
+error and not a signal, and two nodes do not overwrite each other's pages.
 """
 
 import os
@@ -19,10 +19,10 @@ from dino.errors import UserError
 from dino.json_files import dumps, read_object
 from dino.weights.files import sync_folder
 
-SETTINGS = "settings.json"
+FEATURES, LABELS, DONE, SETTINGS = "features.npy", "labels.npy", "done", "settings.json"
 SAVE_EVERY = 16  # batches; a save costs an fsync
-# Settings that may differ when an extraction resumes: the same under other names, or newer.
-RECORDED = ("pretrained_weights", "data_path", "torch")
+# Settings that may differ when an extraction resumes, as no number that is there depends on them.
+RECORDED = ("pretrained_weights", "data_path", "on_bad_image", "torch")
 
 
 class Unfinished:
@@ -40,20 +40,21 @@ class Unfinished:
             else:
                 self.create(shape, np.dtype(dtype))
         heartbeat()
-        self.features, self.labels = (
-            RowFile(folder / "features.npy"),
-            RowFile(folder / "labels.npy"),
-        )
-        self.done = open(self.folder / "done", "r+b")  # noqa: SIM115
+        try:
+            self.features, self.labels = map(RowFile, (folder / FEATURES, folder / LABELS))
+            self.done = open(self.folder / DONE, "r+b")  # noqa: SIM115
+        except (FileNotFoundError, EOFError, ValueError):
+            raise UserError(
+                f"--output: {self.folder} is damaged. Remove it to start again."
+            ) from None
         self.unsaved = []
 
     def create(self, shape, dtype):
         self.check_space(dtype.itemsize * int(np.prod(shape)))
-        files = {"features": (dtype, shape), "labels": (np.dtype(np.int64), ())}
-        for name, (kind, row) in files.items():
-            path = self.folder / f"{name}.npy"
+        for name, kind, row in ((FEATURES, dtype, shape), (LABELS, np.dtype(np.int64), ())):
+            path = self.folder / name
             np.lib.format.open_memmap(path, "w+", kind, (self.count, *row)).flush()
-        (self.folder / "done").write_bytes(bytes(self.batches))
+        (self.folder / DONE).write_bytes(bytes(self.batches))
         temporary = self.folder / f".{SETTINGS}.tmp"
         temporary.write_text(dumps(self.settings, indent=1) + "\n")
         os.replace(temporary, self.folder / SETTINGS)
@@ -75,7 +76,7 @@ class Unfinished:
 
     def missing(self):
         """Numbers of the batches that are not done yet, the same on every rank."""
-        done = np.frombuffer((self.folder / "done").read_bytes(), np.uint8)
+        done = np.frombuffer((self.folder / DONE).read_bytes(), np.uint8)
         return gather_objects(np.flatnonzero(done == 0).tolist())[0]
 
     def rows(self, batch):
@@ -102,8 +103,16 @@ class Unfinished:
         self.done.flush()
         self.unsaved = []
 
+    def close(self):
+        """Save what is not saved, and close the files, which NFS could not remove otherwise."""
+        self.save()
+        for file in (self.features.file, self.labels.file, self.done):
+            file.close()
+
     def remove(self):
-        shutil.rmtree(self.folder)
+        """Remove the files. The folder, which may have a lock in it, stays."""
+        for name in (SETTINGS, FEATURES, LABELS, DONE):
+            (self.folder / name).unlink()
 
 
 class RowFile:
