@@ -32,7 +32,12 @@ from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.knn import KnnProbe
 from dino.evaluation.without_labels import SampleProbe
 from dino.loss import DINOLoss
-from dino.networks import build_student_and_teacher, compile_networks, update_teacher
+from dino.networks import (
+    build_student_and_teacher,
+    compile_networks,
+    is_compiling,
+    update_teacher,
+)
 from dino.optim import (
     build_optimizer,
     cancel_gradients_last_layer,
@@ -304,7 +309,7 @@ def build_state(args, views, device, amp_dtype):
         args.epochs,
         accum_steps=args.accum_steps,
     )
-    if args.compile:
+    if is_compiling(args.compile, device):
         compile_networks(student, teacher, dino_loss)
     optimizer = build_optimizer(args.optimizer, get_params_groups(student))
     # a scaler that is not enabled does nothing

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 # DeiT's sizes (Table 1 of the paper has small and base): 64 dimensions per head, MLP of 4x.
@@ -46,15 +47,16 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob=0.0):
         super().__init__()
-        self.drop_prob = drop_prob
+        # A tensor, so that blocks compiled one by one share their code: a number would be part of
+        # it. On the CPU, from where a kernel takes a single number as an argument.
+        self.drop_prob = torch.tensor(drop_prob, dtype=torch.float32, device="cpu")
 
     def forward(self, x):
-        if self.drop_prob == 0.0 or not self.training:
+        if not self.training:
             return x
-        keep_prob = 1 - self.drop_prob
         # Drawn in float32: in bfloat16 the numbers are so coarse that the rate would be off.
         uniform = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device)
-        return x * ((uniform + keep_prob).floor_() / keep_prob).to(x.dtype)
+        return x * ((uniform >= self.drop_prob) / (1 - self.drop_prob)).to(x.dtype)
 
     def extra_repr(self):
         return f"drop_prob={self.drop_prob:.3f}"
@@ -78,7 +80,7 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, once with its map (`forward`) and once without (`fused`)."""
+    """Multi-head self-attention: with its map (`forward`), without (`fused`), for [CLS] alone."""
 
     def __init__(
         self, dim, num_heads=8, qkv_bias=False, qk_scale=None, attn_drop=0.0, proj_drop=0.0
@@ -94,34 +96,48 @@ class Attention(nn.Module):
     def forward(self, x):
         """(B, N, D) -> output (B, N, D) and attention map (B, h, N, N), whose rows sum to 1."""
         q, k, v = self.queries_keys_values(x)
-        attention = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
+        attention = self.attention_map(q, k)
         return self.project(attention @ v), attention
 
+    def attention_map(self, q, k):
+        return self.attn_drop((q @ k.mT * self.scale).softmax(dim=-1))
+
     def fused(self, x):
-        """The output of `forward` without the map, which is never written to memory."""
+        """The output of `forward`, as a rule without the map in memory."""
         q, k, v = self.queries_keys_values(x)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            # PyTorch's fused kernel takes 1.6 times as long with 197 tokens, 2.5 with 37 (2.15).
+            return self.project(self.attention_map(q, k) @ v)
         dropout = self.attn_drop.p if self.training else 0.0
         return self.project(
             F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
         )
 
-    def is_watched(self):
-        """True where a hook or a replacement of somebody's must see the map."""
-        hooked = (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            for module in (self, self.attn_drop)
-        )
-        return any(hooked) or type(self.attn_drop) is not nn.Dropout or "forward" in vars(self)
+    def of_cls(self, x):
+        """The first token of `forward`'s output, (B, 1, D), from no token's key or value.
+
+        A score q (W_k x_j + b_k) is (W_k^T q) x_j plus the same for all j, which softmax ignores;
+        the output sum_j a_j (W_v x_j + b_v) is W_v (sum_j a_j x_j) + b_v, as the a_j sum to 1.
+        """
+        by_head = (3, self.num_heads, -1)
+        query_weight, key_weight, value_weight = self.qkv.weight.unflatten(0, by_head).unbind()
+        q = F.linear(x[:, 0], query_weight.flatten(0, 1)).unflatten(1, by_head[1:])  # (B, h, D/h)
+        if self.qkv.bias is not None:
+            query_bias, _, value_bias = self.qkv.bias.unflatten(0, by_head).unbind()
+            q = q + query_bias
+        q = (self.scale * q).transpose(0, 1) @ key_weight  # (h, B, D/h) -> (h, B, D)
+        attention = (q.transpose(0, 1) @ x.mT).softmax(dim=-1)  # (B, h, N)
+        mean = (attention @ x).transpose(0, 1)  # of the tokens, for each head: (h, B, D)
+        output = (mean @ value_weight.mT).transpose(0, 1)  # (B, h, D/h)
+        if self.qkv.bias is not None:
+            output = output + value_bias
+        return self.proj(output.flatten(1)[:, None])
 
     def queries_keys_values(self, x):
         """(B, N, D) -> queries, keys and values, each (B, h, N, D/h)."""
-        B, N, D = x.shape
-        return (
-            self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        )
+        # unpacked before they are transposed: one copy in the backward pass instead of two
+        parts = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return [part.transpose(1, 2) for part in parts]
 
     def project(self, x):
         """Heads side by side, then the output layer: (B, h, N, D/h) -> (B, N, D)."""
@@ -151,17 +167,22 @@ class Block(nn.Module):
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
 
-    def forward(self, x, return_attention=False):
-        """The tokens after this block or, if `return_attention`, only its map (B, h, N, N)."""
-        if return_attention:
-            return self.attn(self.norm1(x))[1]
-        x = x + self.drop_path(self.attend(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x, return_attention=False, only_cls=False):
+        """The tokens after this block or, if `return_attention`, only its map (B, h, N, N).
 
-    def attend(self, x):
-        if isinstance(self.attn, Attention) and not self.attn.is_watched():
-            return self.attn.fused(x)
-        return self.attn(x)[0]
+        `only_cls`: the first of them alone, (B, 1, D).
+        """
+        normed = self.norm1(x)
+        if return_attention:
+            return self.attn(normed)[1]
+        if only_cls:
+            x, branch = x[:, :1], self.attn.of_cls(normed)
+        elif is_as_built(self.attn) and is_as_built(self.attn.attn_drop):  # nobody sees the map
+            branch = self.attn.fused(normed)
+        else:
+            branch = self.attn(normed)[0]
+        x = x + self.drop_path(branch)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -178,7 +199,21 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x):
         self.check_divisible(*x.shape[-2:])
+        if self.is_matrix_product(x):
+            return F.linear(self.pixels(x), self.proj.weight.flatten(1), self.proj.bias)
         return self.proj(x).flatten(2).transpose(1, 2)
+
+    def is_matrix_product(self, x):
+        """Whether one does the convolution's work, and faster: not so in float32 on a CPU."""
+        side_by_side = self.proj.stride == self.proj.kernel_size
+        faster = x.is_cuda or torch.is_autocast_enabled(x.device.type)
+        return side_by_side and faster and is_as_built(self.proj)
+
+    def pixels(self, x):
+        """Those of each patch, in the order of the weights: (B, C, H, W) -> (B, N - 1, C P P)."""
+        patch = self.patch_size
+        x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (B, C, H/P, P, W/P, P)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def check_divisible(self, height, width):
         """Raise where the convolution would drop rows or columns, silently in the official code.
@@ -255,12 +290,17 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         """(B, C, H, W) -> [CLS] after the last block and the final norm, (B, D)."""
         x = self.prepare_tokens(x)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        *others, last = self.blocks
+        for block in others:
+            x = self.apply_block(block, x)
+        x = self.apply_block(last, x, only_cls=patches_are_unseen(last, self.norm))
         return self.norm(x)[:, 0]
+
+    def apply_block(self, block, x, only_cls=False):
+        options = dict(only_cls=True) if only_cls else {}  # somebody's own block may not know it
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False, **options)
+        return block(x, **options)
 
     def set_grad_checkpointing(self, enable=True):
         """Whether `forward` keeps for the gradients only what passes between blocks."""
@@ -313,6 +353,37 @@ class VisionTransformer(nn.Module):
             if len(self.blocks) - i <= n:
                 outputs.append(self.norm(x))
         return outputs
+
+
+# ---- who else looks: shortcuts are taken only where nobody sees what they leave out ----
+
+FORWARDS = {
+    kind: kind.forward
+    for kind in (Block, Attention, Mlp, DropPath)
+    + (nn.Conv2d, nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity)
+}
+
+
+def is_as_built(module):
+    """Whether nobody has replaced `module` or its forward, or registered a hook on it."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    unchanged = type(module).forward is FORWARDS.get(type(module)) and "forward" not in vars(module)
+    return unchanged and not any(hooks)
+
+
+def patches_are_unseen(last, norm):
+    """Whether nothing but [CLS] is read of what the last block and the norm return.
+
+    Active dropout reads the patches too: it draws random numbers for all tokens.
+    """
+    drops = (part.training and part.p > 0 for part in last.modules() if type(part) is nn.Dropout)
+    parts = (*last.modules(), norm)
+    return all(map(is_as_built, parts)) and not any(drops) and not _has_any_global_hook()
 
 
 def init_linear_and_norm(module):
@@ -373,7 +444,8 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self):
         """(out_features, in_features)"""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        # 0.4 of the time of the same in single operations, most of it saved in the backward pass
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x):
         return F.linear(x, self.weight)

@@ -17,8 +17,9 @@ from dino.backbones import (
     has_batchnorms,
     is_vit,
 )
-from dino.distributed import get_world_size
+from dino.distributed import get_world_size, print0
 from dino.errors import UserError
+from dino.printable import printable
 from dino.sync_batchnorm import sync_batchnorms
 from vision_transformer import DINOHead
 
@@ -116,12 +117,39 @@ def checkpoint_gradients(backbone, arch):
     backbone.set_grad_checkpointing(True)
 
 
-def compile_networks(student, teacher, dino_loss):
+def is_compiling(choice, device):
+    """Whether --compile `choice` (auto, true or false) compiles; auto does on CUDA.
+
+    A function on trial, since torch.compile needs what an installation may lack, such as a C
+    compiler: without it auto prints a warning, and true is a UserError.
+    """
+    if choice == "false" or (choice == "auto" and device.type != "cuda"):
+        return False
+    try:
+        torch.compile(torch.square)(torch.zeros(8, device=device))
+    except Exception as error:  # of many kinds; the first line says what is missing
+        reason = f"torch.compile does not work here ({(str(error).splitlines() or [error])[0]})"
+        if choice == "true":
+            raise UserError(f"--compile true: {reason}. Leave the flag out.") from None
+        print0(printable(f"Warning: {reason}: steps will be slower. --compile false is silent."))
+        return False
+    return True
+
+
+def compile_networks(student, teacher, dino_loss, backend="inductor"):
     """Compile backbones, heads and the loss in place: names of weights do not change.
 
-    Once for each crop size, in each of student and teacher: fixed shapes give faster code.
+    Once for each crop size, in each of student and teacher: fixed shapes give faster code. In a
+    DistributedDataParallel a ViT is compiled block by block, since a compiled function gives all
+    its gradients at its end: those of late blocks are reduced while those of early ones are
+    computed.
     """
-    for network in map(unwrap, (student, teacher)):
-        network.backbone.compile(dynamic=False)
-        network.head.compile(dynamic=False)
-    dino_loss.cross_entropy = torch.compile(dino_loss.cross_entropy, dynamic=False)
+    # compilations of one function, a block's for example, before torch calls it uncompiled
+    torch._dynamo.config.recompile_limit = 64
+    options = dict(dynamic=False, backend=backend)
+    for network in (student, teacher):
+        backbone, head = unwrap(network).backbone, unwrap(network).head
+        block_by_block = network is not unwrap(network) and is_vit(backbone)
+        for part in [head, *(backbone.blocks if block_by_block else [backbone])]:
+            part.compile(**options)
+    dino_loss.cross_entropy = torch.compile(dino_loss.cross_entropy, **options)

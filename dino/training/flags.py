@@ -174,8 +174,12 @@ def add_optimisation_arguments(group):
     add_precision_argument(group)
     add(
         "--compile",
-        action="store_true",
-        help="torch.compile for networks and loss: minutes at the start, then shorter steps",
+        default="auto",
+        nargs="?",
+        const="true",
+        choices=["auto", "true", "false"],
+        help="torch.compile for networks and loss: minutes at the start, then shorter steps; auto"
+        " does so on a GPU",
     )
 
 
