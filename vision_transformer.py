@@ -344,12 +344,16 @@ class VisionTransformer(nn.Module):
             x = block(x)
         return self.blocks[-1](x, return_attention=True)
 
-    def get_intermediate_layers(self, x, n=1):
-        """(B, C, H, W) -> tokens (B, N, D) of each of the last `n` blocks, after the final norm."""
+    def get_intermediate_layers(self, x, n=1, only_cls=False):
+        """(B, C, H, W) -> tokens (B, N, D) of each of the last `n` blocks, after the final norm.
+
+        `only_cls`: the caller reads [CLS] alone, and of the last block may get nothing else.
+        """
         x = self.prepare_tokens(x)
+        only_cls = only_cls and patches_are_unseen(self.blocks[-1], self.norm)
         outputs = []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = self.apply_block(block, x, only_cls and block is self.blocks[-1])
             if len(self.blocks) - i <= n:
                 outputs.append(self.norm(x))
         return outputs

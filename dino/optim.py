@@ -35,11 +35,14 @@ def get_params_groups(model):
 
 
 def build_optimizer(name, params_groups):
-    """AdamW, SGD or LARS; learning rate and weight decay are set at every step."""
+    """AdamW, SGD or LARS; learning rate and weight decay are set at every step.
+
+    With float16 a GradScaler waits for the device before a step of LARS, which is not fused.
+    """
     if name == "adamw":
         return torch.optim.AdamW(params_groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(params_groups, lr=0, momentum=0.9)
+        return torch.optim.SGD(params_groups, lr=0, momentum=0.9, fused=True)
     return LARS(params_groups)
 
 

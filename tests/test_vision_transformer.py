@@ -149,6 +149,20 @@ def test_last_block_for_cls_alone_equals_the_full_block(dtype, qkv_bias):
     handle.remove()
 
 
+def test_intermediate_layers_for_cls_alone_equal_the_full_ones():
+    vit = fill(vits.vit_tiny(patch_size=8))
+    images = numbered((2, 3, 48, 32), seed=1)
+    with torch.no_grad():
+        full = vit.get_intermediate_layers(images, 4)
+        for_cls = vit.get_intermediate_layers(images, 4, only_cls=True)
+        found = vit(images)
+    assert [tokens.shape[1] for tokens in full] == [25, 25, 25, 25]
+    assert [tokens.shape[1] for tokens in for_cls] == [25, 25, 25, 1]
+    for all_tokens, tokens in zip(full, for_cls, strict=True):
+        torch.testing.assert_close(tokens[:, 0], all_tokens[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, full[-1][:, 0], rtol=0, atol=1e-5)
+
+
 PARTS = ("", ".norm1", ".attn", ".attn.qkv", ".attn.proj", ".norm2", ".mlp", ".mlp.act", ".mlp.fc2")
 
 

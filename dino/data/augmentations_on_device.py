@@ -94,12 +94,13 @@ class DeviceStage:
     """Second stage: a batch of CroppedViews -> its V views (B, 3, S, S), normalised, on `device`.
 
     A batch of finished views is only copied there. On CUDA this runs on a stream of its own, beside
-    the step on the batch before.
+    the step on the batch before, and of high priority: its many small kernels would else queue
+    behind the step's large ones, and the next step waits for the last of them.
     """
 
     def __init__(self, augmentation, device):
         self.augmentation, self.device = augmentation, device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def __call__(self, batch):
         if self.stream is None:
@@ -222,7 +223,8 @@ def adjust_hue(pixels, turn):
     hue = (hue + (turn * 255).trunc()).remainder_(256)
     saturation = (255 * chroma / value.clamp(min=1)).floor_().div_(255)
     # red, green and blue fall off from the value at their own distances on the circle of six
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=pixels.device)[:, None, None]
+    # 5, 3, 1: made on the device, where a tensor of Python numbers would be a copy to wait for
+    offsets = torch.arange(5.0, 0.0, -2.0, device=pixels.device)[:, None, None]
     distance = (hue * (6 / 255) + offsets).remainder_(6)
     fall = torch.minimum(distance, 4 - distance).clamp_(0, 1)
     return (value - value * saturation * fall).round_()

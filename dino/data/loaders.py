@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from dino.data.images import UnreadableImage, limit_pixels, read_image, to_rgb
 from dino.distributed import get_rank, get_world_size
@@ -69,6 +70,10 @@ class Replaced:
 
     item: object
     bad: list  # their UnreadableImages
+
+    def pin_memory(self):
+        """Called by a DataLoader that pins memory, which does not know this type."""
+        return Replaced(pin_memory(self.item), self.bad)
 
 
 class LabelledTrainingImages(TrainingImages):

@@ -123,7 +123,9 @@ class FrozenFeatures:
     def extract(self, images):
         if not is_vit(self.backbone):
             return first_of(self.backbone(images))
-        blocks = self.backbone.get_intermediate_layers(images, self.n_last_blocks)
+        blocks = self.backbone.get_intermediate_layers(
+            images, self.n_last_blocks, only_cls=not self.avgpool_patchtokens
+        )
         features = torch.cat([tokens[:, 0] for tokens in blocks], dim=-1)
         if self.avgpool_patchtokens:
             mean_patch = blocks[-1][:, 1:].mean(dim=1)

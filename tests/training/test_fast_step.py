@@ -2,17 +2,23 @@
 """What makes a step faster or smaller leaves its numbers alone."""
 
 import copy
+import itertools
 
 import pytest
 import torch
-from conftest import run_processes
+from conftest import SMALL_RUN, run_processes, run_script
+from functorch.compile import make_boxed_func
 from helpers import state_for_a_step
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
-from dino.networks import compile_networks
+from dino.loss import DINOLoss
+from dino.networks import MultiCropWrapper, compile_networks, is_compiling, unwrap
 from dino.optim import build_optimizer, get_params_groups
-from vision_transformer import VisionTransformer, vit_nano
+from dino.training.run import TrainState
+from vision_transformer import DINOHead, VisionTransformer, vit_nano
 
 STEP = dict(
     lr=0.1,
@@ -123,6 +129,177 @@ def test_compiled_networks_and_loss_give_the_same_numbers():
         results.append((state, steps(state)))
     assert_equal_training(*reversed(results))
     assert results[0][0].student.state_dict().keys() == results[1][0].student.state_dict().keys()
+
+
+def small_state(with_ddp, views=4):
+    """Networks of three blocks, which drop paths, for views of 32 and 16 pixels."""
+    torch.manual_seed(0)
+    options = dict(embed_dim=48, depth=3, num_heads=3, qkv_bias=True)
+    student, teacher = (
+        MultiCropWrapper(
+            VisionTransformer([32], 8, drop_path_rate=rate, **options),
+            DINOHead(48, 64, hidden_dim=32, bottleneck_dim=16),
+        )
+        for rate in (0.2, 0.0)
+    )
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    optimizer = torch.optim.SGD(get_params_groups(student), lr=0, momentum=0.9)
+    if with_ddp:
+        student = DistributedDataParallel(student, gradient_as_bucket_view=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainState(student, teacher, DINOLoss(64, views, 0.04, 0.07, 2, 3), optimizer, scaler)
+
+
+def graphs_of_three_steps(with_ddp):
+    """(graphs compiled, graphs run) in each of three steps, of three epochs."""
+    compiled, ran = [], []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return lambda *inputs: ran.append(graph) or graph(*inputs)
+
+    state = small_state(with_ddp)
+    compile_networks(state.student, state.teacher, state.dino_loss, backend=backend)
+    images = [torch.randn(2, 3, size, size) for size in (32, 32, 16, 16)]
+    counts = []
+    for epoch in range(3):
+        compiled.clear()
+        ran.clear()
+        main_dino.train_step(state, images, **STEP | dict(epoch=epoch))
+        counts.append((len(compiled), len(ran)))
+        with torch.compiler.set_stance("force_eager"), torch.no_grad():  # as the k-NN probe does
+            unwrap(state.student).eval().backbone(torch.randn(1, 3, 48, 48))
+            state.student.train()
+    return counts
+
+
+# Student for two sizes, its head, teacher, its head, loss; under DDP each of its three blocks is
+# run for both sizes and is compiled for both, as they differ: one drops no paths, one has only
+# [CLS]. The teacher is never in a DDP without batch norms.
+GRAPHS = {False: (6, 6), True: (3 * 2 + 4, 3 * 2 + 4)}
+
+
+@pytest.mark.parametrize("with_ddp", [False, True])
+def test_nothing_is_compiled_after_the_first_step_and_all_that_is_compiled_runs(with_ddp, tmp_path):
+    (counts,) = run_processes(graphs_of_three_steps, 1, tmp_path, with_ddp)
+    compiled, ran = GRAPHS[with_ddp]
+    assert counts == [(compiled, ran), (0, ran), (0, ran)]
+
+
+def graphs_of_a_deep_network():
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    network = VisionTransformer([16], 8, embed_dim=12, depth=8, num_heads=3, drop_path_rate=0.1)
+    for block in network.blocks:
+        block.compile(dynamic=False, backend=backend)
+    network(torch.randn(1, 3, 16, 16)).sum().backward()
+    return len(compiled)
+
+
+def test_blocks_share_their_code_whatever_their_rate_of_stochastic_depth(tmp_path):
+    """The first drops nothing, the last is for [CLS] alone; the six between are one graph."""
+    assert run_processes(graphs_of_a_deep_network, 1, tmp_path) == [3]
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Counts them in `count`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.__name__.split(".")[0] in ("mm", "addmm", "bmm")
+        return function(*args, **(kwargs or {}))
+
+
+def kept_and_multiplied(compiled):
+    """Bytes kept for the backward pass, weights left out; its matrix products."""
+    state = small_state(with_ddp=False)
+    if compiled:
+        backend = "aot_eager_decomp_partition"  # which graphs inductor gets, without its code
+        compile_networks(state.student, state.teacher, state.dino_loss, backend=backend)
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in state.student.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # or another would get its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = state.student.backbone(torch.randn(16, 3, 32, 32)).sum()
+    with MatrixProducts() as products:
+        output.backward()
+    return sum(size for size, _ in kept.values()), products.count
+
+
+def test_compiled_code_keeps_less_and_multiplies_no_matrices_again(tmp_path):
+    (plain, compiled) = (
+        run_processes(kept_and_multiplied, 1, tmp_path, compiled)[0] for compiled in (False, True)
+    )
+    assert compiled[0] < 0.7 * plain[0]
+    assert compiled[1] <= plain[1]
+
+
+def order_of_gradients(with_ddp):
+    """What happens in a backward pass: "graph" of compiled code, or the block of a gradient."""
+    events = []
+
+    def logged(graph, _):
+        def run(inputs):
+            events.append("graph")
+            return graph(*inputs)
+
+        run._boxed_call = True
+        return run
+
+    def nop(graph, _):
+        return make_boxed_func(graph.forward)
+
+    state = small_state(with_ddp, views=2)
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=logged)
+    compile_networks(state.student, state.teacher, state.dino_loss, backend=backend)
+    for number, block in enumerate(unwrap(state.student).backbone.blocks):
+        for param in block.parameters():
+            param.register_post_accumulate_grad_hook(lambda _, n=number: events.append(n))
+    output = state.student([torch.randn(2, 3, 32, 32)] * 2)
+    output.square().sum().backward()
+    return [event for event, _ in itertools.groupby(events)]
+
+
+def test_under_ddp_a_blocks_gradients_arrive_before_those_of_earlier_blocks_are_computed(tmp_path):
+    (one_by_one,) = run_processes(order_of_gradients, 1, tmp_path, True)
+    assert one_by_one == ["graph", 2, "graph", 1, "graph", 0]
+    (at_the_end,) = run_processes(order_of_gradients, 1, tmp_path, False)
+    assert at_the_end[0] == "graph" and at_the_end.count("graph") == 1
+
+
+def test_compile_true_without_a_compiler_is_one_paragraph(class_folders, tmp_path):
+    command = ("main_dino.py", "--data_path", class_folders / "train", "--output_dir", tmp_path)
+    flags = (*SMALL_RUN, "--compile", "true")
+    environ = dict(CXX="/no/such/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    result = run_script(*command, *flags, timeout=100, **environ)
+    assert result.returncode == 2, result.stderr
+    assert "--compile true: torch.compile does not work here (" in result.stderr
+    assert "/no/such/compiler" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
+def test_compile_auto_continues_without_where_compiling_fails(capsys):
+    assert not is_compiling("auto", torch.device("cuda"))
+    assert "Warning: torch.compile does not work here (" in capsys.readouterr().out
+
+
+def test_compile_auto_is_for_gpus_and_the_bare_flag_is_true():
+    assert not is_compiling("auto", torch.device("cpu"))
+    assert not is_compiling("false", torch.device("cuda"))
+    assert main_dino.parse_args([]).compile == "auto"
+    assert main_dino.parse_args(["--compile", "--epochs", "3"]).compile == "true"
 
 
 @pytest.mark.cuda
