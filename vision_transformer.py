@@ -206,7 +206,7 @@ class PatchEmbed(nn.Module):
     def is_matrix_product(self, x):
         """Whether one does the convolution's work, and faster: not so in float32 on a CPU."""
         side_by_side = self.proj.stride == self.proj.kernel_size
-        faster = x.is_cuda or torch.is_autocast_enabled(x.device.type)
+        faster = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         return side_by_side and faster and is_as_built(self.proj)
 
     def pixels(self, x):

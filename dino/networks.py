@@ -123,6 +123,7 @@ def is_compiling(choice, device):
     A function on trial, since torch.compile needs what an installation may lack, such as a C
     compiler: without it auto prints a warning, and true is a UserError.
     """
+    choice = str(choice).lower()  # a bool of a Python caller's is taken too
     if choice == "false" or (choice == "auto" and device.type != "cuda"):
         return False
     try:

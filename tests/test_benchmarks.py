@@ -83,17 +83,18 @@ def test_knn_reports_neighbours_that_are_those_of_float32(capsys):
 
 def vit_gflops(arch, patch_size, out_dim, crop_sizes):
     """By hand, a multiplication and an addition as two: forward, and twice as much backward, save
-    the gradient of the pixels.
+    the gradient of the pixels. Of the last block only what [CLS] needs.
     """
-    D, depth = ARCHITECTURES[arch]["embed_dim"], ARCHITECTURES[arch]["depth"]
+    D, depth, h = (ARCHITECTURES[arch][name] for name in ("embed_dim", "depth", "num_heads"))
 
     def forward(size):
         patches = (size // patch_size) ** 2
         N = patches + 1
         block = 2 * N * D * (3 * D + D + 4 * D + 4 * D) + 4 * N * N * D  # linear layers, attention
+        last = 2 * D * (4 * D + 4 * D + 4 * D) + 4 * h * N * D  # q, W_k^T q, W_v, output; MLP
         head = 2 * (D * 2048 + 2048 * 2048 + 2048 * 256 + 256 * out_dim)
         embed = 2 * patches * D * 3 * patch_size**2
-        return depth * block + head, embed
+        return (depth - 1) * block + last + head, embed
 
     sizes = {size: forward(size) for size in crop_sizes}
     student = sum(3 * rest + 2 * embed for rest, embed in map(sizes.get, crop_sizes))

@@ -298,6 +298,7 @@ def test_compile_auto_continues_without_where_compiling_fails(capsys):
 def test_compile_auto_is_for_gpus_and_the_bare_flag_is_true():
     assert not is_compiling("auto", torch.device("cpu"))
     assert not is_compiling("false", torch.device("cuda"))
+    assert not is_compiling(False, torch.device("cuda"))
     assert main_dino.parse_args([]).compile == "auto"
     assert main_dino.parse_args(["--compile", "--epochs", "3"]).compile == "true"
 
