@@ -2,7 +2,7 @@
 """Time and memory of main_dino.train_step, on images that are on the device already.
 
     python benchmarks/train_step.py --batch 64 --against OFFICIAL_CHECKOUT --monitor
-    python benchmarks/train_step.py --batch 64 --arch vit_base --compile --amp_dtype float32
+    python benchmarks/train_step.py --batch 64 --arch vit_base --compile false --amp_dtype float32
 
 Every flag of main_dino.py counts here too. Prints one JSON line. The host waits for the device
 after each step, as in the official code. The milliseconds by part are of further steps, in which it
@@ -32,6 +32,7 @@ from flops import peak_flops, training_flops
 import main_dino
 from dino.distributed import Launch, choose_device
 from dino.errors import exit_on_user_error
+from dino.networks import is_compiling
 from dino.precision import autocast, choose_amp_dtype
 from dino.training.flag_checks import check_training_flags
 from dino.training.health import Monitor
@@ -53,6 +54,7 @@ def benchmark(args, training):
     check_training_flags(training)
     device = choose_device(training.device, Launch("python"))
     amp_dtype = choose_amp_dtype(training.use_fp16, training.amp_dtype, device)
+    training.compile = is_compiling(training.compile, device)  # what auto means here
     steps = args.steps or (30 if device.type == "cuda" else 5)
     result = {
         "benchmark": "train_step",
