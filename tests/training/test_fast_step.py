@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SMALL_RUN, run_processes, run_script
 from functorch.compile import make_boxed_func
 from helpers import state_for_a_step
@@ -131,6 +132,15 @@ def test_compiled_networks_and_loss_give_the_same_numbers():
     assert results[0][0].student.state_dict().keys() == results[1][0].student.state_dict().keys()
 
 
+@pytest.fixture
+def nothing_compiled():
+    """A process group of one, for DDP, and no compiled code from tests before."""
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def small_state(with_ddp, views=4):
     """Networks of three blocks, which drop paths, for views of 32 and 16 pixels."""
     torch.manual_seed(0)
@@ -181,13 +191,13 @@ GRAPHS = {False: (6, 6), True: (3 * 2 + 4, 3 * 2 + 4)}
 
 
 @pytest.mark.parametrize("with_ddp", [False, True])
-def test_nothing_is_compiled_after_the_first_step_and_all_that_is_compiled_runs(with_ddp, tmp_path):
-    (counts,) = run_processes(graphs_of_three_steps, 1, tmp_path, with_ddp)
+def test_nothing_is_compiled_after_the_first_step(with_ddp, nothing_compiled):
     compiled, ran = GRAPHS[with_ddp]
-    assert counts == [(compiled, ran), (0, ran), (0, ran)]
+    assert graphs_of_three_steps(with_ddp) == [(compiled, ran), (0, ran), (0, ran)]
 
 
-def graphs_of_a_deep_network():
+def test_blocks_share_their_code_whatever_their_rate_of_stochastic_depth(nothing_compiled):
+    """The first drops nothing, the last is for [CLS] alone; the six between are one graph."""
     compiled = []
 
     def backend(graph, _):
@@ -198,12 +208,7 @@ def graphs_of_a_deep_network():
     for block in network.blocks:
         block.compile(dynamic=False, backend=backend)
     network(torch.randn(1, 3, 16, 16)).sum().backward()
-    return len(compiled)
-
-
-def test_blocks_share_their_code_whatever_their_rate_of_stochastic_depth(tmp_path):
-    """The first drops nothing, the last is for [CLS] alone; the six between are one graph."""
-    assert run_processes(graphs_of_a_deep_network, 1, tmp_path) == [3]
+    assert len(compiled) == 3
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -237,10 +242,8 @@ def kept_and_multiplied(compiled):
     return sum(size for size, _ in kept.values()), products.count
 
 
-def test_compiled_code_keeps_less_and_multiplies_no_matrices_again(tmp_path):
-    (plain, compiled) = (
-        run_processes(kept_and_multiplied, 1, tmp_path, compiled)[0] for compiled in (False, True)
-    )
+def test_compiled_code_keeps_less_and_multiplies_no_matrices_again(nothing_compiled):
+    plain, compiled = map(kept_and_multiplied, (False, True))
     assert compiled[0] < 0.7 * plain[0]
     assert compiled[1] <= plain[1]
 
@@ -271,10 +274,9 @@ def order_of_gradients(with_ddp):
     return [event for event, _ in itertools.groupby(events)]
 
 
-def test_under_ddp_a_blocks_gradients_arrive_before_those_of_earlier_blocks_are_computed(tmp_path):
-    (one_by_one,) = run_processes(order_of_gradients, 1, tmp_path, True)
-    assert one_by_one == ["graph", 2, "graph", 1, "graph", 0]
-    (at_the_end,) = run_processes(order_of_gradients, 1, tmp_path, False)
+def test_under_ddp_a_blocks_gradients_arrive_before_earlier_ones_are_computed(nothing_compiled):
+    assert order_of_gradients(with_ddp=True) == ["graph", 2, "graph", 1, "graph", 0]
+    at_the_end = order_of_gradients(with_ddp=False)
     assert at_the_end[0] == "graph" and at_the_end.count("graph") == 1
 
 
