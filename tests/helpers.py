@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small networks, training states and checkpoints that several test files build and compare."""
 
+import numpy as np
 import torch
 from conftest import save_backbone
 from torch import nn
@@ -86,3 +87,18 @@ def save_random_backbone(path, arch):
 
 def parse(module, *flags):
     return module.get_args_parser().parse_args([*map(str, flags), "--device", "cpu"])
+
+
+def numbered(shape, seed=0, scale=1.0):
+    """Numbers from numpy's RandomState, whose stream is the same in every version."""
+    values = np.random.RandomState(seed).standard_normal(shape) * scale
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def fill(module):
+    """Give every weight a value that does not depend on how the module initialises itself."""
+    with torch.no_grad():
+        for i, (name, value) in enumerate(sorted(module.state_dict().items())):
+            is_scale = (name.endswith("weight") and "norm" in name) or name.endswith("weight_g")
+            value.copy_(numbered(value.shape, i, 0.05) + is_scale)
+    return module.eval()
