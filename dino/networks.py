@@ -142,8 +142,8 @@ def compile_networks(student, teacher, dino_loss, backend="inductor"):
 
     Once for each crop size, in each of student and teacher: fixed shapes give faster code. In a
     DistributedDataParallel a ViT is compiled block by block, since a compiled function gives all
-    its gradients at its end: those of late blocks are reduced while those of early ones are
-    computed.
+    its gradients at its end: so those of late blocks are reduced while those of early ones are
+    computed. Blocks that are alike share their code.
     """
     # Versions of one function, such as a block's, after which torch would run it uncompiled.
     torch._dynamo.config.recompile_limit = 64
