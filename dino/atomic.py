@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are whole or not there."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a path beside `path` to write to: it becomes `path`, or is removed after an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
