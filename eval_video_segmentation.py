@@ -13,49 +13,42 @@ ViT-S/16 and 71.4 with ViT-B/8. Run the same command again to resume: finished v
 second command makes videos with known masks from scikit-image's photographs.
 """
 
-import hashlib
-import json
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-
-from dino.atomic import replacing
-from dino.backbones import build_backbone, canonical_name
+from dino.backbones import canonical_name
 from dino.command_line import (
     Parser,
     add_device_argument,
+    add_image_arguments,
     add_weights_arguments,
     check_output_file,
     check_output_folder,
     number,
 )
-from dino.data.augmentations import IMAGENET_STD
-from dino.data.davis import check_video, find_videos, palette, read_labels, save_mask
+from dino.data.davis import check_video, find_videos, read_labels
 from dino.data.demo import DEMO
 from dino.data.demo_videos import write_demo_videos
-from dino.data.images import read_image
+from dino.data.images import limit_pixels
 from dino.distributed import Launch, choose_device, print0
 from dino.errors import UserError, exit_on_user_error
-from dino.evaluation.video_scores import boundary, score_video, summarise, write_tables
+from dino.evaluation.video_pictures import draw_video
+from dino.evaluation.video_results import Results, fingerprint
+from dino.evaluation.video_scores import summarise, table, write_tables
 from dino.evaluation.video_segmentation import (
-    FRAME_STD,
     LONG_SIDE_STEP,
     SHORT_SIDE,
-    RawPixels,
-    load_frame,
-    segment_frames,
+    lost_objects,
+    score_baselines,
+    segment_files,
 )
+from dino.json_files import write_json
 from dino.meters import peak_memory_mb, progress_bar
 from dino.printable import printable
-from dino.randomness import fix_random_seeds
+from dino.run_lock import owned
 from dino.training import plots
 from dino.weights.pretrained import open_backbone
 from vision_transformer import ARCHITECTURES
-
-PROTOCOL = "segmentation.json"  # what the masks in --output_dir were made with
-SHEET_FRAMES = 8
 
 
 def get_args_parser():
@@ -99,122 +92,77 @@ def get_args_parser():
         f" a multiple of {LONG_SIDE_STEP}",
     )
     add("--bs", default=6, type=int, help="not used, as in the official code: frames come in turn")
+    add(
+        "--resume",
+        default="auto",
+        choices=["auto", "never"],
+        help="auto keeps the masks in --output_dir of videos that are finished; never segments all"
+        " videos again",
+    )
     add("--output", default=None, help="JSON file to write all scores to")
     add(
         "--save_overlays",
         action="store_true",
-        help="draw frames of each video with their masks, as overlays/VIDEO.png in --output_dir",
+        help="draw frames of each video with their masks, as overlays/NAME.png in --output_dir",
     )
+    add_image_arguments(parser)
     add_device_argument(parser)
     return parser
 
 
 def eval_video_segmentation(args):
-    """Segment the videos, print and return {"J&F-Mean": ..., "J-Mean": ...}, see `summarise`.
+    """Segment the videos; print and return {"J&F-Mean": ..., "J-Mean": ...}, see `summarise`.
 
     None where no video has true masks.
     """
+    limit_pixels(args.max_image_pixels)
     check_output_folder(args.output_dir)
     if args.output:
         check_output_file(args.output)
-    folder, data_path = Path(args.output_dir), args.data_path
+    with owned(args.output_dir):
+        videos = open_videos(args)
+        results = Results(args.output_dir, describe_protocol(args))
+        finished = results.finished(videos) if args.resume == "auto" else []
+        print0(f"{len(videos)} videos, of which {len(finished)} were finished before")
+        pretrained = None
+        if len(finished) < len(videos):
+            pretrained = open_vit(args)
+            results.write_protocol()
+            unfinished = [video for video in videos if video not in finished]
+            segment_videos(args, unfinished, pretrained, results)
+        scores = results.score(videos)
+        if args.save_overlays:
+            save_overlays(videos, results, scores)
+        return report(args, videos, scores, results, pretrained) if scores else None
+
+
+def open_videos(args):
+    """The Videos, every file of them checked; the demo's are made first."""
+    data_path = args.data_path
     if data_path == DEMO:
-        data_path = folder / "demo_videos"
+        data_path = Path(args.output_dir) / "demo_videos"
         write_demo_videos(data_path)
     videos = find_videos(data_path, args.split)
-    protocol = describe_protocol(args)
-    check_protocol(folder, protocol, videos)
-    unfinished = [video for video in videos if not is_finished(folder, video)]
-    for video in progress_bar(unfinished, "checking frames and masks"):
+    for video in progress_bar(videos, "checking frames and masks"):
         check_video(video)
-
-    device = choose_device(args.device, Launch("python"))
-    if unfinished:
-        pretrained = open_vit(args)
-        pretrained.backbone.to(device)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / PROTOCOL, protocol)
-        segment_unfinished(args, videos, unfinished, pretrained, device)
-    else:
-        print0(f"All {len(videos)} videos are segmented in {folder}.")
-
-    scores = score_videos(folder, videos)
-    if args.save_overlays:
-        draw_overlays(folder, videos, scores)
-    if not scores:
-        print0("No video has true masks beside that of its first frame: nothing is scored.")
-        return None
-    total, objects = summarise(scores)
-    print_table(total, objects, scores)
-    write_tables(folder, args.split, total, objects)
-    if args.output:
-        write_json(args.output, {**protocol, "total": total, "objects": objects})
-    if args.data_path == DEMO and unfinished:
-        print_baselines(args, videos, pretrained, device, total)
-    return total
-
-
-# ---- what was done before ----
+    return videos
 
 
 def describe_protocol(args):
     """What the masks depend on besides the videos: {name: value}, for JSON."""
-    if args.pretrained_weights and Path(args.pretrained_weights).is_file():
-        with open(args.pretrained_weights, "rb") as file:
-            weights = f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
-        weights += f", {args.checkpoint_key}"
+    if args.pretrained_weights:
+        weights = f"{fingerprint(args.pretrained_weights)}, {args.checkpoint_key}"
     else:
         weights = f"published, {canonical_name(args.arch)}, patches of {args.patch_size}"
-    return {
-        "weights": weights,
-        "n_last_frames": args.n_last_frames,
-        "size_mask_neighborhood": args.size_mask_neighborhood,
-        "topk": args.topk,
-        "image_size": args.image_size,
-    }
-
-
-def check_protocol(folder, protocol, videos):
-    """Raise UserError if the folder holds masks that another protocol, or another program, made."""
-    path = folder / PROTOCOL
-    if not path.is_file():
-        for video in videos:
-            if (folder / video.name).exists():
-                raise UserError(
-                    f"--output_dir {folder}: {printable(folder / video.name)} is there, but no"
-                    f" {PROTOCOL}, which says how its masks were made. Give another folder."
-                )
-        return
-    try:
-        before = json.loads(path.read_text())
-    except ValueError:
-        before = {}
-    for name, value in protocol.items():
-        found = before.get(name) if isinstance(before, dict) else None
-        if found != value:
-            raise UserError(
-                f"--output_dir {folder}: its masks were made with {name} {printable(found)}, not"
-                f" {value}. Give another folder, or delete this one."
-            )
-
-
-def is_finished(folder, video):
-    return all(mask_path(folder, video, frame).is_file() for frame in video.frames)
-
-
-def mask_path(folder, video, frame):
-    """Where the mask of a frame goes: the frame's own name, the first one's too.
-
-    In the official code the first result is always 00000.png.
-    """
-    return folder / video.name / f"{frame.stem}.png"
-
-
-# ---- segmentation ----
+    flags = ("n_last_frames", "size_mask_neighborhood", "topk", "image_size")
+    return {"weights": weights, **{flag: getattr(args, flag) for flag in flags}}
 
 
 def open_vit(args):
-    """`open_backbone`; UserError for a network without patch tokens, or whose patches do not fit."""
+    """`open_backbone`, on --device; UserError for a network whose patches do not fit, or that has
+    none.
+    """
+    device = choose_device(args.device, Launch("python"))
     if not args.pretrained_weights:
         check_is_vit(args.arch, f"--arch {args.arch}")  # rather than download it
     pretrained = open_backbone(args)
@@ -225,6 +173,7 @@ def open_vit(args):
             f"--image_size {args.image_size}: this side and the other, a multiple of"
             f" {LONG_SIDE_STEP}, must be multiples of the backbone's patch size, {patch_size}."
         )
+    pretrained.backbone.to(device)
     return pretrained
 
 
@@ -236,149 +185,59 @@ def check_is_vit(arch, source):
         )
 
 
-def segment_unfinished(args, videos, unfinished, pretrained, device):
-    """Write the masks of the videos, each file whole or not at all."""
-    start, count = time.perf_counter(), 0
-    for i, video in enumerate(videos):
-        if video not in unfinished:
-            continue
-        print0(f"[{i + 1}/{len(videos)}] {printable(video.name)}: {len(video.frames)} frames")
-        masks = segment(args, video, pretrained.backbone, pretrained, device)
-        bar = progress_bar(zip(video.frames, masks, strict=True), video.name, len(video.frames))
-        for frame, labels in bar:
-            path = mask_path(Path(args.output_dir), video, frame)
-            path.parent.mkdir(exist_ok=True)
-            save_mask(path, labels)
-        count += len(video.frames)
-    seconds = time.perf_counter() - start
+def segment_videos(args, videos, pretrained, results):
+    """Write the masks of the videos."""
+    start, options = time.perf_counter(), segmentation_options(args)
+    for i, video in enumerate(videos, start=1):
+        name, labels = printable(video.name), read_labels(video.annotations[0])
+        print0(f"[{i}/{len(videos)}] {name}: {len(video.frames)} frames")
+        for lost in lost_objects(labels, pretrained.patch_size, args.image_size):
+            print0(
+                f"{name}: object {lost} is too small for the grid of patches and is lost, as in the"
+                " official code. A larger --image_size keeps it."
+            )
+        masks = segment_files(pretrained.backbone, pretrained, video.frames, labels, **options)
+        results.write(video, masks)
+    frames, seconds = sum(len(video.frames) for video in videos), time.perf_counter() - start
     print0(
-        f"Segmented {count} frames in {seconds:.0f} s; the most memory held so far:"
+        f"Segmented {frames} frames in {seconds:.0f} s; the most memory held so far:"
         f" {peak_memory_mb():.0f} MiB"
     )
 
 
-def segment(args, video, model, pretrained, device):
-    """Label maps of a video's frames, one by one; `pretrained` says how the model is fed."""
-    # The official odd value goes with the official ones beside it.
-    std = FRAME_STD if tuple(pretrained.std) == IMAGENET_STD else pretrained.std
-    frames = (
-        load_frame(frame, args.image_size, pretrained.mean, std)[0].to(device)
-        for frame in video.frames
+def segmentation_options(args):
+    return dict(
+        short_side=args.image_size,
+        n_last_frames=args.n_last_frames,
+        radius=args.size_mask_neighborhood,
+        topk=args.topk,
     )
-    first_mask = read_labels(video.annotations[0])
-    return segment_frames(
-        model, frames, first_mask, args.n_last_frames, args.size_mask_neighborhood, args.topk
-    )
+
+
+def save_overlays(videos, results, scores):
+    folder = results.folder / "overlays"
+    folder.mkdir(exist_ok=True)
+    for video in progress_bar(videos, "overlays"):
+        figure = draw_video(video, results.read(video), scores.get(video.name))
+        plots.save(figure, folder / f"{video.name}.png")
 
 
 # ---- scores ----
 
 
-def score_videos(folder, videos):
-    """{name: (J, F)} of the videos that have true masks."""
-    scores = {}
-    for video in progress_bar([video for video in videos if video.has_ground_truth], "scoring"):
-        if len(video.frames) < 3:
-            print0(f"{printable(video.name)}: not scored, its first and last frame do not count.")
-            continue
-        found = [read_labels(mask_path(folder, video, frame)) for frame in video.frames]
-        scores[video.name] = score_video([read_labels(path) for path in video.annotations], found)
-    return scores
-
-
-def print_table(total, objects, scores):
-    """A row for each object, and the means over all of them, in percent."""
-    print0(f"{len(scores)} videos with {len(objects)} objects")
-    width = max(map(len, [*map(printable, objects), "all objects"]))
-    print0(f"{'':{width}}      J&F        J  recall   decay        F  recall   decay")
-    rows = {printable(name): (j_and_f(row), row) for name, row in objects.items()}
-    rows["all objects"] = total["J&F-Mean"], total
-    for name, (mean, row) in rows.items():
-        cells = [row[f"{measure}-{column}"] for measure in "JF" for column in STATISTICS]
-        shown = " ".join(f"{100 * cell:{7 + (i % 3 == 0)}.1f}" for i, cell in enumerate(cells))
-        print0(f"{name:{width}} {100 * mean:8.1f} {shown}")
-
-
-STATISTICS = ("Mean", "Recall", "Decay")
-
-
-def j_and_f(row):
-    return (row["J-Mean"] + row["F-Mean"]) / 2
-
-
-def print_baselines(args, videos, pretrained, device, total):
-    """J&F of raw pixels and of an untrained backbone, beside that of the backbone."""
-    fix_random_seeds(0)
-    untrained, _ = build_backbone(
-        pretrained.arch, pretrained.patch_size, img_size=pretrained.image_size
-    )
-    models = {"raw pixels": RawPixels(pretrained.patch_size), "untrained backbone": untrained}
-    print0(f"J&F on the {len(videos)} videos of {DEMO}")
-    for name, model in models.items():
-        model.eval().to(device)
-        scores = {
-            video.name: score_video(
-                [read_labels(path) for path in video.annotations],
-                list(segment(args, video, model, pretrained, device)),
-            )
-            for video in progress_bar(videos, name)
-        }
-        print0(f"  {name:18} {100 * summarise(scores)[0]['J&F-Mean']:5.1f}")
-    print0(f"  {'this backbone':18} {100 * total['J&F-Mean']:5.1f}")
-
-
-# ---- files ----
-
-
-def write_json(path, content):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def draw_overlays(folder, videos, scores):
-    """A contact sheet for each video: frames from all over it, with their masks."""
-    (folder / "overlays").mkdir(exist_ok=True)
-    for video in videos:
-        indices = np.linspace(0, len(video.frames) - 1, SHEET_FRAMES).round().astype(int)
-        frames = [video.frames[i] for i in dict.fromkeys(indices.tolist())]
-        pictures = {
-            frame.stem: overlay(read_image(frame), read_labels(mask_path(folder, video, frame)))
-            for frame in frames
-        }
-        title = video.name
-        if video.name in scores:
-            j, f = (100 * values.mean() for values in scores[video.name])
-            title += f": J {j:.1f}, F {f:.1f}"
-        draw_sheet(folder / "overlays" / f"{video.name}.png", printable(title), pictures)
-
-
-def overlay(image, labels):
-    """The frame (H, W, 3) uint8 with its objects tinted and outlined in white."""
-    pixels = np.asarray(image)
-    tinted = np.where(labels[..., None] > 0, (pixels / 2 + palette()[labels] / 2), pixels)
-    tinted[boundary(labels)] = 255
-    return tinted.astype(np.uint8)
-
-
-def draw_sheet(path, title, pictures, columns=4):
-    height, width, _ = next(iter(pictures.values())).shape
-    rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.5 * columns, rows * (3.5 * height / width + 0.3) + 0.4),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (name, pixels) in zip(axes.flat, pictures.items(), strict=False):
-        axis.imshow(pixels)
-        axis.set_title(printable(name), fontsize=9, parse_math=False)
-    figure.suptitle(title, fontsize=12, parse_math=False)
-    plots.save(figure, path)
+def report(args, videos, scores, results, pretrained):
+    """Print the scores, write them to files, and return the means over all objects."""
+    total, objects = summarise(scores)
+    print0(f"{len(scores)} videos with {len(objects)} objects", *table(total, objects), sep="\n")
+    write_tables(results.folder, args.split, total, objects)
+    if args.output:
+        write_json(args.output, {**results.protocol, "total": total, "objects": objects})
+    if args.data_path == DEMO and pretrained:
+        print0(f"J&F on the {len(videos)} videos of {DEMO}")
+        for name, baseline in score_baselines(pretrained, videos, **segmentation_options(args)):
+            print0(f"  {name:18} {100 * summarise(baseline)[0]['J&F-Mean']:5.1f}")
+        print0(f"  {'this backbone':18} {100 * total['J&F-Mean']:5.1f}")
+    return total
 
 
 def main():

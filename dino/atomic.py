@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there."""
+"""Files that hold their old content or their new, never part of it."""
 
 import contextlib
 import os

@@ -5,12 +5,21 @@ import json
 import math
 from pathlib import Path
 
+from dino.atomic import replacing
 from dino.errors import UserError
 
 
 def dumps(value, **options):
     """JSON text; a number that is not finite, which JSON does not have, becomes null."""
     return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def write_json(path, value):
+    """Write `value` to `path` atomically, in a folder that is made if there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(dumps(value, indent=1) + "\n")
 
 
 def finite(value):

@@ -12,11 +12,10 @@ import numpy as np
 from PIL import Image
 
 from dino.atomic import replacing
-from dino.data.frames import list_frames
-from dino.data.images import given_path, read_image
+from dino.data.frames import check_frames, check_size, list_frames
+from dino.data.images import given_path
 from dino.data.masks import BACKGROUND, VOID, open_mask
 from dino.errors import UserError
-from dino.printable import printable
 
 RESOLUTION = "480p"
 VOC_COLORS = 22  # entries of the palette that are colours; the others are greys
@@ -35,13 +34,15 @@ class Video:
         """Whether its segmentation can be scored."""
         return len(self.annotations) == len(self.frames)
 
+    def read_annotations(self):
+        """The label maps of the annotations."""
+        return [read_labels(path) for path in self.annotations]
+
 
 def find_videos(data_path, split="val"):
     """The Videos that ImageSets/2017/`split`.txt lists. UserError where a file is missing."""
     root = given_path(data_path)
-    names = read_names(root, split)
-    videos = [find_video(root, name) for name in names]
-    return videos
+    return [find_video(root, name) for name in read_names(root, split)]
 
 
 def read_names(root, split):
@@ -56,15 +57,15 @@ def read_names(root, split):
         names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise UserError(
-            f"{path}: this file is not text. It lists a video's name per line."
+            f"{path}: this file is not text. It must list a video's name per line."
         ) from None
     if not names:
-        raise UserError(f"{path} lists no video.")
+        raise UserError(f"{path} lists no video. It must list a name per line.")
     for name in names:
         if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise UserError(f"{path}: {printable(name)!r} is not the name of a folder of frames.")
+            raise UserError(f"{path}: {name!r} is not the name of a folder of frames.")
         if names.count(name) > 1:
-            raise UserError(f"{path} lists {printable(name)} twice.")
+            raise UserError(f"{path} lists {name} twice.")
     return names
 
 
@@ -72,20 +73,16 @@ def find_video(root, name):
     frame_folder = root / "JPEGImages" / RESOLUTION / name
     mask_folder = root / "Annotations" / RESOLUTION / name
     if not frame_folder.is_dir():
-        raise UserError(f"--data_path {root}: no folder {printable(frame_folder)}.")
+        raise UserError(f"--data_path {root}: no folder {frame_folder}.")
     frames = list_frames(frame_folder)
     if not frames:
-        raise UserError(
-            f"--data_path {root}: no frame (.jpg or .png) in {printable(frame_folder)}."
-        )
+        raise UserError(f"--data_path {root}: no frame (.jpg or .png) in {frame_folder}.")
     masks = [mask_folder / f"{frame.stem}.png" for frame in frames]
     if len(set(masks)) < len(masks):
-        raise UserError(
-            f"{printable(frame_folder)}: two frames have the same name but for the suffix."
-        )
+        raise UserError(f"{frame_folder}: two frames have the same name but for the suffix.")
     if not masks[0].is_file():
         raise UserError(
-            f"--data_path {root}: {printable(masks[0])} is missing, the mask of the first frame,"
+            f"--data_path {root}: {masks[0]} is missing, the mask of the first frame,"
             " which is carried on to the others."
         )
     every = all(mask.is_file() for mask in masks)
@@ -94,31 +91,14 @@ def find_video(root, name):
 
 def check_video(video):
     """Read every file: UserError for one that cannot be read or does not fit the others."""
-    size = None
-    for frame in video.frames:
-        image = read_image(frame)
-        size = size or image.size
-        if image.size != size:
-            raise UserError(
-                f"{printable(frame)}: {describe(image.size)} pixels, the first frame has"
-                f" {describe(size)}."
-            )
-    for i, path in enumerate(video.annotations):
-        labels = read_labels(path)
-        if labels.shape[::-1] != size:
-            raise UserError(
-                f"{printable(path)}: {describe(labels.shape[::-1])} pixels, its frame has"
-                f" {describe(size)}."
-            )
-        if i == 0 and not labels.any():
-            raise UserError(
-                f"{printable(path)}: no object in the first mask, so there is nothing to carry on"
-                " (255 is void, not an object)."
-            )
-
-
-def describe(size):
-    return " x ".join(map(str, size))
+    size = check_frames(video.frames)
+    for path in video.annotations:
+        check_size(path, read_labels(path).shape[::-1], size, "its frame")
+    if not read_labels(video.annotations[0]).any():
+        raise UserError(
+            f"{video.annotations[0]}: there is no object in this first mask (255 is void, not an"
+            " object), so there is nothing to carry on. Take the original file."
+        )
 
 
 def read_labels(path):
@@ -126,8 +106,8 @@ def read_labels(path):
     mask = open_mask(path)
     if mask.mode not in ("P", "L", "1"):
         raise UserError(
-            f"{printable(path)}: its pixels are colours ({mask.mode}), not the numbers of objects as"
-            " in DAVIS's indexed PNG. Take the original files."
+            f"{path}: its pixels are colours ({mask.mode}), not the numbers of objects as in"
+            " DAVIS's indexed PNG. Take the original files."
         )
     labels = np.array(mask, np.uint8)
     labels[labels == VOID] = BACKGROUND

@@ -4,24 +4,45 @@
 import re
 from pathlib import Path
 
+from dino.data.images import read_image, refuse
+from dino.errors import UserError
+
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-def by_number(path):
-    """Sort key under which frame-10000 comes after frame-9999, however many zeros they have."""
-    parts = re.split(r"(\d+)", Path(path).name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], Path(path).name
 
 
 def list_frames(folder, prefix=""):
     """Paths of the images in `folder` whose names begin with `prefix`, in order."""
-    return sorted(
-        (
-            path
-            for path in Path(folder).iterdir()
-            if path.suffix.lower() in FRAME_SUFFIXES
-            and path.name.startswith(prefix)
-            and path.is_file()
-        ),
-        key=by_number,
-    )
+    try:
+        paths = [path for path in Path(folder).iterdir() if path.is_file()]
+    except OSError as error:
+        refuse(error)
+    frames = [
+        path
+        for path in paths
+        if path.suffix.lower() in FRAME_SUFFIXES
+        and path.name.startswith(prefix)
+        and not path.name.startswith(".")
+    ]
+    return sorted(frames, key=by_number)
+
+
+def by_number(path):
+    """Sort key under which frame-10000 comes after frame-9999, however many zeros they have."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+
+
+def check_frames(paths):
+    """Read all frames: UserError for one that cannot be read or has another size than the first."""
+    sizes = {}
+    for path in paths:
+        sizes[path] = read_image(path).size
+        check_size(path, sizes[path], sizes[paths[0]], "the first frame")
+    return sizes[paths[0]]
+
+
+def check_size(path, size, expected, source):
+    """Raise UserError unless two (width, height) are the same."""
+    if size != expected:
+        found, wanted = (" x ".join(map(str, pixels)) for pixels in (size, expected))
+        raise UserError(f"{path}: {found} pixels, and {source} has {wanted}.")

@@ -12,6 +12,7 @@ import warnings
 import numpy as np
 
 from dino.atomic import replacing
+from dino.printable import printable
 
 BOUNDARY_TOLERANCE = 0.008  # of the frame's diagonal
 COLUMNS = ("J-Mean", "J-Recall", "J-Decay", "F-Mean", "F-Recall", "F-Decay")
@@ -108,6 +109,17 @@ def summarise(scores):
         for column in COLUMNS
     }
     return {"J&F-Mean": (means["J-Mean"] + means["F-Mean"]) / 2} | means, objects
+
+
+def table(total, objects):
+    """Lines: a row for each object, and the means over all of them, in percent."""
+    rows = {printable(name): row for name, row in objects.items()} | {"all objects": total}
+    width = max(map(len, rows))
+    header = ("J&F", "J", "recall", "decay", "F", "recall", "decay")
+    yield " " * width + "".join(f"{name:>8}" for name in header)
+    for name, row in rows.items():
+        cells = [(row["J-Mean"] + row["F-Mean"]) / 2, *(row[column] for column in COLUMNS)]
+        yield f"{name:{width}}" + "".join(f"{100 * cell:8.1f}" for cell in cells)
 
 
 def write_tables(folder, split, total, objects):

@@ -8,6 +8,7 @@ Shapes: T frames of H x W pixels, P patch size, h = H/P rows and w = W/P columns
 dimensions, C classes (the background and the objects), n source frames.
 """
 
+import itertools
 from collections import deque
 from types import SimpleNamespace
 
@@ -19,10 +20,13 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from dino.data.augmentations import IMAGENET_MEAN
+from dino.backbones import build_backbone
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.davis import BACKGROUND, read_labels, save_mask
 from dino.data.images import read_image
 from dino.evaluation.video_scores import boundary_f, jaccard, score_video, statistics
+from dino.meters import progress_bar
+from dino.randomness import fix_random_seeds
 
 __all__ = [
     "RawPixels",
@@ -31,10 +35,13 @@ __all__ = [
     "jaccard",
     "load_frame",
     "load_mask",
+    "lost_objects",
     "neighborhood_mask",
     "propagate_labels",
     "save_mask",
+    "score_baselines",
     "score_video",
+    "segment_files",
     "segment_frames",
     "segment_video",
     "statistics",
@@ -90,28 +97,20 @@ def load_mask(path, patch_size, short_side=SHORT_SIDE):
 def one_hot_patches(labels, rows, columns):
     """(1, C, rows, columns): the class of each patch, that of the pixel nearest to its centre.
 
-    C counts the objects of `labels`, as numbered there. An object that no patch would get has the
-    free patch that holds most of its pixels; in the official code it is lost.
+    As in the official code, an object that no patch gets is lost, and C ends with the last one that
+    is left; see `lost_objects`.
     """
-    image = Image.fromarray(labels)
-    patches = np.array(image.resize((columns, rows), Image.Resampling.NEAREST))
-    for lost in np.setdiff1d(labels, patches):
-        if lost != BACKGROUND:
-            give_a_patch(patches, labels, lost)
-    classes = int(labels.max()) + 1
-    return F.one_hot(torch.from_numpy(patches).long(), classes).permute(2, 0, 1)[None].float()
+    image = Image.fromarray(labels).resize((columns, rows), Image.Resampling.NEAREST)
+    patches = torch.from_numpy(np.array(image)).long()
+    return F.one_hot(patches).permute(2, 0, 1)[None].float()
 
 
-def give_a_patch(patches, labels, lost):
-    """Give the class `lost` a patch, unless each is the only one of another class. In place."""
-    y, x = np.nonzero(labels == lost)
-    cells = y * len(patches) // len(labels), x * patches.shape[1] // labels.shape[1]
-    pixels = np.zeros(patches.shape, int)
-    np.add.at(pixels, cells, 1)
-    sizes = np.bincount(patches.ravel())
-    pixels[sizes[patches] == 1] = 0
-    if pixels.any():
-        patches[np.unravel_index(pixels.argmax(), pixels.shape)] = lost
+def lost_objects(labels, patch_size, short_side=SHORT_SIDE):
+    """Numbers of the objects of a first mask that are too small for the grid of patches."""
+    height, width = frame_size(*labels.shape, short_side)
+    one_hot = one_hot_patches(labels, height // patch_size, width // patch_size)[0]
+    kept = one_hot.flatten(1).any(dim=1).nonzero().flatten().tolist()
+    return sorted({*np.unique(labels).tolist()} - {*kept, BACKGROUND})
 
 
 # ---- propagation ----
@@ -122,17 +121,21 @@ def neighborhood_mask(height, width, radius):
 
     All ones for radius 0. For looking at: propagate_labels never builds it.
     """
-    near = within(range(height), range(width), range(height), range(width), radius)
-    return near.float()
+    everywhere = slice(0, height), slice(0, width)
+    return within(everywhere, everywhere, radius, device="cpu").float()
 
 
-def within(rows, columns, source_rows, source_columns, radius):
-    """Which sources of a rectangle are near which targets of another: bool (targets, sources)."""
-    near = [
-        (torch.tensor(targets)[:, None] - torch.tensor(sources)).abs() <= (radius or torch.inf)
-        for targets, sources in ((rows, source_rows), (columns, source_columns))
-    ]
-    return (near[0][:, None, :, None] & near[1][None, :, None, :]).flatten(2).flatten(0, 1)
+def within(targets, sources, radius, device):
+    """Which sources are near which targets: two (rows, columns) -> bool (targets, sources)."""
+    rows, columns = (
+        (
+            torch.arange(a.start, a.stop, device=device)[:, None]
+            - torch.arange(b.start, b.stop, device=device)
+        ).abs()
+        <= (radius or torch.inf)
+        for a, b in zip(targets, sources, strict=True)
+    )
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
 def propagate_labels(target_features, source_features, source_labels, radius=12, topk=5):
@@ -149,19 +152,17 @@ def propagate_labels(target_features, source_features, source_labels, radius=12,
     sources = F.normalize(source_features, dim=-1).view(count, height, width, -1)
     labels = source_labels.permute(0, 2, 3, 1)  # (n, h, w, C)
     propagated = labels.new_empty(height, width, classes)
-    for rows in tiles(height):
-        for columns in tiles(width):
-            near_rows = around(rows, radius, height)
-            near_columns = around(columns, radius, width)
-            candidates = (slice(None), near_rows, near_columns)
-            near = within(*map(as_range, (rows, columns, near_rows, near_columns)), radius)
-            propagated[rows, columns] = weighted_labels(
-                targets[rows, columns].flatten(0, 1),
-                sources[candidates].flatten(1, 2),
-                labels[candidates].flatten(1, 2),
-                near.to(targets.device),
-                topk,
-            ).view(len(as_range(rows)), len(as_range(columns)), classes)
+    for tile in itertools.product(tiles(height), tiles(width)):
+        candidates = around(tile[0], radius, height), around(tile[1], radius, width)
+        near = within(tile, candidates, radius, targets.device)
+        block = targets[tile]
+        propagated[tile] = weighted_labels(
+            block.flatten(0, 1),
+            sources[:, *candidates].flatten(1, 2),
+            labels[:, *candidates].flatten(1, 2),
+            near,
+            topk,
+        ).view(*block.shape[:2], classes)
     return propagated.permute(2, 0, 1)
 
 
@@ -186,10 +187,6 @@ def around(tile, radius, length):
     if radius == 0:
         return slice(0, length)
     return slice(max(0, tile.start - radius), min(length, tile.stop + radius))
-
-
-def as_range(part):
-    return range(part.start, part.stop)
 
 
 def to_label_map(scores, patch_size, height, width):
@@ -225,6 +222,41 @@ class RawPixels(nn.Module):
         return [F.pad(patches, (1, 0)).transpose(1, 2)]
 
 
+def baselines(pretrained):
+    """Models to compare a Pretrained ViT with, on its device: {name: model}."""
+    fix_random_seeds(0)
+    arch, patch_size = pretrained.arch, pretrained.patch_size
+    untrained, _ = build_backbone(arch, patch_size, img_size=pretrained.image_size)
+    untrained.to(pretrained.backbone.cls_token.device)
+    return {"raw pixels": RawPixels(patch_size), "untrained backbone": untrained.eval()}
+
+
+def segment_files(model, pretrained, paths, first_mask, short_side=SHORT_SIDE, **options):
+    """segment_frames of image files, each read when its turn comes.
+
+    `pretrained` says how `model`, its backbone or a baseline, is fed. A backbone fed as the
+    official ones are gets the official odd FRAME_STD.
+    """
+    std = FRAME_STD if tuple(pretrained.std) == IMAGENET_STD else pretrained.std
+    device = pretrained.backbone.cls_token.device
+    frames = (load_frame(path, short_side, pretrained.mean, std)[0].to(device) for path in paths)
+    return segment_frames(model, frames, first_mask, **options)
+
+
+def score_baselines(pretrained, videos, **options):
+    """Yield (name, {video's name: (J, F)}) of models to compare a Pretrained ViT with.
+
+    `videos` are of dino.data.davis, all with true masks; `options` are those of segment_files.
+    """
+    for name, model in baselines(pretrained).items():
+        scores = {}
+        for video in progress_bar(videos, name):
+            truth = video.read_annotations()
+            found = segment_files(model, pretrained, video.frames, truth[0], **options)
+            scores[video.name] = score_video(truth, list(found))
+        yield name, scores
+
+
 def segment_video(model, frames, first_mask, n_last_frames=7, radius=12, topk=5):
     """Label maps (T, H0, W0) uint8, `first_mask` (H0, W0) included; see segment_frames."""
     return np.stack(list(segment_frames(model, frames, first_mask, n_last_frames, radius, topk)))
@@ -238,18 +270,18 @@ def segment_frames(model, frames, first_mask, n_last_frames=7, radius=12, topk=5
     device, of which one is held at a time. The sources of a frame are the first frame with its
     mask, and the last `n_last_frames` before it with their soft labels; each frame is encoded once.
     """
-    patch_size = model.patch_embed.patch_size
+    patch_size, first_mask = model.patch_embed.patch_size, np.array(first_mask, np.uint8)
     context = deque(maxlen=n_last_frames)
     first = None
     for frame in frames:
         features = model.get_intermediate_layers(frame[None], n=1)[0][0, 1:]  # (hw, D): no [CLS]
         if first is None:
             rows, columns = (side // patch_size for side in frame.shape[-2:])
-            labels = one_hot_patches(np.asarray(first_mask), rows, columns)[0]
+            labels = one_hot_patches(first_mask, rows, columns)[0]
             first = features, labels.to(features.device)
-            yield np.array(first_mask, np.uint8)
+            yield first_mask
             continue
         source_features, source_labels = map(torch.stack, zip(first, *context, strict=True))
         labels = propagate_labels(features, source_features, source_labels, radius, topk)
         context.append((features, labels))
-        yield to_label_map(labels, patch_size, *np.shape(first_mask))
+        yield to_label_map(labels, patch_size, *first_mask.shape)

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
+from dino.atomic import replacing
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
 from dino.printable import brief, printable
@@ -50,14 +51,11 @@ def displayable(view, mean, std):
 
 def save(figure, path):
     """Write `figure` atomically, since somebody may be viewing the file, and close it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}")
     try:
-        figure.savefig(temporary, format="png", dpi=90)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=90)
     finally:
         plt.close(figure)
-        temporary.unlink(missing_ok=True)
 
 
 def draw_first_views(path, loader, augmentation, images=4):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dino.atomic import replacing
 from dino.errors import UserError
 from dino.networks import unwrap
 from dino.weights.integrity import HashingFile, NotWhole, check_whole, find_odd_tensor
@@ -42,8 +43,7 @@ def write_atomically(payload, path, keep_as=None):
     The old file is kept as `keep_as`, if that is given and the old file is whole.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             save_sealed(file, payload)
             file.flush()
@@ -56,10 +56,7 @@ def write_atomically(payload, path, keep_as=None):
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, link)
             os.replace(link, keep_as)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def save_sealed(file, payload):

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of segmented videos: their masks, what these were made with, their scores.
+
+folder/NAME/00000.png        the mask of each frame of a video, the given one of the first included
+folder/segmentation.json     what all masks depend on besides the videos
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from dino.data.davis import read_labels, save_mask
+from dino.distributed import print0
+from dino.errors import UserError
+from dino.evaluation.video_scores import score_video
+from dino.json_files import read_object, write_json
+from dino.meters import progress_bar
+from dino.printable import printable
+from dino.weights.files import check_is_file
+
+PROTOCOL = "segmentation.json"
+
+
+class Results:
+    """The masks in a folder, which were all made by one protocol: {name: value}, for JSON."""
+
+    def __init__(self, folder, protocol):
+        self.folder, self.protocol = Path(folder), protocol
+
+    def path(self, video, frame):
+        """Of the mask of a frame, which has the frame's name, whatever the first one's is.
+
+        In the official code the first result is always 00000.png.
+        """
+        return self.folder / video.name / f"{frame.stem}.png"
+
+    def check_protocol(self, videos):
+        """Raise UserError if the folder holds masks made by another protocol, or program."""
+        advice = "Give another folder, or --resume never to replace them."
+        try:
+            before = read_object(self.folder / PROTOCOL)
+        except FileNotFoundError:
+            for video in videos:
+                if any(self.path(video, frame).exists() for frame in video.frames):
+                    raise UserError(
+                        f"--output_dir {self.folder}: {video.name} has masks, but no {PROTOCOL}"
+                        f" says what they were made with. {advice}"
+                    ) from None
+            return
+        for name, value in self.protocol.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"--output_dir {self.folder}: its masks were made with {name}"
+                    f" {before.get(name)}, not {value}. {advice}"
+                )
+
+    def finished(self, videos):
+        """Those with a mask for every frame, made by this protocol; UserError for any other."""
+        self.check_protocol(videos)
+        return [video for video in videos if self.is_finished(video)]
+
+    def is_finished(self, video):
+        """Whether every frame has its mask, and the first the one that is given now."""
+        paths = [self.path(video, frame) for frame in video.frames]
+        return all(path.is_file() for path in paths) and np.array_equal(
+            read_labels(paths[0]), read_labels(video.annotations[0])
+        )
+
+    def write_protocol(self):
+        write_json(self.folder / PROTOCOL, self.protocol)
+
+    def write(self, video, masks):
+        """Save the masks of a video as they come, each atomically."""
+        bar = progress_bar(masks, printable(video.name), len(video.frames))
+        for frame, labels in zip(video.frames, bar, strict=True):
+            path = self.path(video, frame)
+            path.parent.mkdir(exist_ok=True)
+            save_mask(path, labels)
+
+    def read(self, video):
+        """The label maps of all frames."""
+        return [read_labels(self.path(video, frame)) for frame in video.frames]
+
+    def score(self, videos):
+        """{name: (J, F)}, see `score_video`, of the videos whose frames all have true masks."""
+        scores = {}
+        for video in progress_bar(videos, "scoring"):
+            if video.has_ground_truth and len(video.frames) > 2:
+                scores[video.name] = score_video(video.read_annotations(), self.read(video))
+        if len(scores) < len(videos):
+            print0(
+                f"{len(videos) - len(scores)} of {len(videos)} videos are not scored: they have"
+                " frames without a true mask, or no frame between the first and the last."
+            )
+        return scores
+
+
+def fingerprint(path, flag="--pretrained_weights"):
+    """What tells the content of a file from any other: SHA-256. UserError unless it is a file."""
+    check_is_file(Path(path), f"{flag} {path}")
+    with open(path, "rb") as file:
+        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
