@@ -34,11 +34,12 @@ def by_number(path):
 
 def check_frames(paths):
     """Read all frames: UserError for one that cannot be read or has another size than the first."""
-    sizes = {}
+    first = None
     for path in paths:
-        sizes[path] = read_image(path).size
-        check_size(path, sizes[path], sizes[paths[0]], "the first frame")
-    return sizes[paths[0]]
+        size = read_image(path).size
+        first = first or size
+        check_size(path, size, first, "the first frame")
+    return first
 
 
 def check_size(path, size, expected, source):

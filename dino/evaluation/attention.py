@@ -66,23 +66,27 @@ def fit_to_patches(image, image_size, patch_size, name):
     return image.crop((0, 0, columns * patch_size, rows * patch_size)), (height, width)
 
 
-@torch.no_grad()
 def class_attention(pretrained, image):
-    """Each head's attention of [CLS] to the patches of a PIL image, in the last block: (h, R, C).
+    """attention_of_pixels of a PIL image: (h, R, C)."""
+    pixels = F.normalize(F.to_tensor(image), pretrained.mean, pretrained.std)
+    return attention_of_pixels(pretrained.backbone, pixels)
+
+
+@torch.no_grad()
+def attention_of_pixels(backbone, pixels):
+    """Each head's attention of [CLS] to the patches of a normalised image (3, H, W): (h, R, C).
 
     Softmax probabilities; what is missing to a sum of 1 is what [CLS] gives itself. The values are
     those of `get_last_selfattention`, without its N x N numbers per head: for a photograph of 12
     megapixels and P = 16 those would be 8 GiB.
     """
-    backbone = pretrained.backbone
-    pixels = F.normalize(F.to_tensor(image), pretrained.mean, pretrained.std)
     tokens = backbone.prepare_tokens(pixels[None].to(backbone.cls_token.device))  # (1, N, D)
     for block in backbone.blocks[:-1]:
         tokens = block(tokens)
     last = backbone.blocks[-1]
     queries, keys, _ = last.attn.queries_keys_values(last.norm1(tokens))  # (1, h, N, D/h)
     attention = (queries[0, :, :1] @ keys[0].transpose(-2, -1) * last.attn.scale).softmax(dim=-1)
-    rows = image.height // pretrained.patch_size
+    rows = pixels.shape[-2] // backbone.patch_embed.patch_size
     return attention[:, 0, 1:].unflatten(1, (rows, -1))
 
 
