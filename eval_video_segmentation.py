@@ -13,6 +13,7 @@ ViT-S/16 and 71.4 with ViT-B/8. Run the same command again to resume: finished v
 second command makes videos with known masks from scikit-image's photographs.
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from dino.evaluation.video_scores import summarise, table, write_tables
 from dino.evaluation.video_segmentation import (
     LONG_SIDE_STEP,
     SHORT_SIDE,
+    frame_size,
     lost_objects,
     score_baselines,
     segment_files,
@@ -87,7 +89,7 @@ def get_args_parser():
     add(
         "--image_size",
         default=SHORT_SIDE,
-        type=number(int, LONG_SIDE_STEP),
+        type=number(int, LONG_SIDE_STEP, 2**13),
         help="short side in pixels of a frame as the network sees it; the long side is squeezed to"
         f" a multiple of {LONG_SIDE_STEP}",
     )
@@ -144,7 +146,13 @@ def open_videos(args):
         write_demo_videos(data_path)
     videos = find_videos(data_path, args.split)
     for video in progress_bar(videos, "checking frames and masks"):
-        check_video(video)
+        width, height = check_video(video)
+        seen = frame_size(height, width, args.image_size)
+        if math.prod(seen) > args.max_image_pixels:
+            raise UserError(
+                f"--image_size {args.image_size}: {width} x {height} pixels of {video.name}'s"
+                f" frames become {seen[1]} x {seen[0]}, more than --max_image_pixels. Lower the size."
+            )
     return videos
 
 

@@ -90,7 +90,7 @@ def find_video(root, name):
 
 
 def check_video(video):
-    """Read every file: UserError for one that cannot be read or does not fit the others."""
+    """(width, height) of the frames. UserError for a file that cannot be read or does not fit."""
     size = check_frames(video.frames)
     for path in video.annotations:
         check_size(path, read_labels(path).shape[::-1], size, "its frame")
@@ -99,6 +99,7 @@ def check_video(video):
             f"{video.annotations[0]}: there is no object in this first mask (255 is void, not an"
             " object), so there is nothing to carry on. Take the original file."
         )
+    return size
 
 
 def read_labels(path):
