@@ -150,8 +150,8 @@ def open_videos(args):
         seen = frame_size(height, width, args.image_size)
         if math.prod(seen) > args.max_image_pixels:
             raise UserError(
-                f"--image_size {args.image_size}: {width} x {height} pixels of {video.name}'s"
-                f" frames become {seen[1]} x {seen[0]}, more than --max_image_pixels. Lower the size."
+                f"--image_size {args.image_size}: frames of {video.name}, {width} x {height}"
+                f" pixels, become {seen[1]} x {seen[0]}, more than --max_image_pixels. Lower it."
             )
     return videos
 
