@@ -129,8 +129,8 @@ def eval_video_segmentation(args):
         pretrained = None
         if len(finished) < len(videos):
             pretrained = open_vit(args)
-            results.write_protocol()
             unfinished = [video for video in videos if video not in finished]
+            results.begin(unfinished)
             segment_videos(args, unfinished, pretrained, results)
         scores = results.score(videos)
         if args.save_overlays:

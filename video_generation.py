@@ -51,7 +51,8 @@ from dino.meters import progress_bar
 from dino.printable import printable
 from dino.weights.published import PUBLISHED_FOR_PICTURES
 
-FRAME, MAP = "frame-", "attn-"  # how the names of the files begin
+# Names of files that this script writes, as regular expressions; and of what may be a frame.
+EXTRACTED, MAPS, FRAMES = r"frame-\d{4,}\.jpg", r"attn-.*", r"(?!attn-).*"
 JPEG_QUALITY = 95
 
 
@@ -115,18 +116,18 @@ def video_generation(args):
     limit_pixels(args.max_image_pixels)
     import_av()  # or say at once that it is not there
     if args.video_only:
-        film(video, args.fps, map(read_pixels, list_pictures(source, MAP)))
+        film(video, args.fps, map(read_pixels, list_pictures(source, MAPS)))
         return
     fps = args.fps
     if source.is_file():
         own_fps = frames_per_second(source)  # or say at once that it is not a video
         fps = getattr(args, "given", {}).get("fps", own_fps)
     else:
-        frames = list_pictures(source)
+        frames = list_pictures(source, FRAMES)
     pretrained = open_vit(args, PUBLISHED_FOR_PICTURES)
     if source.is_file():
         extract_frames(source, output / "frames")
-        frames = list_pictures(output / "frames", FRAME)
+        frames = list_pictures(output / "frames", EXTRACTED)
     output.mkdir(parents=True, exist_ok=True)
     open_frame = partial(read_fitting, resize=args.resize or [0], patch_size=pretrained.patch_size)
     maps = compute_maps(pretrained, frames, open_frame, output / "attention.npy")
@@ -145,8 +146,8 @@ def check_flags(args, source, video):
             f"--resize {' '.join(map(str, args.resize))}: give height and width, or the short side"
             " alone."
         )
-    for flag in ("threshold", "resize", "side_by_side"):
-        if args.video_only and getattr(args, flag):
+    for flag in ("threshold", "resize", "color_scale", "side_by_side"):
+        if args.video_only and flag in getattr(args, "given", {}):
             raise UserError(
                 f"--{flag} has no effect with --video_only, which films maps as they are. Leave one"
                 " of them out."
@@ -160,19 +161,15 @@ def check_flags(args, source, video):
         )
 
 
-def list_pictures(folder, prefix=""):
+def list_pictures(folder, names):
     """Paths of the frames, or of the maps, in a folder, in order; UserError for unequal sizes."""
     if not folder.is_dir():
         raise UserError(f"--input_path {folder} is neither a folder nor a video file.")
-    paths = list_frames(folder, prefix)
-    if prefix != MAP:
-        paths = [path for path in paths if not path.name.startswith(MAP)]
+    paths = list_frames(folder, names)
     if not paths:
-        wanted = f"{prefix}*.jpg or {prefix}*.png"
-        advice = (
-            f" Its {MAP} files are maps: give --video_only." if list_frames(folder, MAP) else ""
-        )
-        raise UserError(f"--input_path {folder}: there is no {wanted} in this folder.{advice}")
+        given, wanted = f"--input_path {folder}", "attn-*.jpg" if names == MAPS else "*.jpg"
+        advice = " It holds maps: give --video_only." if list_frames(folder, MAPS) else ""
+        raise UserError(f"{given}: there is no {wanted} (or .png) in this folder.{advice}")
     check_frames(progress_bar(paths, "checking frames"))
     return paths
 
@@ -186,15 +183,15 @@ def extract_frames(video, folder):
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for count, image in enumerate(progress_bar(read_frames(video), "reading the video")):
-        paths.append(folder / f"{FRAME}{count:04}.jpg")
+        paths.append(folder / f"frame-{count:04}.jpg")
         image.save(paths[-1], quality=JPEG_QUALITY)
-    remove_others(folder, FRAME, paths)
+    remove_others(folder, EXTRACTED, paths)
     return frames_per_second(video)
 
 
-def remove_others(folder, prefix, kept):
-    """Remove files of this program's names that are not among the `kept` ones."""
-    for path in set(list_frames(folder, prefix)) - set(kept):
+def remove_others(folder, names, kept):
+    """Remove the pictures with such names that are not among the `kept` ones."""
+    for path in set(list_frames(folder, names)) - set(kept):
         path.unlink()
 
 
@@ -231,8 +228,8 @@ def compute_maps(pretrained, frames, open_frame, path):
 def draw_maps(maps, frames, folder, patch_size, color_scale, threshold):
     """Yield the picture (H, W, 3) uint8 of each map, and write it to `folder`, as attn-FRAME."""
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"{MAP}{frame.name}" for frame in frames]
-    remove_others(folder, MAP, paths)
+    paths = [folder / f"attn-{frame.name}" for frame in frames]
+    remove_others(folder, MAPS, paths)
     low, high = maps.min(), maps.max()
     for path, map_ in zip(paths, progress_bar(maps, "video", len(maps)), strict=True):
         if color_scale == "frame":

@@ -14,8 +14,9 @@ from PIL import Image
 
 import eval_video_segmentation
 from dino.data import demo_videos
-from dino.data.davis import palette, read_labels, save_mask
+from dino.data.davis import find_videos, palette, read_labels, save_mask
 from dino.errors import UserError
+from dino.evaluation.video_results import Results
 
 SCRIPT = "eval_video_segmentation.py"
 
@@ -136,6 +137,19 @@ def test_masks_of_another_network_protocol_or_program_are_not_taken_for_ones_own
     (output / "segmentation.json").unlink()
     with pytest.raises(UserError, match=r"dog has masks, but no segmentation\.json"):
         segment(davis, other, output)
+
+
+def test_masks_of_before_are_not_taken_for_new_ones_after_a_run_that_replaced_them_was_cut_off(
+    davis, weights, tmp_path, capsys
+):
+    output = tmp_path / "results"
+    segment(davis, weights, output)
+    again = parse(eval_video_segmentation, *flags(davis, weights, output, "--topk", 2))
+    protocol = eval_video_segmentation.describe_protocol(again)
+    Results(output, protocol).begin(find_videos(davis))  # and no further
+    capsys.readouterr()
+    segment(davis, weights, output, "--topk", 2)
+    assert "2 videos, of which 0 were finished before" in capsys.readouterr().out
 
 
 def test_videos_without_true_masks_are_segmented_and_not_scored(davis, weights, tmp_path, capsys):

@@ -166,12 +166,12 @@ def test_what_an_earlier_longer_video_left_is_not_filmed(film, weights, tmp_path
     for folder, name in (("frames", "frame-0005.jpg"), ("attention", "attn-frame-0005.jpg")):
         (tmp_path / folder).mkdir()
         photograph().save(tmp_path / folder / name)
-        photograph().save(tmp_path / folder / "mine.jpg")
+        photograph().save(tmp_path / folder / "frame-mine.jpg")
     pictures = generate(film, tmp_path, "--pretrained_weights", weights)
     assert len(pictures) == COUNT
     for folder in ("frames", "attention"):
         assert len(list((tmp_path / folder).iterdir())) == COUNT + 1
-        assert (tmp_path / folder / "mine.jpg").exists()
+        assert (tmp_path / folder / "frame-mine.jpg").exists()
 
 
 def empty(folder):
@@ -206,11 +206,11 @@ def frames(folder):
     ("make", "flags", "message"),
     [
         (lambda folder: None, "", "--input_path .*data: no such file or folder"),
-        (empty, "", r"there is no \*\.jpg or \*\.png in this folder"),
+        (empty, "", r"there is no \*\.jpg \(or \.png\) in this folder"),
         (text_file, "", "cannot be read as a video"),
         (text_file, "--video_only", "neither a folder nor a video"),
         (frames, "--video_only", r"there is no attn-\*\.jpg"),
-        (maps_alone, "", "are maps: give --video_only"),
+        (maps_alone, "", "holds maps: give --video_only"),
         (two_sizes, "", r"picture1\.jpg: 80 x 40 pixels, and the first frame has 68 x 44"),
         (unreadable, "", r"picture1\.jpg: cannot be read as an image"),
         (frames, "--resize 10 20 30", "--resize 10 20 30: give height and width"),

@@ -10,8 +10,8 @@ from dino.errors import UserError
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-def list_frames(folder, prefix=""):
-    """Paths of the images in `folder` whose names begin with `prefix`, in order."""
+def list_frames(folder, names=".*"):
+    """Paths of the images in `folder` whose names match a regular expression, in order."""
     try:
         paths = [path for path in Path(folder).iterdir() if path.is_file()]
     except OSError as error:
@@ -20,7 +20,7 @@ def list_frames(folder, prefix=""):
         path
         for path in paths
         if path.suffix.lower() in FRAME_SUFFIXES
-        and path.name.startswith(prefix)
+        and re.fullmatch(names, path.name, re.DOTALL)
         and not path.name.startswith(".")
     ]
     return sorted(frames, key=by_number)

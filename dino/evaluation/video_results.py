@@ -29,9 +29,9 @@ class Results:
         self.folder, self.protocol = Path(folder), protocol
 
     def path(self, video, frame):
-        """Of the mask of a frame, which has the frame's name, whatever the first one's is.
+        """Where the mask of a frame goes: under the frame's name.
 
-        In the official code the first result is always 00000.png.
+        In the official code the first one is always 00000.png.
         """
         return self.folder / video.name / f"{frame.stem}.png"
 
@@ -67,7 +67,11 @@ class Results:
             read_labels(paths[0]), read_labels(video.annotations[0])
         )
 
-    def write_protocol(self):
+    def begin(self, videos):
+        """Remove what there is of these videos, so that all masks are of the protocol it writes."""
+        for video in videos:
+            for frame in video.frames:
+                self.path(video, frame).unlink(missing_ok=True)
         write_json(self.folder / PROTOCOL, self.protocol)
 
     def write(self, video, masks):

@@ -64,7 +64,7 @@ def test_frames_come_in_the_order_of_their_numbers(tmp_path):
     for name in [*names, "notes.txt"]:
         (tmp_path / name).touch()
     assert [path.name for path in list_frames(tmp_path)] == names
-    assert [path.name for path in list_frames(tmp_path, "x")] == names[-2:]
+    assert [path.name for path in list_frames(tmp_path, "x.*")] == names[-2:]
 
 
 def break_list(root, text):
