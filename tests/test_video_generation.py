@@ -257,6 +257,21 @@ def test_the_input_is_not_overwritten(film, weights, tmp_path, monkeypatch, caps
     assert copy.read_bytes() == film.read_bytes()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--pretrained_weights dino_deitsmall8_pretrain.pth --input_path input/video.mp4"
+        " --output_path output/ --fps 25",
+        "--pretrained_weights dino_deitsmall8_pretrain.pth --input_path output/frames/"
+        " --output_path output/ --resize 256",
+        "--input_path output/attention --output_path output/ --video_only --video_format avi",
+    ],
+)
+def test_commands_of_the_official_readme_are_understood(command):
+    args = video_generation.get_args_parser().parse_args(command.split())
+    assert args.output_path == "output/"
+
+
 def test_defaults_are_the_official_ones_but_for_the_threshold_that_has_no_effect_there():
     args = video_generation.get_args_parser().parse_args(["--input_path", "x"])
     official = dict(arch="vit_small", patch_size=8, pretrained_weights="", output_path="./")
