@@ -16,6 +16,7 @@ and highest value are its limits, so that the brightness flickers (--color_scale
 has an effect. A given --fps wins over the file's own rate, and frames are not held in memory.
 """
 
+import io
 import itertools
 from functools import partial
 from pathlib import Path
@@ -184,9 +185,17 @@ def extract_frames(video, folder):
     paths = []
     for count, image in enumerate(progress_bar(read_frames(video), "reading the video")):
         paths.append(folder / f"frame-{count:04}.jpg")
-        image.save(paths[-1], quality=JPEG_QUALITY)
+        save(image, paths[-1])
     remove_others(folder, EXTRACTED, paths)
     return frames_per_second(video)
+
+
+def save(image, path):
+    """Write a picture; Pillow itself may not notice that the disk is full."""
+    content = io.BytesIO()
+    format_ = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    image.save(content, format_, quality=JPEG_QUALITY)
+    path.write_bytes(content.getvalue())
 
 
 def remove_others(folder, names, kept):
@@ -213,16 +222,15 @@ def read_fitting(path, resize, patch_size):
 
 def compute_maps(pretrained, frames, open_frame, path):
     """The mean of the heads' maps of each frame, kept in the file `path`: (T, R, C) float32."""
-    maps = None
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         for i, frame in enumerate(progress_bar(frames, "attention maps")):
             attention = class_attention(pretrained, open_frame(frame)).mean(dim=0).cpu().numpy()
-            if maps is None:
+            if i == 0:
                 shape = len(frames), *attention.shape
-                maps = np.lib.format.open_memmap(temporary, "w+", np.float32, shape)
-            maps[i] = attention
-        maps.flush()
-    return maps
+                header = dict(descr="<f4", fortran_order=False, shape=shape)
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(attention.astype("<f4").tobytes())
+    return np.load(path, mmap_mode="r")
 
 
 def draw_maps(maps, frames, folder, patch_size, color_scale, threshold):
@@ -239,7 +247,7 @@ def draw_maps(maps, frames, folder, patch_size, color_scale, threshold):
             scaled = np.where(keep_mass(torch.tensor(map_), threshold), scaled, 0)
         colors = plt.colormaps["inferno"](scaled, bytes=True)[..., :3]
         picture = colors.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
-        Image.fromarray(picture).save(path, quality=JPEG_QUALITY)
+        save(Image.fromarray(picture), path)
         yield picture
 
 

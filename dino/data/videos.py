@@ -29,7 +29,7 @@ def import_av():
 
 @contextlib.contextmanager
 def opened(path):
-    """(container, video stream) of a file, meanwhile; UserError where it is not a video."""
+    """Yield (container, video stream) of a file; UserError where it is not a video."""
     av = import_av()
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}

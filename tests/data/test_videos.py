@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video files: what is written is read again, and what is no video is refused."""
+"""Video files: what is written is read again, and what is not a video is refused."""
 
 import struct
 
@@ -76,7 +76,7 @@ def test_a_video_that_is_cut_short_gives_its_first_frames(tmp_path):
     ],
     ids=["empty", "text", "playlist", "list of files"],
 )
-def test_what_is_no_video_or_names_other_files_is_refused(content, tmp_path):
+def test_a_file_that_is_not_a_video_or_names_other_files_is_refused(content, tmp_path):
     write(tmp_path / "video.mp4")
     (tmp_path / "input.mp4").write_bytes(content)
     with pytest.raises(UserError, match=r"input\.mp4: cannot be read as a video .*Give a video"):
