@@ -214,6 +214,7 @@ def segment_videos(args, videos, pretrained, results):
 
 
 def segmentation_options(args):
+    """How labels are carried on, for segment_files."""
     return dict(
         short_side=args.image_size,
         n_last_frames=args.n_last_frames,
