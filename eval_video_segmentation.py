@@ -13,7 +13,6 @@ ViT-S/16 and 71.4 with ViT-B/8. Run the same command again to resume: finished v
 second command makes videos with known masks from scikit-image's photographs.
 """
 
-import math
 import time
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from dino.evaluation.video_scores import summarise, table, write_tables
 from dino.evaluation.video_segmentation import (
     LONG_SIDE_STEP,
     SHORT_SIDE,
-    frame_size,
+    check_frame_size,
     lost_objects,
     score_baselines,
     segment_files,
@@ -146,13 +145,7 @@ def open_videos(args):
         write_demo_videos(data_path)
     videos = find_videos(data_path, args.split)
     for video in progress_bar(videos, "checking frames and masks"):
-        width, height = check_video(video)
-        seen = frame_size(height, width, args.image_size)
-        if math.prod(seen) > args.max_image_pixels:
-            raise UserError(
-                f"--image_size {args.image_size}: frames of {video.name}, {width} x {height}"
-                f" pixels, become {seen[1]} x {seen[0]}, more than --max_image_pixels. Lower it."
-            )
+        check_frame_size(check_video(video), args.image_size, args.max_image_pixels, video.name)
     return videos
 
 
@@ -167,9 +160,7 @@ def describe_protocol(args):
 
 
 def open_vit(args):
-    """`open_backbone`, on --device; UserError for a network whose patches do not fit, or that has
-    none.
-    """
+    """`open_backbone`, on --device; UserError unless it is a ViT whose patches fit."""
     device = choose_device(args.device, Launch("python"))
     if not args.pretrained_weights:
         check_is_vit(args.arch, f"--arch {args.arch}")  # rather than download it

@@ -24,6 +24,7 @@ from dino.backbones import build_backbone
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.davis import BACKGROUND, read_labels, save_mask
 from dino.data.images import read_image
+from dino.errors import UserError
 from dino.evaluation.video_scores import boundary_f, jaccard, score_video, statistics
 from dino.meters import progress_bar
 from dino.randomness import fix_random_seeds
@@ -31,6 +32,7 @@ from dino.randomness import fix_random_seeds
 __all__ = [
     "RawPixels",
     "boundary_f",
+    "check_frame_size",
     "frame_size",
     "jaccard",
     "load_frame",
@@ -69,6 +71,17 @@ def frame_size(height, width, short_side=SHORT_SIDE):
     long_side = short_side * max(height, width) // min(height, width)
     long_side -= long_side % LONG_SIDE_STEP
     return (long_side, short_side) if height > width else (short_side, long_side)
+
+
+def check_frame_size(size, short_side, limit, name):
+    """Raise UserError for a video, of frames of `size` (width, height), that grows too large."""
+    width, height = size
+    new_height, new_width = frame_size(height, width, short_side)
+    if new_height * new_width > limit:
+        raise UserError(
+            f"--image_size {short_side}: frames of {name}, {width} x {height} pixels, become"
+            f" {new_width} x {new_height}, more than --max_image_pixels. Lower it."
+        )
 
 
 def load_frame(path, short_side=SHORT_SIDE, mean=IMAGENET_MEAN, std=FRAME_STD):
