@@ -312,9 +312,10 @@ def build_state(args, views, device, amp_dtype):
     return TrainState(student, teacher, dino_loss.to(device), optimizer, scaler)
 
 
-def main():
+def main(args=None):
+    """Train, by the command line unless `args` are given; a stop or an error ends the process."""
     with exit_on_user_error("main_dino.py"), exit_when_stopped("main_dino.py"):
-        args = parse_args()
+        args = args or parse_args()
         with explained(args):
             train_dino(args)
 

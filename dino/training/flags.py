@@ -318,7 +318,11 @@ def parse_args(argv=None):
         parents=[get_args_parser()],
         description="Train DINO on images without labels.",
     )
-    args = parser.parse_args(argv)
+    return over_preset(parser.parse_args(argv))
+
+
+def over_preset(args):
+    """What a Parser returned: the flags that were given, over those of --preset, over defaults."""
     given = vars(args).pop("given")
     if args.preset:
         flags = PRESETS[args.preset].flags
