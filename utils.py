@@ -7,9 +7,22 @@ Nothing is defined here, and nothing in `dino/` imports this file.
 from dino.backbones import has_batchnorms
 from dino.command_line import bool_flag
 from dino.data.augmentations import GaussianBlur, Solarization
-from dino.distributed import get_rank, get_world_size, is_main_process
+from dino.distributed import (
+    get_rank,
+    get_world_size,
+    is_dist_avail_and_initialized,
+    is_main_process,
+)
+from dino.evaluation.linear_files import load_pretrained_linear_weights
 from dino.meters import MetricLogger, SmoothedValue, accuracy
 from dino.networks import MultiCropWrapper
+from dino.official_helpers import (
+    get_sha,
+    init_distributed_mode,
+    reduce_dict,
+    save_on_master,
+    setup_for_distributed,
+)
 from dino.optim import (
     LARS,
     cancel_gradients_last_layer,
@@ -37,10 +50,17 @@ __all__ = [
     "fix_random_seeds",
     "get_params_groups",
     "get_rank",
+    "get_sha",
     "get_world_size",
     "has_batchnorms",
+    "init_distributed_mode",
+    "is_dist_avail_and_initialized",
     "is_main_process",
+    "load_pretrained_linear_weights",
     "load_pretrained_weights",
+    "reduce_dict",
     "restart_from_checkpoint",
+    "save_on_master",
+    "setup_for_distributed",
     "trunc_normal_",
 ]

@@ -38,23 +38,28 @@ def trunc_normal_(tensor, mean=0.0, std=1.0, a=-2.0, b=2.0):
         return tensor.uniform_(low, high).erfinv_().mul_(std * math.sqrt(2)).add_(mean).clamp_(a, b)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: in training, a sample loses a residual branch with `drop_prob`.
+def drop_path(x, drop_prob=0.0, training=False):
+    """Stochastic depth: in training, a sample loses a residual branch `x` with `drop_prob`.
 
     What is kept is scaled by 1 / (1 - drop_prob), so that the expectation does not change.
     """
+    if drop_prob == 0.0 or not training:
+        return x
+    keep_prob = 1 - drop_prob
+    # Drawn in float32: in bfloat16 the numbers are so coarse that the rate would be off.
+    uniform = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device)
+    return x * ((uniform + keep_prob).floor_() / keep_prob).to(x.dtype)
+
+
+class DropPath(nn.Module):
+    """`drop_path` as a module."""
 
     def __init__(self, drop_prob=0.0):
         super().__init__()
         self.drop_prob = drop_prob
 
     def forward(self, x):
-        if self.drop_prob == 0.0 or not self.training:
-            return x
-        keep_prob = 1 - self.drop_prob
-        # Drawn in float32: in bfloat16 the numbers are so coarse that the rate would be off.
-        uniform = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device)
-        return x * ((uniform + keep_prob).floor_() / keep_prob).to(x.dtype)
+        return drop_path(x, self.drop_prob, self.training)
 
     def extra_repr(self):
         return f"drop_prob={self.drop_prob:.3f}"

@@ -23,7 +23,8 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge.socket
+# A requeued job waits until its credential has expired: 2 minutes by default.
+AuthInfo=socket=$folder/munge.socket,cred_expire=10
 StateSaveLocation=$folder/state
 SlurmdSpoolDir=$folder/spool
 SlurmctldPidFile=$folder/slurmctld.pid
@@ -37,11 +38,6 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 InactiveLimit=0
-# Seconds between the signal and the kill when a job is cancelled or its time is over, 30 by default.
-KillWait=30
-OverTimeLimit=0
-# A job waits this long after it was requeued, 120 by default.
-SchedulerParameters=bf_interval=1,sched_min_interval=100000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=4000 State=UNKNOWN

@@ -78,10 +78,24 @@ class LARS(torch.optim.Optimizer):
     """SGD with momentum, its step scaled layer by layer by eta |w| / |gradient + decay|.
 
     (You et al. 2017.) Neither that scale nor weight decay touches parameters with one dimension.
+    The two filters are kept in the parameter groups and change nothing, as in the official code.
     """
 
-    def __init__(self, params, lr=0, weight_decay=0, momentum=0.9, eta=0.001):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
+    def __init__(
+        self,
+        params,
+        lr=0,
+        weight_decay=0,
+        momentum=0.9,
+        eta=0.001,
+        weight_decay_filter=None,
+        lars_adaptation_filter=None,
+    ):
+        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta)
+        filters = dict(
+            weight_decay_filter=weight_decay_filter, lars_adaptation_filter=lars_adaptation_filter
+        )
+        super().__init__(params, defaults | filters)
 
     @torch.no_grad()
     def step(self):

@@ -185,6 +185,24 @@ def _run_rank(rank, function, world_size, folder, args):
     dist.destroy_process_group()
 
 
+def run_launched(function, world_size, *args):
+    """`function(*args)` in each of `world_size` processes, with the variables of torchrun."""
+    start_forkserver()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    args = (function, world_size, port, args)
+    mp.start_processes(_run_launched, args, nprocs=world_size, start_method="forkserver")
+
+
+def _run_launched(rank, function, world_size, port, args):
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ |= {name: str(number) for name, number in numbers.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    function(*args)
+
+
 # A network and views that train in a second on one core.
 SMALL_RUN = (
     *("--arch", "vit_nano", "--patch_size", 8, "--global_crop_size", 32, "--local_crop_size", 16),

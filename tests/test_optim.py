@@ -100,6 +100,20 @@ def test_lars_equals_its_formula_and_leaves_one_dimensional_parameters_to_sgd():
     torch.testing.assert_close(bias.detach().double(), expected_bias, rtol=1e-5, atol=1e-6)
 
 
+def test_lars_takes_the_official_filters_which_change_nothing():
+    weights = [torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2)]
+    filtered = utils.LARS(
+        [weights[0]], 0.5, 0.1, 0.9, 0.02, lambda param: False, lambda param: True
+    )
+    plain = utils.LARS([weights[1]], 0.5, 0.1, 0.9, 0.02)
+    for weight, optimizer in zip(weights, (filtered, plain), strict=True):
+        weight.grad = torch.full((2, 2), 0.3)
+        optimizer.step()
+    assert torch.equal(*weights)
+    assert filtered.param_groups[0]["lars_adaptation_filter"](weights[0])
+    assert plain.param_groups[0]["weight_decay_filter"] is None
+
+
 def test_lars_takes_a_plain_step_where_a_norm_is_zero():
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.ones(2, 2)

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing as mp
-from conftest import ROOT, SMALL_RUN, run_script, start_forkserver
+from conftest import ROOT, SMALL_RUN, run_launched, run_script
 from helpers import assert_equal_states, final_state
 
 import main_dino
@@ -127,13 +126,11 @@ def flags_of_run(folder, class_folders):
     return [str(flag) for flag in flags]
 
 
-def train_as_rank(rank, flags, port):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def train(flags):
     main_dino.main(parse_args(flags))
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "nothing came"
@@ -169,8 +166,5 @@ def test_a_job_asked_to_stop_saves_is_requeued_and_ends_where_an_unbroken_run_en
     assert text.index("Stopped by SIGUSR2") < text.index("Requeued job") < text.index("Resumed")
     assert "2 processes by torchrun" in text
 
-    start_forkserver()
-    flags = flags_of_run(tmp_path / "unbroken", class_folders)
-    args = (flags, 20000 + os.getpid() % 20000)
-    mp.start_processes(train_as_rank, args, nprocs=2, start_method="forkserver")
+    run_launched(train, 2, flags_of_run(tmp_path / "unbroken", class_folders))
     assert_equal_states(final_state(tmp_path / "unbroken"), final_state(folder))

@@ -251,3 +251,15 @@ def test_the_file_works_alone_in_a_project_with_its_own_utils(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert result.stdout == "192\n"
+
+
+def test_drop_path_keeps_and_scales_the_samples_that_the_official_formula_keeps():
+    x = torch.randn(64, 3, 5)
+    torch.manual_seed(1)
+    found = vits.drop_path(x, 0.3, training=True)
+    torch.manual_seed(1)
+    kept = (0.7 + torch.rand(64, 1, 1)).floor()
+    assert 0 < kept.sum() < 64
+    torch.testing.assert_close(found, x / 0.7 * kept)
+    assert vits.drop_path(x, 0.3) is x
+    assert vits.drop_path(x, training=True) is x

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from dino.backbones import canonical_name, is_vit
-from dino.distributed import is_main_process
+from dino.distributed import is_main_process, print0
 from dino.errors import UserError
 from dino.json_files import is_number
+from dino.networks import unwrap
 from dino.printable import brief
 from dino.weights.files import is_named, read, with_prefix, without_prefix, write_atomically
 from dino.weights.loading import equal, list_names, load_exactly, restore, same_kind
@@ -183,6 +184,20 @@ def published_head(arch, patch_size):
 
     why = "--evaluate without --classifier takes the published head"
     return {**download(file, why, check), **flags}
+
+
+def load_pretrained_linear_weights(linear_classifier, model_name, patch_size):
+    """Official interface: load the released head of a backbone; without one, leave it random.
+
+    Unlike the official function it takes a classifier in a DistributedDataParallel or without one:
+    the released files are of the former.
+    """
+    if published_entry(PUBLISHED_HEADS, model_name, patch_size) is None:
+        print0(f"No released linear weights for {model_name}, {patch_size}: they stay random.")
+        return
+    head = load_head(published_head(model_name, patch_size), "the released linear weights")
+    load_exactly(unwrap(linear_classifier), head.state_dict(), "the released linear weights")
+    print0(f"Loaded the released linear weights of {model_name}.")
 
 
 def check_backbone(description, backbone, source, weights):
