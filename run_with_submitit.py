@@ -13,6 +13,7 @@ the same without submitit.
 import argparse
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,9 +109,11 @@ class Trainer:
         self.root = str(Path(__file__).resolve().parent)
 
     def __call__(self):
-        """Train until the end, or until a signal: then save and, if that was submitit's, requeue.
+        """Train until the end, or until a signal: then save, and requeue the job unless it was
+        cancelled.
 
-        submitit's own handler would requeue at once, in the middle of a step.
+        submitit's own handler would requeue at once, in the middle of a step; and it ignores
+        SIGTERM, the signal of preemption.
         """
         import submitit
 
@@ -128,17 +131,30 @@ class Trainer:
         try:
             main_dino.main(argparse.Namespace(**args))
         except SystemExit as stop:
-            if stop.code != REQUEUE or listen().number != asked_by:
-                raise
-            requeue(asked_by, None)  # on rank 0 this ends the process
-            # Any other code could end the job before rank 0 has asked for the next one.
-            sys.exit(0)
+            if stop.code == REQUEUE and job.global_rank > 0:
+                sys.exit(0)  # rank 0 decides; another code could end the job before it has
+            if stop.code == REQUEUE and (listen().number == asked_by or is_preempted(job)):
+                requeue(asked_by, None)  # and ends this process
+            raise
 
     def checkpoint(self):
         """What the requeued job runs: the same, which resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def is_preempted(job):
+    """Whether Slurm wants this job's nodes for another one, and so has sent SIGTERM.
+
+    It requeues the job by itself only if that is still there at the end of its grace time.
+    """
+    if job.cluster != "slurm":
+        return False
+    found = subprocess.run(
+        ["scontrol", "show", "job", job.job_id], capture_output=True, text=True, check=True
+    )
+    return "PreemptTime=" in found.stdout and "PreemptTime=None" not in found.stdout
 
 
 def submit(args):

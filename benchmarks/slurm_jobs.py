@@ -175,7 +175,7 @@ def stop_and_compare(name, job, stop, unbroken):
     ended = field(job_id, "JobState")
     text = job.log.read_text()
     text = text if text.startswith(first) else first + text
-    printed = re.findall(r"^Epoch: \[(\d+)/\d+\] +\[(\d+)/", text, re.MULTILINE)
+    printed = re.findall(r"^Epoch: \[(\d+)/\d+\] +\[ *(\d+)/", text, re.MULTILINE)
     repeated = len(printed) - len(set(printed))
     differences, compared = compare(unbroken, job.run)
     differences = [line for line in differences if not line.startswith("/names")]  # and logs
