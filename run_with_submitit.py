@@ -86,6 +86,7 @@ def executor_parameters(args):
         timeout_min=args.timeout,
         slurm_max_num_timeout=MAX_TIMEOUTS,
         slurm_signal_delay_s=SIGNAL_DELAY,
+        slurm_additional_parameters={"requeue": True},  # some clusters do not allow it by default
     )
     wanted = dict(
         slurm_partition=args.partition,
@@ -109,8 +110,7 @@ class Trainer:
         self.root = str(Path(__file__).resolve().parent)
 
     def __call__(self):
-        """Train until the end, or until a signal: then save, and requeue the job unless it was
-        cancelled.
+        """Train to the end, or until a signal; then requeue the job, unless it was cancelled.
 
         submitit's own handler would requeue at once, in the middle of a step; and it ignores
         SIGTERM, the signal of preemption.
@@ -145,16 +145,17 @@ class Trainer:
 
 
 def is_preempted(job):
-    """Whether Slurm wants this job's nodes for another one, and so has sent SIGTERM.
+    """Whether Slurm has sent SIGTERM because it wants the nodes for another job.
 
-    It requeues the job by itself only if that is still there at the end of its grace time.
+    Slurm itself requeues only a job that is still there at the end of its grace time.
     """
     if job.cluster != "slurm":
         return False
     found = subprocess.run(
         ["scontrol", "show", "job", job.job_id], capture_output=True, text=True, check=True
     )
-    return "PreemptTime=" in found.stdout and "PreemptTime=None" not in found.stdout
+    fields = dict(field.partition("=")[::2] for field in found.stdout.split())
+    return fields["JobState"] == "RUNNING" and fields.get("PreemptTime", "None") != "None"
 
 
 def submit(args):

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, SMALL_RUN, run_launched, run_script
@@ -37,7 +38,9 @@ def parse(*flags):
 
 
 def test_without_flags_the_job_is_the_official_one():
-    assert run_with_submitit.executor_parameters(parse()) == OFFICIAL_PARAMETERS
+    found = run_with_submitit.executor_parameters(parse())
+    assert found.pop("slurm_additional_parameters") == {"requeue": True}
+    assert found == OFFICIAL_PARAMETERS
 
 
 def test_official_flags_ask_for_what_they_asked_for():
@@ -45,6 +48,7 @@ def test_official_flags_ask_for_what_they_asked_for():
     found = run_with_submitit.executor_parameters(
         parse(*flags, "--use_volta32", "--comment", "deadline")
     )
+    del found["slurm_additional_parameters"]
     assert found == OFFICIAL_PARAMETERS | {
         "nodes": 3,
         "gpus_per_node": 4,
@@ -78,12 +82,13 @@ def test_the_script_for_sbatch_asks_for_what_the_flags_say(slurm_commands, capsy
     flags += ("--mem_gb", 0, "--cpus_per_task", 5, "--nodes", 4, "--device", "cpu")
     run_with_submitit.submit(parse(*flags, "--output_dir", slurm_commands / "%j"))
     lines = (slurm_commands / "job.sh").read_text().splitlines()
-    asked = dict(line[10:].split("=", 1) for line in lines if line.startswith("#SBATCH --"))
+    asked = dict(line[10:].partition("=")[::2] for line in lines if line.startswith("#SBATCH --"))
     assert "partition" not in asked
     assert (asked["account"], asked["qos"], asked["constraint"]) == ("lab", "high", "a100")
     assert (asked["mem"], asked["cpus-per-task"], asked["nodes"]) == ("0GB", "5", "4")
     assert (asked["signal"], asked["time"], asked["ntasks-per-node"]) == ("USR2@120", "2800", "8")
     assert asked["gpus-per-node"] == "0"
+    assert "#SBATCH --requeue" in lines
     log = slurm_commands / "7" / "7_0_log.out"
     assert capsys.readouterr().out == f"Submitted job 7. Its log: {log}\n"
 
@@ -115,6 +120,22 @@ def test_without_submitit_the_command_that_installs_it_is_named(slurm_commands, 
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(UserError, match="pip install submitit"):
         run_with_submitit.submit(parse())
+
+
+@pytest.mark.parametrize(
+    ("state", "preempted", "expected"),
+    [
+        ("RUNNING", "2026-01-02T03:04:05", True),
+        ("RUNNING", "None", False),
+        ("COMPLETING", "2026-01-02T03:04:05", False),  # preempted once, and now cancelled
+    ],
+)
+def test_a_job_is_preempted_only_if_slurm_says_so(state, preempted, expected, slurm_commands):
+    text = f"JobId=7 JobName=dino\n   JobState={state} Reason=None\n   PreemptTime={preempted}"
+    (slurm_commands / "scontrol").write_text(f"#!/bin/sh\necho '{text}'\n")
+    (slurm_commands / "scontrol").chmod(0o755)
+    job = SimpleNamespace(cluster="slurm", job_id="7")
+    assert run_with_submitit.is_preempted(job) is expected
 
 
 # ---- a job of two processes, on this machine ----
