@@ -11,10 +11,12 @@ import os as _os
 import sys as _sys
 
 import torchvision as _torchvision
+from torch import nn as _nn
 
 dependencies = ["torch", "torchvision", "numpy", "PIL", "tqdm"]
 
 _ROOT = _os.path.dirname(_os.path.abspath(__file__))
+_NAMES = ("dino", "vision_transformer")  # of the modules here that the entries need
 
 
 @_contextlib.contextmanager
@@ -47,7 +49,6 @@ def _own_modules():
             _sys.modules.update(theirs)
 
 
-_NAMES = ("dino", "vision_transformer")
 with _own_modules():
     import vision_transformer as _vits
     from dino import backbones as _backbones
@@ -78,14 +79,13 @@ def dino_vitb8(pretrained=True, **kwargs):
 
 
 def dino_resnet50(pretrained=True, **kwargs):
-    """ResNet-50 without its classifier: (B, 3, H, W) -> (B, 2048). By the authors: k-NN 67.5,
-    linear 75.3.
+    """ResNet-50: (B, 3, H, W) -> (B, 2048). By the authors: k-NN 67.5, linear 75.3.
 
-    `kwargs` go to torchvision's resnet50.
+    It has no classifier; `kwargs` go to torchvision's resnet50.
     """
     weights = _weights("resnet50", None, pretrained)
     model = _torchvision.models.resnet50(weights=None, **kwargs)
-    model.fc = _vits.nn.Identity()
+    model.fc = _nn.Identity()
     return _filled(model, weights, "resnet50")
 
 

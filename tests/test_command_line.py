@@ -99,7 +99,7 @@ def test_flags_that_cannot_go_together_are_refused_with_their_values(flags, mess
 
 SCRIPTS = [
     *("main_dino.py", "eval_knn.py", "eval_linear.py", "visualize_attention.py"),
-    *("eval_attention.py", "compare_runs.py", "check_data.py"),
+    *("eval_attention.py", "compare_runs.py", "check_data.py", "run_with_submitit.py"),
 ]
 
 # Every attempt to reach another machine is an error.
