@@ -180,7 +180,7 @@ def stop_and_compare(name, job, stop, unbroken):
     differences, compared = compare(unbroken, job.run)
     differences = [line for line in differences if not line.startswith("/names")]  # and logs
     resumed = re.findall(r"Resumed .*/(.*)", text)
-    print(f"{name}: {ended}; {resumed}; {len(printed)} steps, {repeated} repeated")
+    print(f"{name}: {ended}; {resumed}; {repeated} steps done twice")
     for line in differences[:5]:
         print(f"Different: {line}")
     print(
