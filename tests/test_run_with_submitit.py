@@ -142,7 +142,7 @@ def test_a_job_is_preempted_only_if_slurm_says_so(state, preempted, expected, sl
 
 
 def flags_of_run(folder, class_folders):
-    flags = (*SMALL_RUN, "--epochs", 12, "--log_freq", 1, "--drop_path_rate", 0.1)
+    flags = (*SMALL_RUN, "--epochs", 6, "--log_freq", 1, "--drop_path_rate", 0.1)
     flags += ("--data_path", class_folders / "train", "--output_dir", folder)
     return [str(flag) for flag in flags]
 
@@ -151,7 +151,7 @@ def train(flags):
     main_dino.main(parse_args(flags))
 
 
-def wait_for(condition, seconds=300):
+def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, "nothing came"
@@ -169,7 +169,7 @@ def test_a_job_asked_to_stop_saves_is_requeued_and_ends_where_an_unbroken_run_en
 ):
     pytest.importorskip("submitit")
     flags = flags_of_run(tmp_path / "%j", class_folders)
-    options = ("--cluster", "local", "--nodes", 1, "--ngpus", 2, "--timeout", 5)
+    options = ("--cluster", "local", "--nodes", 1, "--ngpus", 2, "--timeout", 60)
     # from another folder: the job finds the project by itself
     submitted = run_script(ROOT / "run_with_submitit.py", *flags, *options, cwd=tmp_path)
     assert submitted.returncode == 0, submitted.stderr
