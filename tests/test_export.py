@@ -20,7 +20,7 @@ from dino.data.augmentations import IMAGENET_MEAN
 from dino.errors import UserError
 from dino.weights import exports, graphs
 from dino.weights.pretrained import Pretrained, open_backbone
-from vision_transformer import ARCHITECTURES, vit_nano, vit_small
+from vision_transformer import ARCHITECTURES, build_vit, vit_nano, vit_small
 
 NAMES = ("astronaut.png", "chelsea.png", "coffee.png")
 PATHS = {
@@ -72,7 +72,7 @@ def theirs(name, path, pixels, **timm_options):
         model = ViTModel.from_pretrained(path, add_pooling_layer=False).eval()
         return model(pixels).last_hidden_state[:, 0]
     if name == "safetensors":
-        backbone = vit_nano(8, img_size=32)
+        backbone = build_vit("two_blocks", 8, img_size=32)
         backbone.load_state_dict(load_file(path))
         return backbone.eval()(pixels)
     if name == "torch_export":
@@ -89,16 +89,26 @@ def equal_weights(one, other):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A backbone.pth whose position embeddings are as large as those of a trained network."""
+    """A backbone.pth whose position embeddings are as large as those of a trained network.
+
+    Its architecture is one more row of the table: to trace six blocks takes seconds.
+    """
     path = tmp_path_factory.mktemp("weights") / "backbone.pth"
     torch.manual_seed(0)
-    backbone = vit_nano(8, img_size=32)
+    backbone = build_vit("two_blocks", 8, img_size=32)
     torch.nn.init.normal_(backbone.pos_embed)
     fields = dict(
-        arch="vit_nano", patch_size=8, image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2,) * 3
+        arch="two_blocks", patch_size=8, image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2,) * 3
     )
     torch.save({"teacher": backbone.state_dict(), **fields}, path)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_blocks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "two_blocks", dict(embed_dim=96, depth=2, num_heads=3))
+        yield
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -208,7 +218,7 @@ def test_positions_in_a_graph_are_those_of_the_backbone():
         assert torch.equal(found, expected) == ((height, width) == (64, 64))
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
 def test_timm_has_a_name_for_each_of_our_vits(arch):
     with torch.device("meta"):
         backbone, embed_dim = build_backbone(arch, 8, img_size=64)
@@ -274,7 +284,7 @@ def test_a_library_that_is_not_installed_is_named(weights, tmp_path, monkeypatch
         ("--format onnx --output x.pth", r"--output x\.pth: .*ends in \.onnx"),
         ("--format timm --output there", r"--output there exists"),
         ("--format timm --output there/file/out", "is not a folder that can be written to"),
-        ("--format timm --output new --image_size 33", "--image_size 33: vit_nano does not take"),
+        ("--format timm --output new --image_size 33", "--image_size 33: two_blocks does not take"),
         ("--format timm --output new --image_size 0", "--image_size: 0 is out of range"),
         ("--format timm --output new --check_images nowhere", "--check_images nowhere: no such"),
         ("--format timm --output new --check_images bad", "cannot be read as an image"),
@@ -299,13 +309,12 @@ def test_a_mistake_is_named_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_command_as_a_user_runs_it(weights, tmp_path):
+def test_the_command_as_a_user_runs_it(checkpoint, tmp_path):
     (tmp_path / "photos").mkdir()
     photograph().save(tmp_path / "photos" / "a.png")
-    (tmp_path / "deep" / ".out.safetensors.tmp" / "out").mkdir(
-        parents=True
-    )  # of an export that was killed
-    command = ("export.py", "--pretrained_weights", weights, "--format", "safetensors")
+    of_a_killed_export = tmp_path / "deep" / ".out.safetensors.tmp" / "out"
+    of_a_killed_export.mkdir(parents=True)
+    command = ("export.py", "--pretrained_weights", checkpoint, "--format", "safetensors")
     output = tmp_path / "deep" / "out.safetensors"
     done = run_script(*command, "--output", output, "--check_images", tmp_path / "photos")
     assert done.returncode == 0, done.stderr

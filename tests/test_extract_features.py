@@ -250,6 +250,17 @@ def test_a_damaged_file_of_features_is_refused(checkpoint, class_folders, tmp_pa
                 read_features(path)
 
 
+def test_a_file_of_features_cannot_hold_objects(tmp_path):
+    good = dict(features=np.zeros((2, 3), np.float32), labels=np.zeros(2, int), paths=["a", "b"])
+    objects = np.array([print, print], dtype=object)
+    np.savez(tmp_path / "f.npz", **good, settings="{}")
+    assert read_features(tmp_path / "f.npz").paths == ["a", "b"]
+    for name in good:
+        np.savez(tmp_path / "f.npz", **{**good, name: objects}, settings="{}")
+        with pytest.raises(UserError, match="damaged, or not a file of extract_features"):
+            read_features(tmp_path / "f.npz")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
