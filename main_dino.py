@@ -22,7 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dino.command_line import loader_workers
-from dino.data.augmentations import DataAugmentationDINO, eval_transform
+from dino.data.augmentations import DataAugmentationDINO, MultiCrop, eval_transform
 from dino.data.augmentations_on_device import CropStage, DeviceStage
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
 from dino.data.images import ImageFiles, limit_pixels, list_training_images
@@ -41,6 +41,7 @@ from dino.optim import (
     get_params_groups,
     set_lr_and_weight_decay,
 )
+from dino.own_code import import_by_path
 from dino.precision import autocast, choose_amp_dtype
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
@@ -67,7 +68,7 @@ def train_dino(args, images=None, augmentation=None):
     interruption = listen()
     args = complete(args)
     limit_pixels(args.max_image_pixels)
-    check_training_flags(args, own_views=augmentation is not None)
+    check_training_flags(args, own_views=bool(augmentation or args.augmentation))
     begins = args.init_from and not own_checkpoints(args.output_dir)
     weights = read(args.init_from, "--init_from") if begins else None
 
@@ -80,6 +81,7 @@ def train_dino(args, images=None, augmentation=None):
 
     # ---- data ----
     augmentation = augmentation or build_augmentation(args)
+    args.mean, args.std = augmentation.mean, augmentation.std
     knn_data_path = args.knn_data_path
     if images is None:
         images, knn_data_path = open_images(args, global_batch)
@@ -210,21 +212,44 @@ class Schedules:
 
         self.lr = cosine(scaled_lr, args.min_lr, args.warmup_epochs)
         self.weight_decay = cosine(args.weight_decay, args.weight_decay_end)
-        self.momentum = cosine(args.momentum_teacher, 1)
+        self.momentum = cosine(args.momentum_teacher, args.momentum_teacher_end)
 
     def at(self, iteration):
         return {name: values[iteration] for name, values in vars(self).items()}
 
 
 def build_augmentation(args):
-    """The official views, of the scales and sizes in the flags."""
+    """The official views, of the sizes and strengths in the flags, or --augmentation's own."""
+    if args.augmentation:
+        return own_augmentation(args.augmentation)
     return DataAugmentationDINO(
         args.global_crops_scale,
         args.local_crops_scale,
         args.local_crops_number,
         args.global_crop_size,
         args.local_crop_size,
+        mean=args.mean,
+        std=args.std,
+        solarize_p=args.solarize_p,
+        min_pixels=args.min_crop_pixels,
+        flip_p=args.flip_p,
+        vflip_p=args.vflip_p,
+        turn_p=args.turn_p,
+        jitter=tuple(args.jitter),
+        grayscale_p=args.grayscale_p,
+        blur_radius=tuple(args.blur_radius),
     )
+
+
+def own_augmentation(path):
+    """What the function at `path`, MODULE:FUNCTION, returns; UserError if it is not a MultiCrop."""
+    augmentation = import_by_path(path, "--augmentation")()
+    if not isinstance(augmentation, MultiCrop):
+        kind = type(augmentation).__name__
+        raise UserError(
+            f"--augmentation {path}: returned a {kind}, not a dino.data.augmentations.MultiCrop."
+        )
+    return augmentation
 
 
 def open_images(args, global_batch):
@@ -294,6 +319,7 @@ def build_state(args, views, device, amp_dtype):
         hidden_dim=args.head_hidden_dim,
         bottleneck_dim=args.head_bottleneck_dim,
         grad_checkpointing=args.grad_checkpointing,
+        stem=args.stem,
     )
     dino_loss = DINOLoss(
         args.out_dim,

@@ -24,9 +24,7 @@ BLUR_PASSES = 3  # of a box, which Pillow takes for a Gaussian
 class CroppedViews(NamedTuple):
     """The views of an image, or with a dimension of B before the others of a batch."""
 
-    crops: list[
-        torch.Tensor
-    ]  # (v, 3, S, S) uint8, flipped where drawn, for each size: views_by_size
+    crops: list[torch.Tensor]  # (v, 3, S, S) uint8, flipped and turned, by size: views_by_size
     parameters: ViewParameters
 
 
@@ -57,11 +55,13 @@ class CropStage:
     def crop(self, pixels, parameters, size, numbers):
         """The views with these `numbers`, all of one size, of an image (3, H, W)."""
         crops = torch.empty(len(numbers), 3, size, size, dtype=torch.uint8)
-        boxes, flips = parameters.boxes[numbers].tolist(), parameters.flip[numbers].tolist()
-        for crop, (top, left, height, width), flip in zip(crops, boxes, flips, strict=True):
+        for crop, number in zip(crops, numbers, strict=True):
+            top, left, height, width = parameters.boxes[number].tolist()
             box = pixels[None, :, top : top + height, left : left + width]
             resized = resize_as_pillow(box, size)[0]
-            crop.copy_(resized.flip(-1) if flip else resized)
+            sides = [-1] * bool(parameters.flip[number]) + [-2] * bool(parameters.vflip[number])
+            resized = resized.flip(sides) if sides else resized
+            crop.copy_(resized.rot90(int(parameters.turns[number]), (-2, -1)))
         return crops
 
 

@@ -24,6 +24,7 @@ from dino.weights.loading import restore
 # Flags that say what the networks and the optimizer's state are: a run cannot change them.
 FIXED = (
     "arch",
+    "stem",
     "patch_size",
     "out_dim",
     "norm_last_layer",

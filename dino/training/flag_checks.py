@@ -11,7 +11,7 @@ from vision_transformer import ARCHITECTURES
 
 def check_training_flags(args, own_views=False):
     """Raise UserError for the first mistake. `own_views`: the flags of the crops are not used."""
-    check_arch(args.arch)
+    check_arch(args.arch, args.stem)
     check_places(args)
     check_lengths(args)
     if not own_views:
@@ -65,6 +65,16 @@ def check_views(args):
             raise UserError(
                 f"--{name} {' '.join(map(str, scale))}: give two shares of the image, above 0,"
                 " the smaller first."
+            )
+    if args.blur_radius[0] > args.blur_radius[1]:
+        raise UserError(
+            f"--blur_radius {' '.join(map(str, args.blur_radius))}: give the smaller one first."
+        )
+    for name in ("mean", "std"):
+        if len(getattr(args, name)) != 3:
+            raise UserError(
+                f"--{name} {' '.join(map(str, getattr(args, name)))}: give one number for each of"
+                " the 3 channels."
             )
     if canonical_name(args.arch) not in ARCHITECTURES:
         return  # build_student_and_teacher tries the sizes

@@ -13,7 +13,9 @@ from dino.command_line import (
     number,
 )
 from dino.data.demo import DEMO
+from dino.small_resnet import STEMS
 from dino.training.presets import PRESETS
+from dino.training.view_flags import add_view_arguments
 
 
 def get_args_parser():
@@ -34,7 +36,14 @@ def add_network_arguments(group):
         "--arch",
         default="vit_small",
         help="vit_tiny, vit_small, vit_base or vit_large; a classifier of torchvision, such as"
-        " resnet50; an XCiT, such as xcit_small_12_p16; or timm:NAME",
+        " resnet50; an XCiT, such as xcit_small_12_p16; timm:NAME; or vit_nano and resnet_nano, for"
+        " runs on a CPU",
+    )
+    add(
+        "--stem",
+        default="imagenet",
+        choices=STEMS,
+        help="of a ResNet; small, 3 x 3 of stride 1 without max-pool, for crops below 64 pixels",
     )
     add(
         "--patch_size",
@@ -88,8 +97,15 @@ def add_teacher_arguments(group):
         "--momentum_teacher",
         default=0.996,
         type=number(float, 0, 1),
-        help="of the moving average at the start; it rises to 1. The authors advise 0.9995 for"
-        " 256 images a step",
+        help="of the moving average at the start. The authors advise 0.9995 for 256 images a step;"
+        " runs of less than 10,000 iterations need a faster teacher, such as 0.97 for 2,000",
+    )
+    add(
+        "--momentum_teacher_end",
+        default=1.0,
+        type=number(float, 0, 1),
+        help="of the moving average at the end, by a cosine; below 1 the teacher of a short run"
+        " keeps up with the student",
     )
     add(
         "--warmup_teacher_temp",
@@ -176,51 +192,6 @@ def add_optimisation_arguments(group):
         "--compile",
         action="store_true",
         help="torch.compile for networks and loss: minutes at the start, then shorter steps",
-    )
-
-
-def add_view_arguments(group):
-    add = group.add_argument
-    add(
-        "--global_crops_scale",
-        default=(0.4, 1.0),
-        nargs="+",
-        type=number(float, 0, 1),
-        help="least and greatest share of the image in a global crop; 0.14 1 if there are no"
-        " local crops",
-    )
-    add(
-        "--local_crops_scale",
-        default=(0.05, 0.4),
-        nargs="+",
-        type=number(float, 0, 1),
-        help="the same of a local crop",
-    )
-    add(
-        "--local_crops_number",
-        default=8,
-        type=number(int, 0, 1000),
-        help="local crops per image; 0 for none",
-    )
-    add(
-        "--global_crop_size",
-        default=224,
-        type=number(int, 1, 2**13),
-        help="pixels to which a global crop is resized; also the grid of a ViT's position"
-        " embeddings",
-    )
-    add(
-        "--local_crop_size",
-        default=96,
-        type=number(int, 1, 2**13),
-        help="pixels to which a local crop is resized",
-    )
-    add(
-        "--augment",
-        default="auto",
-        choices=["auto", "cpu", "device"],
-        help="where views get their colours: cpu is Pillow in the loader's processes; device does"
-        " it for whole batches, which asks a fifth of the loader; auto is device on a GPU",
     )
 
 

@@ -175,6 +175,7 @@ class Run:
         backbone = backbone_payload(
             state.teacher,
             arch=canonical_name(self.args.arch),
+            stem=self.args.stem,
             patch_size=self.args.patch_size,
             image_size=self.augmentation.views[0].size,
             mean=self.augmentation.mean,

@@ -162,11 +162,12 @@ def without_prefix(state_dict, prefix):
     return {name.removeprefix(prefix): value for name, value in state_dict.items()}
 
 
-def backbone_payload(teacher, *, arch, patch_size, image_size, mean, std):
+def backbone_payload(teacher, *, arch, patch_size, image_size, mean, std, stem="imagenet"):
     """The content of `backbone.pth`: clean keys under `teacher`, and how to build and feed it."""
     return {
         "teacher": unwrap(teacher).backbone.state_dict(),
         "arch": arch,
+        "stem": stem,
         "patch_size": patch_size,
         "image_size": image_size,
         "mean": mean,

@@ -16,6 +16,7 @@ from dino.errors import UserError
 from dino.json_files import is_number
 from dino.networks import unwrap
 from dino.printable import brief, printable
+from dino.small_resnet import STEMS
 from dino.weights.files import flags_in, is_named, read, without_prefix
 from dino.weights.loading import FLOATS, list_names, load_exactly
 from dino.weights.published import PUBLISHED_BACKBONES, download, published_entry
@@ -32,6 +33,7 @@ class Pretrained:
     embed_dim: int
     arch: str
     patch_size: int
+    stem: str = "imagenet"
     image_size: int = 224
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
@@ -68,10 +70,11 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
             )
     options = {"arch": canonical_name(args.arch), "patch_size": args.patch_size, **described}
     arch, patch_size = options["arch"], options["patch_size"]
+    stem = options.get("stem", "imagenet")
     if not args.pretrained_weights:
         weights = published_weights(arch, patch_size, published)
         source = f"the published weights of {arch}"
-    backbone, embed_dim = build_with(weights, arch, patch_size, source)
+    backbone, embed_dim = build_with(weights, arch, patch_size, source, stem)
     print_loaded(backbone, arch, source)
     size = image_size or options.get("image_size") or trained_img_size(weights, arch, patch_size)
     pretrained = Pretrained(backbone.eval(), embed_dim, **{**options, "image_size": size})
@@ -79,10 +82,10 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     return pretrained
 
 
-def build_with(weights, arch, patch_size, source):
+def build_with(weights, arch, patch_size, source, stem="imagenet"):
     """(backbone, embed_dim) that holds the `weights`; UserError where they do not fit."""
     img_size = trained_img_size(weights, arch, patch_size)
-    backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size)
+    backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size, stem=stem)
     fit_weights(backbone, weights, arch, source)
     return backbone, embed_dim
 
@@ -92,6 +95,10 @@ def print_loaded(backbone, arch, source):
     print0(printable(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}."))
 
 
+# of Pretrained, that a file may state
+FIELDS = ("arch", "patch_size", "stem", "image_size", "mean", "std")
+
+
 def describe(checkpoint):
     """What a checkpoint says of its backbone: a dict with some of the fields of Pretrained.
 
@@ -99,9 +106,9 @@ def describe(checkpoint):
     `args`.
     """
     args = flags_in(checkpoint)
-    names = {name: name for name in ("arch", "patch_size", "image_size", "mean", "std")}
+    names = {name: name for name in FIELDS}
     described = {field: checkpoint[name] for field, name in names.items() if name in checkpoint}
-    names = {"arch": "arch", "patch_size": "patch_size", "image_size": "global_crop_size"}
+    names |= {"image_size": "global_crop_size"}
     described |= {field: args[name] for field, name in names.items() if name in args}
     if isinstance(described.get("arch"), str):
         described["arch"] = canonical_name(described["arch"])
@@ -121,6 +128,7 @@ def check_description(described, source):
     right = {
         "arch": lambda value: isinstance(value, str),
         "patch_size": is_count,
+        "stem": lambda value: isinstance(value, str) and value in STEMS,
         "image_size": is_count,
         "mean": is_color,
         "std": lambda value: is_color(value, lowest=1 / LARGEST_COLOR),
