@@ -47,10 +47,13 @@ from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import StopRequested, exit_when_stopped, listen
 from dino.training.agreement import Agreement
+from dino.training.auto import decide_settings
+from dino.training.budget import seconds_per_step
 from dino.training.checkpoint import Progress
 from dino.training.failures import explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
+from dino.training.presets import AUTO
 from dino.training.recorder import Recorder, report_end, report_start
 from dino.training.run import Probes, Run, TrainState
 from dino.training.saver import Saver, find_checkpoint, own_checkpoints
@@ -68,7 +71,9 @@ def train_dino(args, images=None, augmentation=None):
     interruption = listen()
     args = complete(args)
     limit_pixels(args.max_image_pixels)
-    check_training_flags(args, own_views=bool(augmentation or args.augmentation))
+    own_views = bool(augmentation or args.augmentation)
+    if args.preset != AUTO:
+        check_training_flags(args, own_views)
     begins = args.init_from and not own_checkpoints(args.output_dir)
     weights = read(args.init_from, "--init_from") if begins else None
 
@@ -76,16 +81,19 @@ def train_dino(args, images=None, augmentation=None):
     launch, device = init_distributed(args.device, args.dist_url)
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same weights
     torch.backends.cudnn.benchmark = True
-    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    global_batch = args.batch_size_per_gpu * get_world_size()
 
     # ---- data ----
-    augmentation = augmentation or build_augmentation(args)
-    args.mean, args.std = augmentation.mean, augmentation.std
     knn_data_path = args.knn_data_path
     if images is None:
-        images, knn_data_path = open_images(args, global_batch)
-    check_images(args, images, global_batch)
+        images, knn_data_path = open_images(args)
+    if args.preset == AUTO:
+        args = decide_settings(args, images, device, time_a_step)
+        check_training_flags(args, own_views)
+    augmentation = augmentation or build_augmentation(args)
+    args.mean, args.std = augmentation.mean, augmentation.std
+    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    global_batch = args.batch_size_per_gpu * get_world_size()
+    check_images(args, len(images), global_batch)
     workers = loader_workers(args.num_workers)
     loader = build_loader(args, images, augmentation, workers, device)
     probes = build_probes(args, images, knn_data_path, augmentation, workers, device)
@@ -252,21 +260,48 @@ def own_augmentation(path):
     return augmentation
 
 
-def open_images(args, global_batch):
+def time_a_step(args, images, device):
+    """Seconds that a step of the run with these flags takes, with the loading of its images."""
+    augmentation = build_augmentation(args)
+    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    loader = build_loader(args, images, augmentation, loader_workers(args.num_workers), device)
+    state = build_state(args, augmentation.views, device, amp_dtype)
+
+    def step(views):
+        train_step(
+            state,
+            views,
+            lr=0.0,
+            weight_decay=0.0,
+            momentum=1.0,
+            epoch=0,
+            clip_grad=args.clip_grad,
+            freeze_last_layer=0,
+            amp_dtype=amp_dtype,
+            accum_steps=args.accum_steps,
+        )
+
+    seconds = seconds_per_step(step, loader, device)
+    fix_random_seeds(args.seed)  # what was built has drawn from it
+    return seconds
+
+
+def open_images(args):
     """(the images of --data_path as a sequence, --knn_data_path); the demo's are written first."""
     if args.data_path != DEMO:
         return ImageFiles(list_training_images(args.data_path)), args.knn_data_path
-    check_images(args, range(NUMBER_OF_IMAGES), global_batch)
+    if args.preset != AUTO:  # which fits the batch to the images
+        check_images(args, NUMBER_OF_IMAGES, args.batch_size_per_gpu * get_world_size())
     folder = demo_folder(args.output_dir)
     write_demo_images(folder)
     return ImageFiles(list_training_images(folder / "images")), args.knn_data_path or folder
 
 
-def check_images(args, images, global_batch):
-    """Raise UserError if a rank's share of `images` is smaller than one batch."""
-    if -(-len(images) // get_world_size()) < args.batch_size_per_gpu:
+def check_images(args, count, global_batch):
+    """Raise UserError if a rank's share of `count` images is smaller than one batch."""
+    if -(-count // get_world_size()) < args.batch_size_per_gpu:
         raise UserError(
-            f"--data_path {args.data_path}: {len(images)} images are fewer than one batch of"
+            f"--data_path {args.data_path}: {count} images are fewer than one batch of"
             f" {global_batch} (--batch_size_per_gpu {args.batch_size_per_gpu} on"
             f" {get_world_size()} processes). Lower the batch size."
         )

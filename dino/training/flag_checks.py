@@ -6,6 +6,7 @@ from pathlib import Path
 from dino.backbones import canonical_name, check_arch
 from dino.command_line import check_output_folder
 from dino.errors import UserError
+from dino.training.presets import AUTO
 from vision_transformer import ARCHITECTURES
 
 
@@ -13,6 +14,7 @@ def check_training_flags(args, own_views=False):
     """Raise UserError for the first mistake. `own_views`: the flags of the crops are not used."""
     check_arch(args.arch, args.stem)
     check_places(args)
+    check_hours(args)
     check_lengths(args)
     if not own_views:
         check_views(args)
@@ -31,6 +33,15 @@ def check_places(args):
         raise UserError(
             f"--init_from {args.init_from} and --resume {args.resume} exclude each other: the one"
             " starts a run, the other resumes one."
+        )
+
+
+def check_hours(args):
+    """Only --preset auto takes a length in hours."""
+    if args.hours is not None and args.preset != AUTO:
+        raise UserError(
+            f"--hours {args.hours}: only --preset auto measures how many epochs fit. Give --epochs,"
+            " or --preset auto."
         )
 
 

@@ -13,8 +13,9 @@ from dino.command_line import (
     number,
 )
 from dino.data.demo import DEMO
+from dino.errors import UserError
 from dino.small_resnet import STEMS
-from dino.training.presets import PRESETS
+from dino.training.presets import AUTO, PRESETS
 from dino.training.view_flags import add_view_arguments
 
 
@@ -130,6 +131,13 @@ def add_teacher_arguments(group):
 def add_optimisation_arguments(group):
     add = group.add_argument
     add("--epochs", default=100, type=number(int, 1, 10**5), help="passes over the images")
+    add(
+        "--hours",
+        default=None,
+        type=number(float, above=0),
+        help="time to train for, instead of --epochs: with --preset auto, which measures how many"
+        " fit and takes half an hour if neither is given",
+    )
     add("--batch_size_per_gpu", default=64, type=number(int, 1), help="images per process and step")
     add(
         "--accum_steps",
@@ -200,7 +208,8 @@ def add_run_arguments(group):
     add(
         "--preset",
         choices=list(PRESETS),
-        help="a named recipe, which sets defaults: see presets.py",
+        help="a named recipe, which sets defaults: see presets.py; auto looks at the images and"
+        " decides, for one's own data, and prints what and why",
     )
     add(
         "--data_path",
@@ -294,6 +303,10 @@ def parse_args(argv=None):
     if args.preset:
         flags = PRESETS[args.preset].flags
         vars(args).update({name: value for name, value in flags.items() if name not in given})
+    if args.preset == AUTO:
+        if "hours" in given and "epochs" in given:
+            raise UserError("--hours and --epochs exclude each other: leave one out.")
+        args.given = sorted(given)
     return args
 
 

@@ -7,6 +7,8 @@ classifier.
 
 from dataclasses import dataclass
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -141,6 +143,11 @@ PRESETS = {
         ),
         source="the first author in issue 122 of the official repository",
         reported="k-NN 67.9, linear 72.5 (Table 7 of the paper)",
+    ),
+    AUTO: Preset(
+        {},  # dino/training/auto.py decides, once the data and the device are known
+        source="ours, from a look at the data: small, grey or large, on a CPU or a GPU",
+        reported="benchmarks/small_data.md",
     ),
     "demo": Preset(
         dict(

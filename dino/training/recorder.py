@@ -11,7 +11,7 @@ from dino.meters import MetricLogger, SmoothedValue, is_due, peak_memory_mb
 from dino.printable import printable
 from dino.run_log import RunLog
 from dino.training.health import Health, Monitor
-from dino.training.presets import PRESETS
+from dino.training.presets import AUTO, PRESETS
 
 # Means over all iterations of an epoch, by their official names, and over its logged ones, by ours;
 # of the gradient norm, and how many steps were skipped, over all again.
@@ -157,7 +157,7 @@ def console_logger():
 
 def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
     """Every flag with its value, and what follows from them."""
-    flags = sorted(vars(args).items())
+    flags = sorted((flag, value) for flag, value in vars(args).items() if flag != AUTO)
     print0(*[printable(f"{flag}: {value}") for flag, value in flags], sep="\n")
     if args.preset:
         preset = PRESETS[args.preset]

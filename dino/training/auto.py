@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--preset auto: settings that follow from the data, the device and the length of the run.
+
+Rules in two parts: `fit_data` needs no more than a look at the images, `fit_length` the number of
+iterations. What each rule was measured on is in benchmarks/small_data.md.
+"""
+
+import argparse
+import math
+
+import torch
+
+from dino.backbones import canonical_name
+from dino.data.survey import survey
+from dino.distributed import get_world_size, print0
+from dino.printable import printable
+from dino.training.flag_checks import check_training_flags
+from dino.training.presets import AUTO
+from dino.training.saver import find_checkpoint
+from dino.weights.files import flags_in
+from vision_transformer import ARCHITECTURES
+
+DEFAULT_HOURS = 0.5
+
+OFFICIAL_CROP = 224  # pixels; the official blur is made for it
+CROP_ON_CPU = 64  # pixels of a global crop, at most
+SMALL = 64  # pixels of a global crop, below which a ResNet should not shrink it at once
+# From so many images on the official recipe serves, which was made for 1.3 million.
+LIKE_IMAGENET = 200_000
+IMAGES_PER_OUTPUT = 8  # of the head
+# The teacher averages over this share of the run; the official one over 250 of its 125,000.
+TEACHER_SHARE = 0.02
+FASTEST_TEACHER, OFFICIAL_TEACHER = 25, 250  # iterations
+
+
+def decide_settings(args, images, device, time_a_step):
+    """`args` with all that was not given decided, and `auto`: {flag: reason}. Prints the table.
+
+    `args.given` has the names of the flags that were. A run that is resumed keeps its settings.
+    `time_a_step(args, images, device)`: seconds.
+    """
+    flags = {name: value for name, value in vars(args).items() if name != "given"}
+    settings = Settings(flags, getattr(args, "given", ()))
+    found = find_checkpoint(args.resume, args.output_dir)
+    if found and isinstance(flags_in(found[1]).get(AUTO), dict):
+        settings.adopt(flags_in(found[1]))
+        print0(f"--preset auto: the settings of {found[0]}, decided when that run began.")
+    else:
+        seen = survey(images, args.seed, skip_bad=args.on_bad_image == "skip")
+        print0(f"--preset auto: {seen}")
+        fit_data(settings, seen, device.type, get_world_size())
+        iterations = -(-len(images) // get_world_size()) // settings["batch_size_per_gpu"]
+        if "epochs" not in settings.given:
+            check_training_flags(settings.namespace())
+            seconds = time_a_step(settings.namespace(), images, device)
+            fit_hours(settings, seconds, iterations)
+        fit_length(settings, iterations)
+    print0(settings.table())
+    decided = settings.namespace()
+    decided.auto = settings.reasons
+    return decided
+
+
+class Settings:
+    """Flags while they are decided: what was given stands; `reasons` has why of what was not."""
+
+    def __init__(self, flags, given):
+        self.flags, self.given, self.reasons = dict(flags), set(given), {}
+
+    def __getitem__(self, name):
+        return self.flags[name]
+
+    def decide(self, name, value, reason):
+        if name not in self.given:
+            self.flags[name], self.reasons[name] = value, reason
+
+    def adopt(self, saved):
+        """Take what was decided in the flags `saved` of an earlier run."""
+        for name, reason in saved[AUTO].items():
+            if name in self.flags and name in saved:
+                self.decide(name, saved[name], str(reason))
+
+    def namespace(self):
+        return argparse.Namespace(**self.flags)
+
+    @property
+    def is_vit(self):
+        return canonical_name(self["arch"]) in ARCHITECTURES
+
+    def table(self):
+        """A line for each decided setting: name, value, reason."""
+        rows = [("--" + name, shown(self[name]), why) for name, why in self.reasons.items()]
+        rows = [("setting", "value", "reason"), *rows]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(
+            printable(f"{name:{widths[0]}}  {value:{widths[1]}}  {why}")
+            for name, value, why in rows
+        )
+
+
+def shown(value):
+    if isinstance(value, list | tuple):
+        return " ".join(map(shown, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value).lower()
+
+
+# ---- what follows from the data ----
+
+
+def fit_data(settings, survey, device_type, processes):
+    """Decide what needs no more than a look at the data: networks, views, batch, learning rate."""
+    fit_crops(settings, survey, device_type)
+    fit_views(settings, survey)
+    fit_backbone(settings, survey, device_type)
+    fit_batch(settings, survey, device_type, processes)
+    fit_head(settings, survey)
+    fit_optimisation(settings, device_type)
+
+
+def fit_crops(settings, survey, device_type):
+    """Sizes of the crops: those of the images, as far as the device can afford them."""
+    side = survey.sides[1]
+    most = CROP_ON_CPU if device_type == "cpu" else OFFICIAL_CROP
+    size = max(16, min(most, side // 8 * 8))
+    reason = f"the images' {side} pixels"
+    if size == most:
+        reason = f"what a {device_type.upper()} can afford of {reason}" if side > most else reason
+    elif side < 16:
+        reason = f"twice the stride of a small ResNet, for {reason}"
+    settings.decide("global_crop_size", size, reason)
+    size = settings["global_crop_size"]
+    settings.decide("local_crop_size", max(8, size // 2), "half of it, about the official ratio")
+    if settings["local_crops_number"] == 0:
+        return
+    settings.decide("local_crops_number", 4, "half of the official ones: more steps for the time")
+
+
+def fit_views(settings, survey):
+    """Strengths of the augmentation, and the normalisation."""
+    side, local, size = survey.sides[1], settings["local_crop_size"], settings["global_crop_size"]
+    least = round(max(0.05, min(0.5, (0.75 * local / side) ** 2)), 3)
+    settings.decide(
+        "local_crops_scale",
+        (least, max(0.4, round(1.5 * least, 3))),
+        "no crop is enlarged by more than a third" if least > 0.05 else "the official one",
+    )
+    settings.decide(
+        "min_crop_pixels",
+        round(0.75 * local),
+        f"the same for images of {survey.sides[0]} pixels",
+    )
+    settings.decide(
+        "blur_radius",
+        tuple(round(radius * size / OFFICIAL_CROP, 4) for radius in (0.1, 2.0)),
+        f"the official 0.1 to 2 pixels of {OFFICIAL_CROP}, in proportion",
+    )
+    if survey.is_grey:
+        settings.decide("jitter", (0.4, 0.4, 0.0, 0.0), "grey images have no hue and saturation")
+        settings.decide("grayscale_p", 0.0, "grey images cannot lose their colours")
+    settings.decide("mean", survey.mean, "measured on the sample")
+    settings.decide("std", survey.std, "measured on the sample")
+
+
+def fit_backbone(settings, survey, device_type):
+    """A small convnet, unless data and device are like those of the paper."""
+    ask = "for attention maps: --arch vit_nano" if device_type == "cpu" else "or: --arch vit_small"
+    if device_type == "cpu":
+        arch, why = "resnet_nano", f"learns faster than a ViT on a CPU; {ask}"
+    elif survey.images < LIKE_IMAGENET:
+        arch, why = "resnet18", f"learns faster than a ViT from {survey.images} images; {ask}"
+    else:
+        arch, why = "vit_small", f"as in the paper: {survey.images} images"
+    settings.decide("arch", arch, why)
+    size = settings["global_crop_size"]
+    if settings.is_vit:
+        patch = next((p for p in (16, 8, 4, 2) if size // p >= 8), 2)
+        while size % patch or settings["local_crop_size"] % patch:
+            patch //= 2
+        settings.decide("patch_size", max(1, patch), f"at least 8 x 8 patches of {size} pixels")
+    elif size < SMALL and settings["arch"].startswith("resnet"):
+        settings.decide("stem", "small", f"crops of {size} pixels must not be shrunk at once")
+
+
+def fit_batch(settings, survey, device_type, processes):
+    """At least 8 batches an epoch, of a power of two."""
+    usual = 64 if device_type == "cpu" else 256 // min(processes, 8)
+    fitting = 2 ** int(math.log2(max(4, survey.images / (8 * processes))))
+    batch = min(usual, fitting)
+    why = "usual" if batch == usual else f"8 batches an epoch of {survey.images} images"
+    settings.decide("batch_size_per_gpu", batch, why)
+
+
+def fit_head(settings, survey):
+    """Outputs in proportion to the images, and batch norm, without which small runs collapse."""
+    outputs = 2 ** round(math.log2(max(1, survey.images / IMAGES_PER_OUTPUT)))
+    outputs = min(65536, max(256, outputs))
+    settings.decide("out_dim", outputs, f"{IMAGES_PER_OUTPUT} images for each, 256 to 65536")
+    if survey.images < LIKE_IMAGENET:
+        settings.decide("use_bn_in_head", True, "keeps runs on small data from collapsing")
+    if settings["out_dim"] <= 8192:
+        settings.decide("head_hidden_dim", 512, f"enough for {settings['out_dim']} outputs")
+        settings.decide("head_bottleneck_dim", 128, "as above")
+
+
+def fit_optimisation(settings, device_type):
+    """The highest learning rate that was stable, and the fastest type."""
+    if device_type == "cpu" and not settings.is_vit and has_fast_bfloat16():
+        settings.decide("amp_dtype", "bfloat16", "half the time of a step on this CPU")
+    if settings["arch"] == "vit_small" and settings["out_dim"] == 65536:
+        return  # the official recipe
+    lr = 0.004 if settings.is_vit else 0.006
+    settings.decide("lr", lr, "short runs need a high one; for 256 images, by the linear rule")
+
+
+def has_fast_bfloat16():
+    """Whether this CPU has instructions for it; without them it is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# ---- what follows from the length ----
+
+
+SPENT_ON_STEPS = 0.93  # of the time; the rest measures, saves and draws
+
+
+def fit_hours(settings, seconds, iterations_per_epoch):
+    """As many epochs as fit into the hours, at `seconds` a step; at least one."""
+    hours = settings["hours"] or DEFAULT_HOURS
+    seconds_per_epoch = seconds * max(1, iterations_per_epoch)
+    epochs = min(10**5, max(1, int(SPENT_ON_STEPS * 3600 * hours / seconds_per_epoch)))
+    told = "" if settings["hours"] else ", for want of --hours and --epochs,"
+    reason = f"what {hours:g} hours{told} hold at {seconds:.2g} s a step"
+    if seconds_per_epoch > 3600 * hours:
+        reason = f"the least there is: {seconds_per_epoch / 3600:.2g} hours, more than {hours:g}"
+    settings.decide("epochs", epochs, reason)
+
+
+def fit_length(settings, iterations_per_epoch):
+    """Decide what depends on the number of iterations, once `epochs` is known."""
+    epochs = settings["epochs"]
+    iterations = epochs * iterations_per_epoch
+    horizon = min(OFFICIAL_TEACHER, max(FASTEST_TEACHER, TEACHER_SHARE * iterations))
+    settings.decide(
+        "momentum_teacher",
+        round(1 - 1 / horizon, 4),
+        f"an average over {horizon:.0f} steps, {horizon / iterations:.1%} of {iterations}",
+    )
+    if horizon < OFFICIAL_TEACHER:
+        settings.decide(
+            "momentum_teacher_end",
+            round(1 - 1 / (4 * horizon), 4),
+            "the teacher keeps up with the student; the official 1 is for long runs",
+        )
+    settings.decide("warmup_epochs", min(10, round(0.1 * epochs)), "a tenth of the run")
+    frozen = 1 if epochs >= 10 else 0
+    settings.decide("freeze_last_layer", frozen, f"of {epochs} epochs; the official 1 is of 100")
+    settings.decide("knn_freq", max(1, epochs // 6), "six measurements")
