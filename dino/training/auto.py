@@ -23,7 +23,9 @@ from vision_transformer import ARCHITECTURES
 DEFAULT_HOURS = 0.5
 
 OFFICIAL_CROP = 224  # pixels; the official blur is made for it
-CROP_ON_CPU = 64  # pixels of a global crop, at most
+CROP_ON_CPU = (
+    96  # pixels of a global crop, at most: with the stem of ImageNet as fast as 32 without
+)
 SMALL = 64  # pixels of a global crop, below which a ResNet should not shrink it at once
 # From so many images on the official recipe serves, which was made for 1.3 million.
 LIKE_IMAGENET = 200_000
@@ -184,8 +186,8 @@ def fit_backbone(settings, survey, device_type):
 def fit_batch(settings, survey, device_type, processes):
     """At least 8 batches an epoch, of a power of two."""
     usual = 64 if device_type == "cpu" else 256 // min(processes, 8)
-    fitting = 2 ** int(math.log2(max(4, survey.images / (8 * processes))))
-    batch = min(usual, fitting)
+    share = survey.images / processes
+    batch = min(usual, 2 ** int(math.log2(max(min(4, share), share / 8, 1))))
     why = "usual" if batch == usual else f"8 batches an epoch of {survey.images} images"
     settings.decide("batch_size_per_gpu", batch, why)
 

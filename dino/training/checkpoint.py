@@ -66,6 +66,7 @@ class Progress:
     images: int = 0  # of the current epoch that its steps have used, by all processes
     best_knn: float = 0.0  # percent, of the best teacher so far
     best_rank: float = 0.0  # RankMe, likewise, where there are no labels
+    student_ahead: int = 0  # 1 if the student was better than the teacher when last measured
     sums: dict = field(default_factory=dict)  # of the figures of an epoch in progress
     unlogged: dict = field(default_factory=dict)  # means of an epoch not yet measured and logged
 
