@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--preset auto: what it decides for which data, that what was given stands, that a run keeps it."""
+"""--preset auto: what it decides for which data; what was given stands; a run keeps its settings."""
 
 import json
 
@@ -132,7 +132,7 @@ def test_hours_hold_as_many_epochs_as_fit_and_at_least_one():
 
 def test_hours_without_auto_or_with_epochs_are_refused(tmp_path):
     with pytest.raises(UserError, match="--hours and --epochs exclude each other"):
-        parse_args("--preset auto --hours 1 --epochs 3".split())
+        parse_args(["--preset", "auto", "--hours", "1", "--epochs", "3"])
     with pytest.raises(UserError, match="only --preset auto measures"):
         train_dino(parse_args(["--hours", "1", "--output_dir", str(tmp_path)]))
 
