@@ -47,14 +47,14 @@ class Family:
 
 
 def build_backbone(
-    arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_rate=0.0, stem="imagenet"
+    arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_rate=0.0, stem="auto"
 ):
     """(backbone, embed_dim): a module (B, C, H, W) -> (B, embed_dim) with random weights.
 
     `arch` is one of vision_transformer's, `deit_*` for these by their old name, resnet_nano, a
     classifier of torchvision, an official `xcit_*`, or `timm:NAME`. `patch_size` and `img_size`
-    matter to our ViTs only; `stem`, imagenet or small, to ResNets only. Raises UserError for any
-    other name.
+    matter to our ViTs only. `stem`, of ResNets, is imagenet, small, or auto for the network's own.
+    Raises UserError for any other name.
     """
     check_arch(arch, stem)
     arch = canonical_name(arch)
@@ -68,12 +68,12 @@ def build_backbone(
     )
 
 
-def check_arch(arch, stem="imagenet"):
+def check_arch(arch, stem="auto"):
     """Raise UserError, with the closest known names, for what `build_backbone` refuses."""
     arch = canonical_name(arch)
     family = family_of(arch)
     family.check(arch)
-    if stem != "imagenet" and not family.has_stem(arch):
+    if stem != "auto" and not family.has_stem(arch):
         raise UserError(f"--stem {stem}: only ResNets have such a stem, not --arch {arch}.")
 
 

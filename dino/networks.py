@@ -74,7 +74,7 @@ def build_student_and_teacher(
     bottleneck_dim,
     grad_checkpointing=False,
     in_chans=3,
-    stem="imagenet",
+    stem="auto",
 ):
     """(student, teacher) on `device`, with equal weights; no gradient ever reaches the teacher.
 

@@ -7,7 +7,7 @@ Shapes: B images, C channels.
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-STEMS = ("imagenet", "small")
+STEMS = ("auto", "imagenet", "small")
 # Of resnet_nano's four stages, one block each. ResNet-18 has two blocks of 64, 128, 256 and 512.
 WIDTHS = (32, 64, 128, 256)
 
@@ -15,10 +15,11 @@ WIDTHS = (32, 64, 128, 256)
 class ResNetNano(nn.Module):
     """(B, C, H, W) -> (B, 256): four basic blocks, 1.2M parameters, names as in torchvision.
 
-    Made for runs on a CPU; it is not a size of the ResNet paper.
+    Made for runs on a CPU and for small images: its own stem is the small one. It is not a size of
+    the ResNet paper.
     """
 
-    def __init__(self, in_chans=3, stem="imagenet"):
+    def __init__(self, in_chans=3, stem="auto"):
         super().__init__()
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
@@ -27,7 +28,7 @@ class ResNetNano(nn.Module):
         before = (WIDTHS[0], *WIDTHS)
         for stage, (narrow, wide) in enumerate(zip(before, WIDTHS, strict=False), start=1):
             setattr(self, f"layer{stage}", basic_stage(narrow, wide))
-        if stem == "small":
+        if stem != "imagenet":
             use_small_stem(self)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision's ResNet

@@ -179,8 +179,11 @@ def fit_backbone(settings, survey, device_type):
         while size % patch or settings["local_crop_size"] % patch:
             patch //= 2
         settings.decide("patch_size", max(1, patch), f"at least 8 x 8 patches of {size} pixels")
-    elif size < SMALL and settings["arch"].startswith("resnet"):
-        settings.decide("stem", "small", f"crops of {size} pixels must not be shrunk at once")
+    elif settings["arch"].startswith("resnet"):
+        if size < SMALL:
+            settings.decide("stem", "small", f"crops of {size} pixels must not be shrunk at once")
+        else:
+            settings.decide("stem", "imagenet", f"crops of {size} pixels can be shrunk at once")
 
 
 def fit_batch(settings, survey, device_type, processes):

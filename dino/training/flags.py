@@ -42,9 +42,10 @@ def add_network_arguments(group):
     )
     add(
         "--stem",
-        default="imagenet",
+        default="auto",
         choices=STEMS,
-        help="of a ResNet; small, 3 x 3 of stride 1 without max-pool, for crops below 64 pixels",
+        help="of a ResNet; small, 3 x 3 of stride 1 without max-pool, is for crops below 64 pixels;"
+        " auto is small for resnet_nano and imagenet for the others",
     )
     add(
         "--patch_size",

@@ -163,7 +163,7 @@ def without_prefix(state_dict, prefix):
 
 
 def backbone_payload(
-    model, *, arch, patch_size, image_size, mean, std, stem="imagenet", network="teacher"
+    model, *, arch, patch_size, image_size, mean, std, stem="auto", network="teacher"
 ):
     """The content of `backbone.pth`: clean keys, and how to build and feed the backbone of `model`.
 

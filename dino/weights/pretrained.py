@@ -33,7 +33,7 @@ class Pretrained:
     embed_dim: int
     arch: str
     patch_size: int
-    stem: str = "imagenet"
+    stem: str = "auto"
     image_size: int = 224
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
@@ -70,7 +70,7 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
             )
     options = {"arch": canonical_name(args.arch), "patch_size": args.patch_size, **described}
     arch, patch_size = options["arch"], options["patch_size"]
-    stem = options.get("stem", "imagenet")
+    stem = options.get("stem", "auto")
     if not args.pretrained_weights:
         weights = published_weights(arch, patch_size, published)
         source = f"the published weights of {arch}"
@@ -82,7 +82,7 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     return pretrained
 
 
-def build_with(weights, arch, patch_size, source, stem="imagenet"):
+def build_with(weights, arch, patch_size, source, stem="auto"):
     """(backbone, embed_dim) that holds the `weights`; UserError where they do not fit."""
     img_size = trained_img_size(weights, arch, patch_size)
     backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size, stem=stem)

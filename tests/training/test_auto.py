@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--preset auto: what it decides for which data; what was given stands; a run keeps its settings."""
+"""--preset auto: what it decides for which data, that given flags stand, that a run keeps all."""
 
 import json
 
