@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO, MultiCrop, eval_transform
-from dino.data.augmentations_on_device import CropStage, DeviceStage
+from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
+from dino.data.channels import RGB, count_channels, reader
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
 from dino.data.images import ImageFiles, limit_pixels, list_training_images
 from dino.data.loaders import training_loader
@@ -91,6 +92,7 @@ def train_dino(args, images=None, augmentation=None):
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
+    args.in_chans = len(augmentation.mean)
     amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     global_batch = args.batch_size_per_gpu * get_world_size()
     check_images(args, len(images), global_batch)
@@ -243,10 +245,16 @@ def build_augmentation(args):
         flip_p=args.flip_p,
         vflip_p=args.vflip_p,
         turn_p=args.turn_p,
-        jitter=tuple(args.jitter),
-        grayscale_p=args.grayscale_p,
+        **colours(args),
         blur_radius=tuple(args.blur_radius),
     )
+
+
+def colours(args):
+    """Fields of a View about colours; without red, green and blue there are no hues."""
+    if args.in_chans != RGB:
+        return dict(jitter=(*args.jitter[:2], 0.0, 0.0), grayscale_p=0.0)
+    return dict(jitter=tuple(args.jitter), grayscale_p=args.grayscale_p)
 
 
 def own_augmentation(path):
@@ -289,7 +297,10 @@ def time_a_step(args, images, device):
 def open_images(args):
     """(the images of --data_path as a sequence, --knn_data_path); the demo's are written first."""
     if args.data_path != DEMO:
-        return ImageFiles(list_training_images(args.data_path)), args.knn_data_path
+        paths = list_training_images(args.data_path)
+        if args.preset == AUTO and "in_chans" not in args.given:
+            args.in_chans = count_channels(paths)
+        return ImageFiles(paths, reader(args.in_chans)), args.knn_data_path
     if args.preset != AUTO:  # which fits the batch to the images
         check_images(args, NUMBER_OF_IMAGES, args.batch_size_per_gpu * get_world_size())
     folder = demo_folder(args.output_dir)
@@ -310,15 +321,17 @@ def check_images(args, count, global_batch):
 def build_loader(args, images, augmentation, workers, device):
     """Loader of views on `device`."""
     on_device = args.augment == "device" or (args.augment == "auto" and device.type == "cuda")
+    on_workers = augmentation if args.in_chans == RGB else BothStages(augmentation)
     return training_loader(
         images,
-        CropStage(augmentation) if on_device else augmentation,
+        CropStage(augmentation) if on_device else on_workers,
         batch_size=args.batch_size_per_gpu,
         num_workers=workers,
         seed=args.seed,
         pin_memory=device.type == "cuda",
         skip_bad=args.on_bad_image == "skip",
         finish=DeviceStage(augmentation, device),
+        in_chans=args.in_chans,
     )
 
 
@@ -355,6 +368,7 @@ def build_state(args, views, device, amp_dtype):
         bottleneck_dim=args.head_bottleneck_dim,
         grad_checkpointing=args.grad_checkpointing,
         stem=args.stem,
+        in_chans=args.in_chans,
     )
     dino_loss = DINOLoss(
         args.out_dim,

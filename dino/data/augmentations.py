@@ -16,6 +16,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from dino.data.channels import RGB, size_of, to_levels_tensor
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -202,7 +204,7 @@ class MultiCrop:
         """The ViewParameters of an image under a key."""
         if key is None:
             key = (torch.randint(2**62, ()).item(),)
-        return draw_views(np.random.default_rng(key), self.views, *image.size)
+        return draw_views(np.random.default_rng(key), self.views, *size_of(image))
 
     def apply(self, image, number, parameters):
         """View `number` of a PIL image, (3, S, S): the official operations in their order."""
@@ -250,13 +252,16 @@ class LinearProbeAugmentation:
         self.mean, self.std = mean, std
 
     def __call__(self, image, key):
-        parameters = draw_views(np.random.default_rng(key), [self.view], *image.size)
+        parameters = draw_views(np.random.default_rng(key), [self.view], *size_of(image))
         size = [self.view.size] * 2
         box = parameters.boxes[0].tolist()
+        if len(self.mean) != RGB:
+            image = to_levels_tensor(image)
         image = F.resized_crop(image, *box, size, InterpolationMode.BILINEAR)
         if parameters.flip[0]:
             image = F.hflip(image)
-        return F.normalize(F.to_tensor(image), self.mean, self.std)
+        shares = F.to_tensor(image) if len(self.mean) == RGB else to_shares(image)
+        return F.normalize(shares, self.mean, self.std)
 
 
 class GaussianBlur:
@@ -287,12 +292,26 @@ class Solarization:
 
 
 def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Central crop of `image_size` pixels after resizing the short side to 256/224 of that."""
-    return transforms.Compose(
-        [
-            transforms.Resize(round(image_size * 256 / 224), InterpolationMode.BICUBIC),
-            transforms.CenterCrop(image_size),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
+    """Central crop of `image_size` pixels after resizing the short side to 256/224 of that.
+
+    Of a PIL image or, where there is a mean for more or fewer channels than 3, of an array.
+    """
+    return EvalTransform(image_size, mean, std)
+
+
+class EvalTransform(transforms.Compose):
+    """See eval_transform. `in_chans`: how many channels it takes."""
+
+    def __init__(self, image_size, mean, std):
+        self.in_chans = len(mean)
+        resize = transforms.Resize(round(image_size * 256 / 224), InterpolationMode.BICUBIC)
+        crop, normalize = transforms.CenterCrop(image_size), transforms.Normalize(mean, std)
+        if self.in_chans == RGB:
+            super().__init__([resize, crop, transforms.ToTensor(), normalize])
+        else:
+            super().__init__([to_levels_tensor, resize, crop, to_shares, normalize])
+
+
+def to_shares(levels):
+    """uint8 of 0 to 255 as float32 of 0 to 1."""
+    return levels.float() / 255

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dino.data.channels import size_of
 from dino.data.images import UnreadableImage
-from dino.data.loaders import pil_image
+from dino.data.loaders import image_of
 
 SAMPLE = 256  # images looked at
 PIXELS = 64  # per side, at most, of those that count for mean and deviation: every so-many-th
@@ -42,9 +43,10 @@ class Survey:
         )
 
 
-def survey(images, seed=0, skip_bad=False):
+def survey(images, seed=0, skip_bad=False, in_chans=3):
     """The Survey of a sequence of PIL images or of tuples that begin with one.
 
+    For other numbers of channels than 3 as loaders.image_of takes them.
     The sample is drawn by `seed`. Raises the UnreadableImage of an image in it, unless `skip_bad`.
     """
     count = min(SAMPLE, len(images))
@@ -52,12 +54,12 @@ def survey(images, seed=0, skip_bad=False):
     looked_at = []
     for number in sorted(numbers.tolist()):
         try:
-            looked_at.append(look_at(pil_image(images[number], number)))
+            looked_at.append(look_at(image_of(images[number], number, in_chans)))
         except UnreadableImage:
             if not skip_bad:
                 raise
     if not looked_at:
-        return Survey(len(images), 0, (1, 1, 1), 0.0, (0.5,) * 3, (0.25,) * 3)
+        return Survey(len(images), 0, (1, 1, 1), 0.0, (0.5,) * in_chans, (0.25,) * in_chans)
     sides, greys, means, squares = (np.array(column) for column in zip(*looked_at, strict=True))
     mean = means.mean(axis=0)
     # a channel that never changes must not be divided by 0
@@ -74,8 +76,10 @@ def survey(images, seed=0, skip_bad=False):
 
 def look_at(image):
     """(shorter side, grey or not, mean of each channel, mean square of each channel)."""
-    rows, columns = (-(-side // PIXELS) for side in (image.height, image.width))
-    pixels = np.asarray(image)[::rows, ::columns].reshape(-1, 3).astype(float)
-    is_grey = (pixels.max(axis=1) - pixels.min(axis=1)).mean() < GREY
+    pixels = np.asarray(image)
+    rows, columns = (-(-side // PIXELS) for side in pixels.shape[:2])
+    pixels = pixels[::rows, ::columns].reshape(-1, pixels.shape[-1]).astype(float)
+    # of more channels than RGB none is a colour
+    is_grey = pixels.shape[-1] <= 3 and (pixels.max(axis=1) - pixels.min(axis=1)).mean() < GREY
     pixels /= 255
-    return min(image.size), is_grey, pixels.mean(axis=0), (pixels**2).mean(axis=0)
+    return min(size_of(image)), is_grey, pixels.mean(axis=0), (pixels**2).mean(axis=0)

@@ -47,7 +47,8 @@ def decide_settings(args, images, device, time_a_step):
         settings.adopt(flags_in(found[1]))
         print0(f"--preset auto: the settings of {found[0]}, decided when that run began.")
     else:
-        seen = survey(images, args.seed, skip_bad=args.on_bad_image == "skip")
+        skip_bad = args.on_bad_image == "skip"
+        seen = survey(images, args.seed, skip_bad, args.in_chans)
         print0(f"--preset auto: {seen}")
         fit_data(settings, seen, device.type, get_world_size())
         iterations = -(-len(images) // get_world_size()) // settings["batch_size_per_gpu"]
@@ -110,6 +111,8 @@ def shown(value):
 
 def fit_data(settings, survey, device_type, processes):
     """Decide what needs no more than a look at the data: networks, views, batch, learning rate."""
+    if len(survey.mean) != 3:
+        settings.decide("in_chans", len(survey.mean), "what the files have")
     fit_crops(settings, survey, device_type)
     fit_views(settings, survey)
     fit_backbone(settings, survey, device_type)

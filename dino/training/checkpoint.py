@@ -25,6 +25,7 @@ from dino.weights.loading import restore
 FIXED = (
     "arch",
     "stem",
+    "in_chans",
     "patch_size",
     "out_dim",
     "norm_last_layer",

@@ -82,10 +82,11 @@ def check_views(args):
             f"--blur_radius {' '.join(map(str, args.blur_radius))}: give the smaller one first."
         )
     for name in ("mean", "std"):
-        if len(getattr(args, name)) != 3:
+        if len(getattr(args, name)) != args.in_chans:
             raise UserError(
                 f"--{name} {' '.join(map(str, getattr(args, name)))}: give one number for each of"
-                " the 3 channels."
+                f" --in_chans {args.in_chans} channels. python check_data.py --stats PATH measures"
+                " them."
             )
     if canonical_name(args.arch) not in ARCHITECTURES:
         return  # build_student_and_teacher tries the sizes

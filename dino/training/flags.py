@@ -55,6 +55,13 @@ def add_network_arguments(group):
         " float16",
     )
     add(
+        "--in_chans",
+        default=3,
+        type=number(int, 1, 1024),
+        help="channels of the images, with as many numbers for --mean and --std; other than 3:"
+        " neither hue, saturation nor grayscale, and TIFF or .npy for more than 4",
+    )
+    add(
         "--drop_path_rate",
         default=0.1,
         type=number(float, 0, 0.99),

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
@@ -43,9 +44,15 @@ def draw_augmentations(path, views, names, mean, std):
 
 
 def displayable(view, mean, std):
-    """Undo the normalisation: (3, S, S) -> (S, S, 3) in [0, 1]."""
+    """Undo the normalisation: (C, S, S) -> (S, S, 3) in [0, 1], of the first three channels.
+
+    One channel is shown as grey, the second of two as green.
+    """
     mean, std = torch.tensor(mean), torch.tensor(std)
-    return (view.permute(1, 2, 0) * std + mean).clamp(0, 1).numpy()
+    pixels = (view.permute(1, 2, 0) * std + mean).clamp(0, 1)[..., :3]
+    if pixels.shape[-1] == 1:
+        pixels = pixels.expand(-1, -1, 3)
+    return F.pad(pixels, (0, 3 - pixels.shape[-1])).numpy()
 
 
 def save(figure, path):

@@ -39,8 +39,13 @@ class Pretrained:
     std: tuple = IMAGENET_STD
 
     @property
+    def in_chans(self):
+        """Channels of its images: as many as have a mean."""
+        return len(self.mean)
+
+    @property
     def transform(self):
-        """PIL image -> normalised central crop (3, image_size, image_size)."""
+        """PIL image, or array of other channels -> normalised central crop (C, size, size)."""
         return eval_transform(self.image_size, self.mean, self.std)
 
 
@@ -74,18 +79,21 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     if not args.pretrained_weights:
         weights = published_weights(arch, patch_size, published)
         source = f"the published weights of {arch}"
-    backbone, embed_dim = build_with(weights, arch, patch_size, source, stem)
+    in_chans = len(options.get("mean", IMAGENET_MEAN))
+    backbone, embed_dim = build_with(weights, arch, patch_size, source, stem, in_chans)
     print_loaded(backbone, arch, source)
     size = image_size or options.get("image_size") or trained_img_size(weights, arch, patch_size)
     pretrained = Pretrained(backbone.eval(), embed_dim, **{**options, "image_size": size})
-    check_takes_sizes(backbone, arch, [size], source=f"--image_size {size}: {arch}")
+    check_takes_sizes(backbone, arch, [size], in_chans, f"--image_size {size}: {arch}")
     return pretrained
 
 
-def build_with(weights, arch, patch_size, source, stem="auto"):
+def build_with(weights, arch, patch_size, source, stem="auto", in_chans=3):
     """(backbone, embed_dim) that holds the `weights`; UserError where they do not fit."""
     img_size = trained_img_size(weights, arch, patch_size)
-    backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size, stem=stem)
+    backbone, embed_dim = build_backbone(
+        arch, patch_size, img_size=img_size, stem=stem, in_chans=in_chans
+    )
     fit_weights(backbone, weights, arch, source)
     return backbone, embed_dim
 
@@ -95,6 +103,7 @@ def print_loaded(backbone, arch, source):
     print0(printable(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}."))
 
 
+MOST_CHANNELS = 1024  # of an image
 # of Pretrained, that a file may state
 FIELDS = ("arch", "patch_size", "stem", "image_size", "mean", "std")
 
@@ -122,7 +131,7 @@ def check_description(described, source):
         return type(value) is int and 0 < value <= 2**13
 
     def is_color(value, lowest=-LARGEST_COLOR):
-        numbers = isinstance(value, tuple | list) and len(value) == 3
+        numbers = isinstance(value, tuple | list) and 0 < len(value) <= MOST_CHANNELS
         return numbers and all(is_number(v) and lowest < v <= LARGEST_COLOR for v in value)
 
     right = {
@@ -136,6 +145,8 @@ def check_description(described, source):
     for name, value in described.items():
         if not right[name](value):
             raise UserError(f"{source} has an invalid {name}: {brief(value)}.")
+    if len({len(described[name]) for name in ("mean", "std") if name in described}) > 1:
+        raise UserError(f"{source} has a mean and a std of different numbers of channels.")
 
 
 def vit_in(weights):
@@ -284,7 +295,8 @@ def fits(module, state_dict):
 
 
 def load_resized(backbone, weights, what):
-    """load_exactly, after resizing position embeddings to the grid of `backbone`."""
+    """load_exactly, after fitting position embeddings and the first layer to `backbone`."""
+    weights = fit_channels(backbone, weights, what)
     own = backbone.state_dict().get("pos_embed")
     positions = weights.get("pos_embed")
     if own is not None and is_position_grid(positions) and own.shape != positions.shape:
@@ -302,6 +314,24 @@ def is_position_grid(positions):
     patches = positions.shape[1] - 1
     square = patches > 0 and math.isqrt(patches) ** 2 == patches
     return square and len(positions) == 1 and positions.dtype in FLOATS
+
+
+def fit_channels(backbone, weights, what):
+    """`weights` with a first layer for as many channels as `backbone` takes.
+
+    Every channel gets the mean over the channels that there were, times their number over the new
+    one: an image whose channels are all equal gives what it gave before.
+    """
+    own = backbone.state_dict()
+    for name in ("patch_embed.proj.weight", "conv1.weight"):
+        first = weights.get(name)
+        if name in own and isinstance(first, torch.Tensor) and first.ndim == 4:
+            before, now = first.shape[1], own[name].shape[1]
+            if before != now:
+                print0(printable(f"{what}: {name} adapted from {before} channels to {now}."))
+                first = first.mean(dim=1, keepdim=True).expand(-1, now, -1, -1) * before / now
+                weights = {**weights, name: first}
+    return weights
 
 
 def resize_positions(positions, patches):
