@@ -25,6 +25,7 @@ from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO, MultiCrop, eval_transform
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
 from dino.data.channels import RGB, count_channels, reader
+from dino.data.datasets import open_dataset
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
 from dino.data.images import ImageFiles, limit_pixels, list_training_images
 from dino.data.loaders import training_loader
@@ -296,6 +297,8 @@ def time_a_step(args, images, device):
 
 def open_images(args):
     """(the images of --data_path as a sequence, --knn_data_path); the demo's are written first."""
+    if args.dataset:
+        return open_dataset(args.dataset, args.data_path, args.download), args.knn_data_path
     if args.data_path != DEMO:
         paths = list_training_images(args.data_path)
         if args.preset == AUTO and "in_chans" not in args.given:

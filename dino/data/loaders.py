@@ -97,7 +97,10 @@ class LabelledTrainingImages(TrainingImages):
 
 
 class LabelledImages(Dataset):
-    """(transformed image, label), with the channels that the transform wants; an unreadable image gives its UnreadableImage."""
+    """(transformed image, label), with the channels that the transform wants.
+
+    An unreadable image gives its UnreadableImage.
+    """
 
     def __init__(self, paths, labels, transform):
         self.paths, self.labels, self.transform = paths, labels, transform

@@ -42,6 +42,7 @@ INDIFFERENT = {
         "preset",
         "auto",
         "hours",
+        "download",
         "device",
         "num_workers",
         "dist_url",

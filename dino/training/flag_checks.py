@@ -15,6 +15,8 @@ def check_training_flags(args, own_views=False):
     check_arch(args.arch, args.stem)
     check_places(args)
     check_hours(args)
+    if args.download and not args.dataset:
+        raise UserError("--download: only the files of a --dataset can be downloaded.")
     check_lengths(args)
     if not own_views:
         check_views(args)

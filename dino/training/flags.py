@@ -227,6 +227,18 @@ def add_run_arguments(group):
         f" {DEMO!r} for the photographs that come with scikit-image",
     )
     add(
+        "--dataset",
+        default=None,
+        metavar="NAME",
+        help="a data set of torchvision, such as CIFAR10, with its files in --data_path; or your"
+        " own, MODULE:FUNCTION, which returns a sequence of PIL images",
+    )
+    add(
+        "--download",
+        action="store_true",
+        help="let torchvision download the files of --dataset into --data_path; never without this",
+    )
+    add(
         "--on_bad_image",
         default="error",
         choices=["error", "skip"],
