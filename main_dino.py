@@ -22,15 +22,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dino.command_line import loader_workers
-from dino.data.augmentations import DataAugmentationDINO, MultiCrop, eval_transform
+from dino.data.augmentations import DataAugmentationDINO, eval_transform
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
-from dino.data.channels import RGB, count_channels, reader
-from dino.data.datasets import open_dataset
-from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
-from dino.data.images import ImageFiles, limit_pixels, list_training_images
+from dino.data.channels import RGB
+from dino.data.images import limit_pixels
 from dino.data.loaders import training_loader
 from dino.distributed import get_world_size, init_distributed, shut_down
-from dino.errors import UserError, exit_on_user_error
+from dino.errors import exit_on_user_error
 from dino.evaluation.knn import KnnProbe
 from dino.evaluation.without_labels import SampleProbe
 from dino.loss import DINOLoss
@@ -43,7 +41,6 @@ from dino.optim import (
     get_params_groups,
     set_lr_and_weight_decay,
 )
-from dino.own_code import import_by_path
 from dino.precision import autocast, choose_amp_dtype
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
@@ -52,6 +49,7 @@ from dino.training.agreement import Agreement
 from dino.training.auto import decide_settings
 from dino.training.budget import seconds_per_step
 from dino.training.checkpoint import Progress
+from dino.training.data import build_augmentation, check_images, open_images
 from dino.training.failures import explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
@@ -229,46 +227,6 @@ class Schedules:
         return {name: values[iteration] for name, values in vars(self).items()}
 
 
-def build_augmentation(args):
-    """The official views, of the sizes and strengths in the flags, or --augmentation's own."""
-    if args.augmentation:
-        return own_augmentation(args.augmentation)
-    return DataAugmentationDINO(
-        args.global_crops_scale,
-        args.local_crops_scale,
-        args.local_crops_number,
-        args.global_crop_size,
-        args.local_crop_size,
-        mean=args.mean,
-        std=args.std,
-        solarize_p=args.solarize_p,
-        min_pixels=args.min_crop_pixels,
-        flip_p=args.flip_p,
-        vflip_p=args.vflip_p,
-        turn_p=args.turn_p,
-        **colours(args),
-        blur_radius=tuple(args.blur_radius),
-    )
-
-
-def colours(args):
-    """Fields of a View about colours; without red, green and blue there are no hues."""
-    if args.in_chans != RGB:
-        return dict(jitter=(*args.jitter[:2], 0.0, 0.0), grayscale_p=0.0)
-    return dict(jitter=tuple(args.jitter), grayscale_p=args.grayscale_p)
-
-
-def own_augmentation(path):
-    """What the function at `path`, MODULE:FUNCTION, returns; UserError if it is not a MultiCrop."""
-    augmentation = import_by_path(path, "--augmentation")()
-    if not isinstance(augmentation, MultiCrop):
-        kind = type(augmentation).__name__
-        raise UserError(
-            f"--augmentation {path}: returned a {kind}, not a dino.data.augmentations.MultiCrop."
-        )
-    return augmentation
-
-
 def time_a_step(args, images, device):
     """Seconds that a step of the run with these flags takes, with the loading of its images."""
     augmentation = build_augmentation(args)
@@ -293,32 +251,6 @@ def time_a_step(args, images, device):
     seconds = seconds_per_step(step, loader, device)
     fix_random_seeds(args.seed)  # what was built has drawn from it
     return seconds
-
-
-def open_images(args):
-    """(the images of --data_path as a sequence, --knn_data_path); the demo's are written first."""
-    if args.dataset:
-        return open_dataset(args.dataset, args.data_path, args.download), args.knn_data_path
-    if args.data_path != DEMO:
-        paths = list_training_images(args.data_path)
-        if args.preset == AUTO and "in_chans" not in args.given:
-            args.in_chans = count_channels(paths)
-        return ImageFiles(paths, reader(args.in_chans)), args.knn_data_path
-    if args.preset != AUTO:  # which fits the batch to the images
-        check_images(args, NUMBER_OF_IMAGES, args.batch_size_per_gpu * get_world_size())
-    folder = demo_folder(args.output_dir)
-    write_demo_images(folder)
-    return ImageFiles(list_training_images(folder / "images")), args.knn_data_path or folder
-
-
-def check_images(args, count, global_batch):
-    """Raise UserError if a rank's share of `count` images is smaller than one batch."""
-    if -(-count // get_world_size()) < args.batch_size_per_gpu:
-        raise UserError(
-            f"--data_path {args.data_path}: {count} images are fewer than one batch of"
-            f" {global_batch} (--batch_size_per_gpu {args.batch_size_per_gpu} on"
-            f" {get_world_size()} processes). Lower the batch size."
-        )
 
 
 def build_loader(args, images, augmentation, workers, device):

@@ -43,13 +43,13 @@ class Survey:
         )
 
 
-def survey(images, seed=0, skip_bad=False, in_chans=3):
+def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
     """The Survey of a sequence of PIL images or of tuples that begin with one.
 
     For other numbers of channels than 3 as loaders.image_of takes them.
     The sample is drawn by `seed`. Raises the UnreadableImage of an image in it, unless `skip_bad`.
     """
-    count = min(SAMPLE, len(images))
+    count = min(sample, len(images))
     numbers = np.random.default_rng((seed, 2)).choice(len(images), count, replace=False)
     looked_at = []
     for number in sorted(numbers.tolist()):

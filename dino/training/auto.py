@@ -151,7 +151,7 @@ def fit_views(settings, survey):
     settings.decide(
         "min_crop_pixels",
         round(0.75 * local),
-        f"the same for images of {survey.sides[0]} pixels",
+        "the same for each image, whatever its size",
     )
     settings.decide(
         "blur_radius",

@@ -73,10 +73,13 @@ def draw_first_views(path, loader, augmentation, images=4):
         return
     indices = sorted({i * len(loader.dataset) // images for i in range(images)})
     views = [[view[0].cpu() for view in loader.batch_of([(0, index)])] for index in indices]
-    local = [f"local {i + 1}" for i in range(len(views[0]) - 2)]
-    names = ["global 1", "global 2", *local]
     with best_effort(path):
-        draw_augmentations(path, views, names, augmentation.mean, augmentation.std)
+        draw_augmentations(path, views, view_names(views[0]), augmentation.mean, augmentation.std)
+
+
+def view_names(views):
+    """Titles of the columns of a contact sheet: the first two views are the global ones."""
+    return ["global 1", "global 2", *(f"local {i + 1}" for i in range(len(views) - 2))]
 
 
 def draw_run(folder):
