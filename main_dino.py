@@ -49,6 +49,7 @@ from dino.training.agreement import Agreement
 from dino.training.auto import decide_settings
 from dino.training.budget import seconds_per_step
 from dino.training.checkpoint import Progress
+from dino.training.correlation import view_correlation
 from dino.training.data import build_augmentation, check_images, open_images
 from dino.training.failures import explained
 from dino.training.flag_checks import check_iterations, check_training_flags
@@ -87,14 +88,14 @@ def train_dino(args, images=None, augmentation=None):
     if images is None:
         images, knn_data_path = open_images(args)
     if args.preset == AUTO:
-        args = decide_settings(args, images, device, time_a_step)
+        args = decide_settings(args, images, device, correlate_views, time_a_step)
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
     args.in_chans = len(augmentation.mean)
     amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     global_batch = args.batch_size_per_gpu * get_world_size()
-    check_images(args, len(images), global_batch)
+    check_images(args, len(images))
     workers = loader_workers(args.num_workers)
     loader = build_loader(args, images, augmentation, workers, device)
     probes = build_probes(args, images, knn_data_path, augmentation, workers, device)
@@ -227,12 +228,26 @@ class Schedules:
         return {name: values[iteration] for name, values in vars(self).items()}
 
 
-def time_a_step(args, images, device):
-    """Seconds that a step of the run with these flags takes, with the loading of its images."""
+def rehearse(args, images, device):
+    """(loader, state, type) of a run with these flags, on which to measure."""
     augmentation = build_augmentation(args)
     amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    loader = build_loader(args, images, augmentation, loader_workers(args.num_workers), device)
+    fix_random_seeds(args.seed)
     state = build_state(args, augmentation.views, device, amp_dtype)
+    fix_random_seeds(args.seed)  # what was built has drawn from it
+    workers = loader_workers(args.num_workers)
+    return build_loader(args, images, augmentation, workers, device), state, amp_dtype
+
+
+def correlate_views(args, images, device):
+    """How alike the views of an image are to the network before training, see view_correlation."""
+    loader, state, _ = rehearse(args, images, device)
+    return view_correlation(state.student, loader)
+
+
+def time_a_step(args, images, device):
+    """Seconds that a step of the run with these flags takes, with the loading of its images."""
+    loader, state, amp_dtype = rehearse(args, images, device)
 
     def step(views):
         train_step(
@@ -248,9 +263,7 @@ def time_a_step(args, images, device):
             accum_steps=args.accum_steps,
         )
 
-    seconds = seconds_per_step(step, loader, device)
-    fix_random_seeds(args.seed)  # what was built has drawn from it
-    return seconds
+    return seconds_per_step(step, loader, device)
 
 
 def build_loader(args, images, augmentation, workers, device):

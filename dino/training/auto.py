@@ -14,6 +14,7 @@ from dino.backbones import canonical_name
 from dino.data.survey import survey
 from dino.distributed import get_world_size, print0
 from dino.printable import printable
+from dino.training.data import check_images
 from dino.training.flag_checks import check_training_flags
 from dino.training.presets import AUTO
 from dino.training.saver import find_checkpoint
@@ -22,6 +23,7 @@ from vision_transformer import ARCHITECTURES
 
 DEFAULT_HOURS = 0.5
 
+SMALLEST_CROP = 16  # pixels: a small ResNet leaves 2 x 2 of them
 OFFICIAL_CROP = 224  # pixels; the official blur is made for it
 # Pixels of a global crop, at most; with the stem of ImageNet half the work of 32 without.
 CROP_ON_CPU = 96
@@ -34,11 +36,11 @@ TEACHER_SHARE = 0.02
 FASTEST_TEACHER, OFFICIAL_TEACHER = 25, 250  # iterations
 
 
-def decide_settings(args, images, device, time_a_step):
+def decide_settings(args, images, device, correlate_views, time_a_step):
     """`args` with all that was not given decided, and `auto`: {flag: reason}. Prints the table.
 
     `args.given` has the names of the flags that were. A run that is resumed keeps its settings.
-    `time_a_step(args, images, device)`: seconds.
+    `correlate_views(args, images, device)`: see view_correlation; `time_a_step(...)`: seconds.
     """
     flags = {name: value for name, value in vars(args).items() if name != "given"}
     settings = Settings(flags, getattr(args, "given", ()))
@@ -52,8 +54,10 @@ def decide_settings(args, images, device, time_a_step):
         print0(f"--preset auto: {seen}")
         fit_data(settings, seen, device.type, get_world_size())
         iterations = -(-len(images) // get_world_size()) // settings["batch_size_per_gpu"]
+        check_training_flags(settings.namespace(), own_views=settings["augmentation"] is not None)
+        check_images(settings.namespace(), len(images))
+        soften_views(settings, lambda: correlate_views(settings.namespace(), images, device))
         if "epochs" not in settings.given:
-            check_training_flags(settings.namespace())
             seconds = time_a_step(settings.namespace(), images, device)
             fit_hours(settings, seconds, iterations)
         fit_length(settings, iterations)
@@ -61,6 +65,11 @@ def decide_settings(args, images, device, time_a_step):
     decided = settings.namespace()
     decided.auto = settings.reasons
     return decided
+
+
+# Of the augmentation, tried in turn, until the views of an image correlate by so much. Photographs
+# at 0.1 to 0.2 were learned from, digits at 0.0 were not.
+STRENGTHS, LEAST_CORRELATION = (1.0, 0.5, 0.25), 0.1
 
 
 class Settings:
@@ -125,15 +134,18 @@ def fit_crops(settings, survey, device_type):
     """Sizes of the crops: those of the images, as far as the device can afford them."""
     side = survey.sides[1]
     most = CROP_ON_CPU if device_type == "cpu" else OFFICIAL_CROP
-    size = max(16, min(most, side // 8 * 8))
+    size = max(SMALLEST_CROP, min(most, side // 8 * 8))
     reason = f"the images' {side} pixels"
     if size == most:
         reason = f"what a {device_type.upper()} can afford of {reason}" if side > most else reason
     elif side < 16:
-        reason = f"twice the stride of a small ResNet, for {reason}"
+        reason = f"the least that a ResNet takes, for {reason}"
     settings.decide("global_crop_size", size, reason)
     size = settings["global_crop_size"]
-    settings.decide("local_crop_size", max(8, size // 2), "half of it, about the official ratio")
+    local = max(SMALLEST_CROP, size // 2 // 8 * 8)
+    half = "half of it, about the official ratio"
+    least = "not less: to a ResNet views of fewer pixels have nothing in common with the others"
+    settings.decide("local_crop_size", local, half if local > SMALLEST_CROP else least)
     if settings["local_crops_number"] == 0:
         return
     settings.decide("local_crops_number", 4, "half of the official ones: more steps for the time")
@@ -143,14 +155,15 @@ def fit_views(settings, survey):
     """Strengths of the augmentation, and the normalisation."""
     side, local, size = survey.sides[1], settings["local_crop_size"], settings["global_crop_size"]
     least = round(max(0.05, min(0.5, (0.75 * local / side) ** 2)), 3)
+    why = {0.05: "the official one", 0.5: "large, as the images are small"}
     settings.decide(
         "local_crops_scale",
         (least, max(0.4, round(1.5 * least, 3))),
-        "no crop is enlarged by more than a third" if least > 0.05 else "the official one",
+        why.get(least, "no crop is enlarged by more than a third"),
     )
     settings.decide(
         "min_crop_pixels",
-        round(0.75 * local),
+        round(min(0.75 * local, side * least**0.5)),
         "the same for each image, whatever its size",
     )
     settings.decide(
@@ -159,11 +172,37 @@ def fit_views(settings, survey):
         f"the official 0.1 to 2 pixels of {OFFICIAL_CROP}, in proportion",
     )
     if survey.is_grey:
-        settings.decide("jitter", (0.4, 0.4, 0.0, 0.0), "grey images have no hue and saturation")
+        grey = "the images are grey: brightness is most of what they have"
+        settings.decide("jitter", (0.2, 0.2, 0.0, 0.0), grey)
+        settings.decide("solarize_p", 0.0, grey)
         settings.decide("grayscale_p", 0.0, "grey images cannot lose their colours")
     settings.decide("augment", "device", "half of Pillow's time or less, also on a CPU")
     settings.decide("mean", survey.mean, "measured on the sample")
     settings.decide("std", survey.std, "measured on the sample")
+
+
+def soften_views(settings, correlate):
+    """Weaken the augmentation until the views of an image have something in common.
+
+    `correlate()` measures that under the settings as they are.
+    """
+    if settings["augmentation"] is not None:
+        return
+    strong, found = dict(settings.flags), 1.0
+    for strength in STRENGTHS:
+        if strength < 1:
+            reason = f"views of an image correlate by {found:.2f} only before training: softer"
+            for name in ("global_crops_scale", "local_crops_scale"):
+                least, most = strong[name]
+                least = round(1 - strength * (1 - least), 3)
+                settings.decide(name, (least, max(most, least)), reason)
+            jitter = tuple(round(strength * change, 3) for change in strong["jitter"])
+            settings.decide("jitter", jitter, reason)
+            settings.decide("solarize_p", 0.0, reason)
+        found = correlate()
+        if found >= LEAST_CORRELATION:
+            break
+    print0(f"Views of an image correlate by {found:.2f} in a network that has not been trained.")
 
 
 def fit_backbone(settings, survey, device_type):

@@ -22,14 +22,15 @@ def open_images(args):
             args.in_chans = count_channels(paths)
         return ImageFiles(paths, reader(args.in_chans)), args.knn_data_path
     if args.preset != AUTO:  # which fits the batch to the images
-        check_images(args, NUMBER_OF_IMAGES, args.batch_size_per_gpu * get_world_size())
+        check_images(args, NUMBER_OF_IMAGES)
     folder = demo_folder(args.output_dir)
     write_demo_images(folder)
     return ImageFiles(list_training_images(folder / "images")), args.knn_data_path or folder
 
 
-def check_images(args, count, global_batch):
+def check_images(args, count):
     """Raise UserError if a rank's share of `count` images is smaller than one batch."""
+    global_batch = args.batch_size_per_gpu * get_world_size()
     if -(-count // get_world_size()) < args.batch_size_per_gpu:
         raise UserError(
             f"--data_path {args.data_path}: {count} images are fewer than one batch of"

@@ -2,6 +2,7 @@
 """--preset auto: what it decides for which data, that given flags stand, that a run keeps all."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 
 from dino.data.survey import Survey, survey
 from dino.errors import UserError
-from dino.training.auto import Settings, fit_data, fit_hours, fit_length
+from dino.training.auto import Settings, fit_data, fit_hours, fit_length, soften_views
+from dino.training.correlation import view_correlation
 from dino.training.flags import parse_args
 from main_dino import train_dino
 
@@ -71,8 +73,9 @@ def test_the_blur_is_in_proportion_to_the_crop_and_no_crop_is_enlarged_by_more_t
         settings = decide(3000, side)
         size, local = settings["global_crop_size"], settings["local_crop_size"]
         assert settings["blur_radius"][1] == pytest.approx(2 * size / 224, abs=1e-3)
-        assert settings["local_crops_scale"][0] ** 0.5 * side >= 0.74 * local
-        assert settings["min_crop_pixels"] == pytest.approx(0.75 * local, abs=1)
+        share = settings["local_crops_scale"][0]
+        assert share == 0.5 or share**0.5 * side >= 0.74 * local
+        assert settings["min_crop_pixels"] <= share**0.5 * side + 1
 
 
 def test_grey_data_gets_no_operation_on_colours():
@@ -121,6 +124,38 @@ def test_an_epoch_has_batches_whatever_the_number_of_images(images):
     assert images < 8 or images // settings["batch_size_per_gpu"] >= 2
 
 
+def test_views_are_softened_until_they_have_something_in_common():
+    args = parse_args(["--preset", "auto", "--flip_p", "0"])
+    found = iter([0.01, 0.05, 0.3])
+    settings = Settings(vars(args), args.given)
+    soften_views(settings, lambda: next(found))
+    assert settings["jitter"] == pytest.approx((0.1, 0.1, 0.05, 0.025))
+    assert settings["global_crops_scale"] == (0.85, 1.0)
+    assert settings["solarize_p"] == 0.0
+    strong = Settings(vars(args), args.given)
+    soften_views(strong, lambda: 0.2)
+    assert strong.reasons == {}
+
+
+def test_the_correlation_of_views_is_1_for_equal_ones_and_0_for_ones_without_relation():
+    """And against numpy's, whose two series are the outputs for two views, less their means."""
+    torch.manual_seed(0)
+
+    class Batches(list):
+        sampler = SimpleNamespace(set_position=lambda epoch: None)
+
+    def student(views):
+        return torch.cat(views).flatten(1)
+
+    one, other = torch.randn(2, 400, 3, 4, 4)
+    mixed = one + 0.5 * other
+    assert view_correlation(student, Batches([[one, one, one + 7]])) == pytest.approx(1)
+    assert view_correlation(student, Batches([[one, other]])) == pytest.approx(0, abs=0.03)
+    a, b = ((view - view.mean(0)).flatten().numpy() for view in (one, mixed))
+    expected = np.corrcoef(a, b)[0, 1]
+    assert view_correlation(student, Batches([[one, mixed]])) == pytest.approx(expected, abs=1e-4)
+
+
 def test_hours_hold_as_many_epochs_as_fit_and_at_least_one():
     args = parse_args(["--preset", "auto", "--hours", "1"])
     for seconds, epochs in [(0.1, 334), (1000.0, 1)]:
@@ -147,7 +182,7 @@ def test_a_folder_of_one_image_in_many_sizes_trains_unattended(tmp_path, capsys)
     train("--data_path", tmp_path, "--hours", 0.0001, "--output_dir", tmp_path / "run")
     output = capsys.readouterr().out
     assert "16 images, shorter side 8 to 115 pixels, median 62, 100% grey" in output
-    assert "grey images have no hue" in output
+    assert "grey images cannot lose their colours" in output
     assert (tmp_path / "run/backbone.pth").exists()
 
 
