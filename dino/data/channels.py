@@ -19,9 +19,9 @@ from dino.data.images import (
     UnreadableImage,
     check_pixels,
     check_size,
+    highest_by_range,
     known_formats,
     read_image,
-    to_levels,
     to_rgb,
 )
 
@@ -72,6 +72,19 @@ def read_channels(path):
             plain = image.mode in ("L", "RGB", "RGBA", "LA")
             pixels = np.asarray(image if plain else to_rgb(image))
     return to_levels(np.ascontiguousarray(channels_last(pixels)))
+
+
+def to_levels(values):
+    """Numbers of any type as uint8 levels. ValueError for values that have no place in 0 to 255.
+
+    16-bit integers by their type, 32-bit numbers by their range, as images.to_rgb does.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if not (np.isfinite(values).all() and values.min() >= 0):
+        raise ValueError("values below 0, or that are not finite")
+    highest = 65535 if values.dtype == np.uint16 else highest_by_range(values)
+    return np.floor(values * (255 / highest) + 0.5).astype(np.uint8)
 
 
 def check_shape(shape):

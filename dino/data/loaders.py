@@ -285,10 +285,10 @@ def training_loader(
     )
 
 
-def sample_loader(images, indices, augmentation, *, seed, skip_bad, **options):
+def sample_loader(images, indices, augmentation, *, seed, skip_bad, in_chans=RGB, **options):
     """Loader of lists of views of some of `images`, this rank's share, the same in every pass."""
     return ImageLoader(
-        TrainingImages(images, augmentation, seed, skip_bad),
+        TrainingImages(images, augmentation, seed, skip_bad, in_chans),
         sampler=[(0, index) for index in indices[get_rank() :: get_world_size()]],
         **options,
     )

@@ -52,6 +52,7 @@ def decide_settings(args, images, device, correlate_views, time_a_step):
         skip_bad = args.on_bad_image == "skip"
         seen = survey(images, args.seed, skip_bad, args.in_chans)
         print0(f"--preset auto: {seen}")
+        settings.decide("warmup_epochs", 0, "until the length is known")
         fit_data(settings, seen, device.type, get_world_size())
         iterations = -(-len(images) // get_world_size()) // settings["batch_size_per_gpu"]
         check_training_flags(settings.namespace(), own_views=settings["augmentation"] is not None)

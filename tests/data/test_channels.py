@@ -68,7 +68,7 @@ def test_formats_of_pillow_give_their_channels_too(tmp_path):
         (np.zeros((4, 4, 4, 5), np.uint8), "4 dimensions"),
         (np.full((8, 8, 5), np.nan), "not finite"),
         (np.array([{}, {}], dtype=object), "Python objects"),
-        (np.full((8, 8, 5), -1.0), "from -1 to -1"),
+        (np.full((8, 8, 5), -1.0), "values below 0"),
     ],
 )
 def test_what_is_not_an_image_of_these_channels_says_why(tmp_path, content, why):

@@ -125,7 +125,7 @@ def test_digits_whose_features_get_worse_behind_a_sound_loss_are_called(tmp_path
         folder.mkdir(parents=True, exist_ok=True)
         path.rename(folder / path.name)
     result = run_script(
-        *("main_dino.py", *DEMO_RUN, "--use_bn_in_head", "true", "--lr", 0.004, "--epochs", 5),
+        *("main_dino.py", *VIT_RUN, "--use_bn_in_head", "true", "--lr", 0.004, "--epochs", 5),
         *(
             "--local_crops_number",
             4,
