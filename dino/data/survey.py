@@ -44,9 +44,8 @@ class Survey:
 
 
 def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
-    """The Survey of a sequence of PIL images or of tuples that begin with one.
+    """The Survey of a sequence of images, as loaders.image_of takes its items.
 
-    For other numbers of channels than 3 as loaders.image_of takes them.
     The sample is drawn by `seed`. Raises the UnreadableImage of an image in it, unless `skip_bad`.
     """
     count = min(sample, len(images))

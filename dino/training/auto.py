@@ -142,13 +142,13 @@ def fit_crops(settings, survey, device_type):
     elif side < 16:
         reason = f"the least that a ResNet takes, for {reason}"
     settings.decide("global_crop_size", size, reason)
+    if survey.images >= LIKE_IMAGENET and size == OFFICIAL_CROP:
+        return  # the official local crops
     size = settings["global_crop_size"]
     local = max(SMALLEST_CROP, size // 2 // 8 * 8)
     half = "half of it, about the official ratio"
     least = "not less: to a ResNet views of fewer pixels have nothing in common with the others"
     settings.decide("local_crop_size", local, half if local > SMALLEST_CROP else least)
-    if settings["local_crops_number"] == 0:
-        return
     settings.decide("local_crops_number", 4, "half of the official ones: more steps for the time")
 
 
@@ -192,7 +192,7 @@ def soften_views(settings, correlate):
     strong, found = dict(settings.flags), 1.0
     for strength in STRENGTHS:
         if strength < 1:
-            reason = f"views of an image correlate by {found:.2f} only before training: softer"
+            reason = f"softer: views of an image correlated by only {found:.2f} before training"
             for name in ("global_crops_scale", "local_crops_scale"):
                 least, most = strong[name]
                 least = round(1 - strength * (1 - least), 3)

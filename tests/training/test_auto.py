@@ -110,6 +110,8 @@ def test_data_like_imagenet_on_a_gpu_get_the_official_networks_and_crops():
         out_dim=65536,
         use_bn_in_head=False,
         global_crop_size=224,
+        local_crop_size=96,
+        local_crops_number=8,
         head_hidden_dim=2048,
         lr=0.0005,
     )
