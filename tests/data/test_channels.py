@@ -5,15 +5,20 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import photograph
+from conftest import photograph, save_backbone
 from PIL import Image
+from torch import nn
 
 import eval_knn
-from dino.data.augmentations import MultiCrop, View, eval_transform
+import visualize_attention
+from dino.data.augmentations import LinearProbeAugmentation, MultiCrop, View, eval_transform
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
 from dino.data.channels import count_channels, read_any, read_channels
 from dino.data.images import UnreadableImage
 from dino.data.loaders import collate_readable
+from dino.errors import UserError
+from dino.evaluation.attention import open_vit
+from dino.networks import MultiCropWrapper
 from dino.training.flags import parse_args
 from dino.weights.pretrained import fit_channels
 from main_dino import train_dino
@@ -112,6 +117,25 @@ def test_evaluation_sees_the_same_crop_of_an_array_as_of_a_photograph():
     apart = ((ours[:3] - theirs) * 0.25 * 255).abs()
     assert apart.mean() < 0.2
     assert apart.max() < 12.1  # the order of the two passes of resizing moves single pixels
+
+
+def test_the_linear_probe_crops_an_array_as_a_photograph():
+    image = photograph().resize((60, 48))
+    four = LinearProbeAugmentation(32, (0.5,) * 4, (0.25,) * 4)
+    three = LinearProbeAugmentation(32, (0.5,) * 3, (0.25,) * 3)
+    for key in range(6):
+        ours, theirs = four(np.asarray(image.convert("RGBA")), key), three(image, key)
+        assert ours.shape == (4, 32, 32)
+        assert ((ours[:3] - theirs) * 0.25 * 255).abs().mean() < 1
+
+
+def test_attention_of_a_network_for_other_channels_is_refused(tmp_path):
+    backbone = MultiCropWrapper(vit_nano(8, img_size=32, in_chans=4), nn.Identity())
+    options = dict(arch="vit_nano", patch_size=8, image_size=32, mean=(0.5,) * 4, std=(0.2,) * 4)
+    save_backbone(tmp_path / "backbone.pth", backbone, **options)
+    flags = ["--pretrained_weights", str(tmp_path / "backbone.pth"), "--device", "cpu"]
+    with pytest.raises(UserError, match="images of 4 channels"):
+        open_vit(visualize_attention.get_args_parser().parse_args(flags))
 
 
 def test_published_weights_adapted_to_more_channels_see_grey_images_as_before():
