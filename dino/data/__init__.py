@@ -3,5 +3,7 @@
 
 `images` finds and reads files; `augmentations` draws and applies views, `augmentations_on_device`
 does the second half on the device; `loaders` serves batches in a reproducible order; `demo` is the
-embedded data set, `masks` are images with ground-truth masks.
+embedded data set, `masks` are images with ground-truth masks. `channels` reads images of any number
+of channels, `datasets` opens those of torchvision or one's own, `survey` says what a data set is
+like.
 """

@@ -262,7 +262,8 @@ def fit_optimisation(settings, device_type):
 
 def has_fast_bfloat16():
     """Whether this CPU has instructions for it; without them it is slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public yet
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 # ---- what follows from the length ----

@@ -37,18 +37,8 @@ FIXED = (
 )
 # Flags that do not affect what is learned.
 INDIFFERENT = {
-    *(
-        "output_dir",
-        "preset",
-        "auto",
-        "hours",
-        "download",
-        "device",
-        "num_workers",
-        "dist_url",
-        "local_rank",
-        "resume",
-    ),
+    *("output_dir", "preset", "device", "num_workers", "dist_url", "local_rank", "resume"),
+    *("auto", "hours", "download"),
     *("init_from", "saveckp_freq", "saveckp_iters", "saveckp_minutes", "keep_checkpoints"),
     *("log_freq", "tensorboard", "knn_data_path", "knn_freq"),
 }
