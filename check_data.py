@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Look at every image of a data set before a long run does.
 
-    python check_data.py photos/        # a folder, with or without class folders, or a list of
-    paths
+    python check_data.py photos/                             # a folder, or a list of paths
+    python check_data.py photos/ --stats --views views.png   # mean and std; what the network sees
 
-Prints counts, sizes, formats, files that cannot be read, exact duplicates, and warnings about what
-DINO finds hard. Exit code 0 if every image can be read, 1 if one cannot, 2 for a wrong PATH.
+Prints counts, sizes, formats, files that cannot be read, exact duplicates, warnings about what
+DINO finds hard, and the settings that fit (those of --preset auto), with their reasons. Exit code 0
+if every image can be read, 1 if one cannot, 2 for a wrong PATH.
 
 Each image is decoded in a process that may die of it, or hang: then it counts as unreadable.
 """
@@ -20,22 +21,25 @@ import time
 import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dino.command_line import Parser, add_image_arguments, count_cores, number
+from dino.command_line import Parser, add_image_arguments, check_output_file, count_cores, number
+from dino.data.channels import RGB, count_channels, read_any, reader, size_of
 from dino.data.images import (
+    ImageFiles,
     UnreadableImage,
     given_path,
     limit_pixels,
     list_training_images,
-    read_image,
 )
 from dino.errors import exit_on_user_error
 from dino.meters import progress_bar
 from dino.printable import printable
 from dino.signals import leave_signals_to_parent
+from dino.training.advice import MOST_FOR_STATS, print_settings_that_fit, print_stats
 
 SECONDS = 60.0  # that an image may take
 LISTED = 20  # lines of a list that are printed; the rest are counted
@@ -69,9 +73,11 @@ class Facts:
         return max(self.width, self.height) / self.short_side
 
 
-def look_at(path):
+def look_at(path, in_chans=RGB):
     """The Facts of an image. Raises UnreadableImage, or OSError for a file that vanishes."""
-    image = read_image(path)
+    if in_chans != RGB:
+        return look_at_channels(path, in_chans)
+    image = read_any(path)
     small = np.asarray(image.resize((32, 32), Image.Resampling.BOX), float)
     with Image.open(path) as header, open(path, "rb") as file:
         return Facts(
@@ -82,6 +88,21 @@ def look_at(path):
             is_rotated=orientation(header) not in UPRIGHT,
             chroma=float((small.max(axis=2) - small.min(axis=2)).mean()),
             contrast=float(small.mean(axis=2).std()),
+        )
+
+
+def look_at_channels(path, in_chans):
+    """The same of an image of other channels, of which none is a colour."""
+    image = read_any(path, in_chans)
+    with open(path, "rb") as file:
+        return Facts(
+            *size_of(image),
+            format=Path(path).suffix.removeprefix(".").upper(),
+            mode=f"{in_chans} channels",
+            digest=hashlib.file_digest(file, "sha256").digest(),
+            is_rotated=False,
+            chroma=255.0,
+            contrast=float(image.mean(axis=2).std()),
         )
 
 
@@ -98,9 +119,9 @@ def orientation(header):
 class Worker:
     """A process that looks at one image at a time, and is `spent` once it died or hung."""
 
-    def __init__(self):
+    def __init__(self, in_chans):
         self.connection, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=serve, args=(theirs,), daemon=True)
+        self.process = multiprocessing.Process(target=serve, args=(theirs, in_chans), daemon=True)
         self.process.start()
         theirs.close()  # so that its death ends the connection
         self.spent = False
@@ -129,7 +150,7 @@ class Worker:
         self.connection.close()
 
 
-def serve(connection):
+def serve(connection, in_chans):
     """Answer each path with Facts or with why there are none, for as long as the parent lives."""
     leave_signals_to_parent()
     warnings.simplefilter("ignore")
@@ -137,20 +158,20 @@ def serve(connection):
     while connection in wait([connection, parent]):
         path = connection.recv()
         try:
-            connection.send(look_at(path))
+            connection.send(look_at(path, in_chans))
         except UnreadableImage as error:
             connection.send(str(error).removesuffix(" Repair or remove it."))
         except OSError as error:
             connection.send(f"{path}: {error.strerror or error}")
 
 
-def look_at_all(paths, processes):
+def look_at_all(paths, processes, in_chans=RGB):
     """Yield (path, Facts or why there are none) as they come. No image can end it."""
     waiting, idle, busy = collections.deque(paths), [], []
     try:
         while waiting or busy:
             while waiting and len(busy) < processes:
-                worker = idle.pop() if idle else Worker()
+                worker = idle.pop() if idle else Worker(in_chans)
                 worker.start(waiting.popleft())
                 busy.append(worker)
             wait([worker.connection for worker in busy], timeout=1)
@@ -296,6 +317,18 @@ def get_args_parser():
         help="pixels of the crops that the run will take",
     )
     add("--batch_size_per_gpu", default=64, type=number(int, 1), help="images of a step of the run")
+    add(
+        "--stats",
+        action="store_true",
+        help=f"measure mean and standard deviation of each channel, of {MOST_FOR_STATS} images at"
+        " most, for --mean and --std",
+    )
+    add(
+        "--views",
+        default=None,
+        metavar="FILE",
+        help="draw the views of a few images with the settings that fit, as a PNG",
+    )
     add_image_arguments(parser)
     add(
         "--num_workers",
@@ -311,14 +344,22 @@ def check_data(args):
     limit_pixels(args.max_image_pixels)
     data_path = given_path(args.path, "PATH")
     paths = list_training_images(data_path, "PATH")
+    if args.views:
+        check_output_file(args.views, "--views")
     found, errors = {}, []
-    results = look_at_all(paths, args.num_workers or count_cores())
+    in_chans = count_channels(paths)
+    results = look_at_all(paths, args.num_workers or count_cores(), in_chans)
     for path, result in progress_bar(results, "images", len(paths)):
         if isinstance(result, Facts):
             found[path] = result
         else:
             errors.append(result)
     report(data_path, paths, found, errors, args)
+    if found:
+        images = ImageFiles(sorted(found), reader(in_chans))
+        print_settings_that_fit(images, in_chans, args.views)
+        if args.stats:
+            print_stats(images, in_chans)
     return 1 if errors else 0
 
 

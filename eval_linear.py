@@ -32,6 +32,7 @@ from dino.command_line import (
     number,
 )
 from dino.data.augmentations import LinearProbeAugmentation
+from dino.data.channels import reader
 from dino.data.images import ImageFiles, limit_pixels, list_labelled_images
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
@@ -242,8 +243,10 @@ def train_heads(args, device):
     features = build_features(args, pretrained, device)
     augmentation = LinearProbeAugmentation(pretrained.image_size, pretrained.mean, pretrained.std)
     options = loader_options(args, device)
+    in_chans = pretrained.in_chans
+    images = ImageFiles(paths, reader(in_chans))
     loader = training_loader(
-        ImageFiles(paths), augmentation, labels=labels, seed=args.seed, **options
+        images, augmentation, labels=labels, seed=args.seed, in_chans=in_chans, **options
     )
     val_loader = evaluation_loader(val_paths, val_labels, pretrained.transform, **options)
 

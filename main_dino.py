@@ -24,12 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dino.ablations import PredictorHead, build_loss, copy_before_each_step, teacher_momentum
 from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO, eval_transform
-from dino.data.augmentations_on_device import CropStage, DeviceStage
-from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
-from dino.data.images import ImageFiles, limit_pixels, list_training_images
+from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
+from dino.data.channels import RGB
+from dino.data.images import limit_pixels
 from dino.data.loaders import training_loader
 from dino.distributed import get_world_size, init_distributed, shut_down
-from dino.errors import UserError, exit_on_user_error
+from dino.errors import exit_on_user_error
 from dino.evaluation.knn import KnnProbe
 from dino.evaluation.without_labels import SampleProbe
 from dino.loss import DINOLoss
@@ -52,10 +52,15 @@ from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import StopRequested, exit_when_stopped, listen
 from dino.training.agreement import Agreement
+from dino.training.auto import decide_settings
+from dino.training.budget import seconds_per_step
 from dino.training.checkpoint import Progress
+from dino.training.correlation import view_correlation
+from dino.training.data import build_augmentation, check_images, open_images
 from dino.training.failures import explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
+from dino.training.presets import AUTO
 from dino.training.recorder import Recorder, report_end, report_start
 from dino.training.run import Probes, Run, TrainState
 from dino.training.saver import Saver, find_checkpoint, own_checkpoints
@@ -74,7 +79,9 @@ def train_dino(args, images=None, augmentation=None):
     interruption = listen()
     args = complete(args)
     limit_pixels(args.max_image_pixels)
-    check_training_flags(args, own_views=augmentation is not None)
+    own_views = bool(augmentation or args.augmentation)
+    if args.preset != AUTO:
+        check_training_flags(args, own_views)
     begins = args.init_from and not own_checkpoints(args.output_dir)
     weights = read_weights(args.init_from, "--init_from") if begins else None
 
@@ -82,15 +89,20 @@ def train_dino(args, images=None, augmentation=None):
     launch, device = init_distributed(args.device, args.dist_url)
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same weights
     torch.backends.cudnn.benchmark = True
-    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    global_batch = args.batch_size_per_gpu * get_world_size()
 
     # ---- data ----
-    augmentation = augmentation or build_augmentation(args)
     knn_data_path = args.knn_data_path
     if images is None:
-        images, knn_data_path = open_images(args, global_batch)
-    check_images(args, images, global_batch)
+        images, knn_data_path = open_images(args)
+    if args.preset == AUTO:
+        args = decide_settings(args, images, device, correlate_views, time_a_step)
+        check_training_flags(args, own_views)
+    augmentation = augmentation or build_augmentation(args)
+    args.mean, args.std = augmentation.mean, augmentation.std
+    args.in_chans = len(augmentation.mean)
+    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    global_batch = args.batch_size_per_gpu * get_world_size()
+    check_images(args, len(images))
     workers = loader_workers(args.num_workers)
     loader = build_loader(args, images, augmentation, workers, device)
     probes = build_probes(args, images, knn_data_path, augmentation, workers, device)
@@ -224,49 +236,58 @@ class Schedules:
         return {name: values[iteration] for name, values in vars(self).items()}
 
 
-def build_augmentation(args):
-    """The official views, of the scales and sizes in the flags."""
-    return DataAugmentationDINO(
-        args.global_crops_scale,
-        args.local_crops_scale,
-        args.local_crops_number,
-        args.global_crop_size,
-        args.local_crop_size,
-    )
+def rehearse(args, images, device):
+    """(loader, state, type) of a run with these flags, on which to measure."""
+    augmentation = build_augmentation(args)
+    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    fix_random_seeds(args.seed)
+    state = build_state(args, augmentation.views, device, amp_dtype)
+    fix_random_seeds(args.seed)  # what was built has drawn from it
+    workers = loader_workers(args.num_workers)
+    return build_loader(args, images, augmentation, workers, device), state, amp_dtype
 
 
-def open_images(args, global_batch):
-    """(the images of --data_path as a sequence, --knn_data_path); the demo's are written first."""
-    if args.data_path != DEMO:
-        return ImageFiles(list_training_images(args.data_path)), args.knn_data_path
-    check_images(args, range(NUMBER_OF_IMAGES), global_batch)
-    folder = demo_folder(args.output_dir)
-    write_demo_images(folder)
-    return ImageFiles(list_training_images(folder / "images")), args.knn_data_path or folder
+def correlate_views(args, images, device):
+    """How alike the views of an image are to the network before training, see view_correlation."""
+    loader, state, _ = rehearse(args, images, device)
+    return view_correlation(state.student, loader)
 
 
-def check_images(args, images, global_batch):
-    """Raise UserError if a rank's share of `images` is smaller than one batch."""
-    if -(-len(images) // get_world_size()) < args.batch_size_per_gpu:
-        raise UserError(
-            f"--data_path {args.data_path}: {len(images)} images are fewer than one batch of"
-            f" {global_batch} (--batch_size_per_gpu {args.batch_size_per_gpu} on"
-            f" {get_world_size()} processes). Lower the batch size."
+def time_a_step(args, images, device):
+    """Seconds that a step of the run with these flags takes, with the loading of its images."""
+    loader, state, amp_dtype = rehearse(args, images, device)
+
+    def step(views):
+        train_step(
+            state,
+            views,
+            lr=0.0,
+            weight_decay=0.0,
+            momentum=1.0,
+            epoch=0,
+            clip_grad=args.clip_grad,
+            freeze_last_layer=0,
+            amp_dtype=amp_dtype,
+            accum_steps=args.accum_steps,
         )
+
+    return seconds_per_step(step, loader, device)
 
 
 def build_loader(args, images, augmentation, workers, device):
     """Loader of views on `device`."""
     on_device = args.augment == "device" or (args.augment == "auto" and device.type == "cuda")
+    on_workers = augmentation if args.in_chans == RGB else BothStages(augmentation)
     return training_loader(
         images,
-        CropStage(augmentation) if on_device else augmentation,
+        CropStage(augmentation) if on_device else on_workers,
         batch_size=args.batch_size_per_gpu,
         num_workers=workers,
         seed=args.seed,
         pin_memory=device.type == "cuda",
         skip_bad=args.on_bad_image == "skip",
         finish=DeviceStage(augmentation, device),
+        in_chans=args.in_chans,
     )
 
 
@@ -303,6 +324,8 @@ def build_state(args, views, device, amp_dtype):
         bottleneck_dim=args.head_bottleneck_dim,
         grad_checkpointing=args.grad_checkpointing,
         student_head=PredictorHead if args.predictor else DINOHead,
+        stem=args.stem,
+        in_chans=args.in_chans,
     )
     dino_loss = build_loss(
         args.loss,

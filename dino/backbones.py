@@ -12,6 +12,7 @@ from torchvision.ops import StochasticDepth
 
 import vision_transformer as vits
 from dino.errors import UserError
+from dino.small_resnet import WIDTHS, ResNetNano, use_small_stem
 
 # The official names, which are those of torch.hub facebookresearch/xcit; timm has the networks.
 XCIT_NAMES = [
@@ -35,23 +36,27 @@ class Family:
     """A row of FAMILIES: which names belong to it, which of them it refuses, how it builds one.
 
     `has(arch)` -> bool; `check(arch)` raises UserError; `build(arch, *, patch_size, img_size,
-    in_chans, drop_path_rate)` -> (backbone, embed_dim). Options that mean nothing to it are
-    ignored.
+    in_chans, drop_path_rate, stem)` -> (backbone, embed_dim). Options that mean nothing to it are
+    ignored. `has_stem(arch)` -> bool: whether `stem` means something to it.
     """
 
     has: Callable
     build: Callable
     check: Callable = lambda arch: None
+    has_stem: Callable = lambda arch: False
 
 
-def build_backbone(arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_rate=0.0):
+def build_backbone(
+    arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_rate=0.0, stem="auto"
+):
     """(backbone, embed_dim): a module (B, C, H, W) -> (B, embed_dim) with random weights.
 
-    `arch` is one of vision_transformer's, `deit_*` for these by their old name, a classifier of
-    torchvision, an official `xcit_*`, or `timm:NAME`. `patch_size` and `img_size` matter to our
-    ViTs only, `in_chans` to these and timm's. Raises UserError for any other name.
+    `arch` is one of vision_transformer's, `deit_*` for these by their old name, resnet_nano, a
+    classifier of torchvision, an official `xcit_*`, or `timm:NAME`. `patch_size` and `img_size`
+    matter to our ViTs only. `stem`, of ResNets, is imagenet, small, or auto for the network's own.
+    Raises UserError for any other name.
     """
-    check_arch(arch)
+    check_arch(arch, stem)
     arch = canonical_name(arch)
     return family_of(arch).build(
         arch,
@@ -59,13 +64,17 @@ def build_backbone(arch, patch_size=16, *, img_size=224, in_chans=3, drop_path_r
         img_size=img_size,
         in_chans=in_chans,
         drop_path_rate=drop_path_rate,
+        stem=stem,
     )
 
 
-def check_arch(arch):
-    """Raise UserError, with the closest known names, for a name that `build_backbone` refuses."""
+def check_arch(arch, stem="auto"):
+    """Raise UserError, with the closest known names, for what `build_backbone` refuses."""
     arch = canonical_name(arch)
-    family_of(arch).check(arch)
+    family = family_of(arch)
+    family.check(arch)
+    if stem != "auto" and not family.has_stem(arch):
+        raise UserError(f"--stem {stem}: only ResNets have such a stem, not --arch {arch}.")
 
 
 def canonical_name(arch):
@@ -78,7 +87,7 @@ def family_of(arch):
     for family in FAMILIES:
         if family.has(arch):
             return family
-    close = close_names(arch, [*vits.ARCHITECTURES, *XCIT_NAMES, *torchvision_names()])
+    close = close_names(arch, [*vits.ARCHITECTURES, NANO, *XCIT_NAMES, *torchvision_names()])
     raise UserError(f"--arch {arch}: unknown. {close} Any model of timm is --arch timm:NAME.")
 
 
@@ -97,9 +106,18 @@ def is_vit(backbone):
 # ---- our ViTs ----
 
 
-def build_vit(arch, *, patch_size, **options):
+def build_vit(arch, *, patch_size, stem, **options):
     backbone = vits.build_vit(arch, patch_size, **options)
     return backbone, backbone.embed_dim
+
+
+# ---- our ResNet ----
+
+NANO = "resnet_nano"
+
+
+def build_nano(arch, *, in_chans, stem, **_):
+    return ResNetNano(in_chans, stem), WIDTHS[-1]
 
 
 # ---- timm, which has the official XCiT too ----
@@ -147,7 +165,11 @@ def check_torchvision(arch):
             raise UserError(f"--arch {arch}: {reason}.")
 
 
-def build_torchvision(arch, *, drop_path_rate, **_):
+def is_torchvision_resnet(arch):
+    return arch.startswith(("resnet", "resnext", "wide_resnet"))
+
+
+def build_torchvision(arch, *, in_chans, drop_path_rate, stem, **_):
     auxiliary = arch in ("googlenet", "inception_v3")  # which have classifiers inside too
     options = dict(aux_logits=False, init_weights=True) if auxiliary else {}
     backbone = torchvision.models.get_model(arch, weights=None, **options)
@@ -156,7 +178,26 @@ def build_torchvision(arch, *, drop_path_rate, **_):
     name, classifier = linear[-1]
     backbone.set_submodule(name, nn.Identity())
     set_dropout_rates(backbone, drop_path_rate)
+    if in_chans != 3:
+        take_channels(backbone, in_chans)
+    if stem == "small":
+        use_small_stem(backbone)
     return backbone, classifier.in_features
+
+
+def take_channels(backbone, in_chans):
+    """Give the first convolution `in_chans` input channels, with new weights from its own range."""
+    name, first = next(item for item in backbone.named_modules() if isinstance(item[1], nn.Conv2d))
+    options = ("out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode")
+    conv = nn.Conv2d(
+        in_chans,
+        **{option: getattr(first, option) for option in options},
+        bias=first.bias is not None,
+    )
+    nn.init.normal_(conv.weight, std=first.weight.std().item())
+    backbone.set_submodule(name, conv)
+    if hasattr(backbone, "transform_input"):
+        backbone.transform_input = False  # googlenet's and inception's, of three channels
 
 
 def set_dropout_rates(backbone, drop_path_rate):
@@ -175,8 +216,14 @@ def set_dropout_rates(backbone, drop_path_rate):
 
 FAMILIES = [  # the first that has a name builds it
     Family(vits.ARCHITECTURES.__contains__, build_vit),
+    Family(NANO.__eq__, build_nano, has_stem=NANO.__eq__),
     Family(is_timm, build_timm, check_timm),
-    Family(lambda arch: arch in torchvision_names(), build_torchvision, check_torchvision),
+    Family(
+        lambda arch: arch in torchvision_names(),
+        build_torchvision,
+        check_torchvision,
+        is_torchvision_resnet,
+    ),
 ]
 
 

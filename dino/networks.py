@@ -80,6 +80,8 @@ def build_student_and_teacher(
     bottleneck_dim,
     grad_checkpointing=False,
     student_head=DINOHead,
+    in_chans=3,
+    stem="auto",
 ):
     """(student, teacher) on `device`, with equal weights; no gradient ever reaches the teacher.
 
@@ -88,13 +90,13 @@ def build_student_and_teacher(
     `crop_sizes` sets the grid of a ViT's position embeddings. UserError if the arch cannot take
     one. `student_head` is the class of the student's head.
     """
-    options = dict(patch_size=patch_size, img_size=crop_sizes[0])
+    options = dict(patch_size=patch_size, img_size=crop_sizes[0], in_chans=in_chans, stem=stem)
     student_backbone, embed_dim = build_backbone(arch, drop_path_rate=drop_path_rate, **options)
     teacher_backbone, _ = build_backbone(arch, **options)
     if grad_checkpointing:
         checkpoint_gradients(student_backbone, arch)
     if not is_vit(teacher_backbone):
-        check_takes_sizes(teacher_backbone, arch, crop_sizes)
+        check_takes_sizes(teacher_backbone, arch, crop_sizes, in_chans)
     widths = dict(use_bn=use_bn_in_head, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
     head = student_head(embed_dim, out_dim, norm_last_layer=norm_last_layer, **widths)
     student = MultiCropWrapper(student_backbone, head).to(device)

@@ -13,6 +13,7 @@ from vision_transformer import DINOHead
 SMALL_ONE_OF_EACH_FAMILY = [
     ("vit_tiny", 192),
     ("deit_tiny", 192),
+    ("resnet_nano", 256),
     ("xcit_nano_12_p16", 128),
     ("resnet18", 512),
     ("densenet121", 1024),
@@ -58,6 +59,40 @@ def test_stochastic_depth_of_torchvision_rises_to_the_given_rate(arch):
         rates = [m.p for m in backbone.modules() if isinstance(m, StochasticDepth)]
         assert max(rates) == pytest.approx(rate)
         assert min(rates) == 0
+
+
+@pytest.mark.parametrize("arch", ["resnet_nano", "resnet18"])
+def test_the_small_stem_keeps_the_resolution_of_a_small_image(arch):
+    sizes = {}
+    for stem in ("imagenet", "small"):
+        backbone, _ = build_backbone(arch, stem=stem)
+        first_stage = nn.Sequential(backbone.conv1, backbone.maxpool, backbone.layer1)
+        sizes[stem] = first_stage(torch.zeros(2, 3, 32, 32)).shape[-1]
+    assert sizes == {"imagenet": 8, "small": 32}
+
+
+def test_resnet_nano_has_the_layers_of_torchvisions_resnet():
+    """A ResNet of torchvision with one basic block a stage, which cannot be made narrower."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    theirs = ResNet(BasicBlock, [1, 1, 1, 1])
+    theirs.fc = nn.Identity()
+    ours, _ = build_backbone("resnet_nano")
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    parameters = sum(p.numel() for p in ours.parameters())
+    assert parameters == pytest.approx(1.2e6, rel=0.03)
+
+
+def test_a_stem_for_a_network_without_one_is_refused():
+    for arch in ("vit_nano", "convnext_tiny"):
+        with pytest.raises(UserError, match="--stem small: only ResNets"):
+            build_backbone(arch, stem="small")
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet_nano", "resnet18", "efficientnet_b0"])
+def test_a_backbone_takes_images_of_any_number_of_channels(arch):
+    backbone, embed_dim = build_backbone(arch, 16, img_size=64, in_chans=5)
+    assert backbone(torch.randn(2, 5, 64, 64)).shape == (2, embed_dim)
 
 
 def test_deit_is_the_old_name_of_the_same_vit():

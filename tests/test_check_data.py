@@ -16,6 +16,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import ROOT, photograph
 from PIL import Image
 
@@ -45,6 +46,30 @@ def bomb(path):
 def cut(path):
     photograph().save(path, "PNG")
     path.write_bytes(path.read_bytes()[:5000])
+
+
+def test_the_settings_that_fit_are_printed_with_mean_deviation_and_views(tmp_path, capsys):
+    for i, image in enumerate(crops(9, 24)):
+        image.save(tmp_path / f"{i}.png")
+    assert check(tmp_path, "--stats", "--views", tmp_path / "views.out") == 0
+    output = capsys.readouterr().out
+    assert "--blur_radius" in output
+    assert "in proportion" in output
+    pixels = np.concatenate([np.asarray(image).reshape(-1, 3) for image in crops(9, 24)]) / 255
+    printed = output.split("--mean ")[2].split()
+    np.testing.assert_allclose([float(n) for n in printed[:3]], pixels.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose([float(n) for n in printed[4:7]], pixels.std(axis=0), atol=1e-4)
+    assert Image.open(tmp_path / "views.out").format == "PNG"
+
+
+def test_a_folder_of_many_channels_is_looked_at_with_all_of_them(tmp_path, capsys):
+    tifffile.imwrite(tmp_path / "a.tif", np.full((20, 30, 5), 7, np.uint16))
+    tifffile.imwrite(tmp_path / "b.tif", np.full((20, 30, 5), 9, np.uint16))
+    assert check(tmp_path) == 0
+    output = capsys.readouterr().out
+    assert "mode: 5 channels (2)" in output
+    assert "width: 30 to 30" in output
+    assert "--in_chans" in output
 
 
 UNREADABLE = {

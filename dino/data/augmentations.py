@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
+
+from dino.data.channels import RGB, size_of, to_levels_tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,12 +32,15 @@ class View:
 
     Brightness, contrast and saturation are multiplied by U(1 - x, 1 + x), hue turns by U(-x, x) of
     a circle, x from `jitter`. Blur radii are the standard deviation of the Gaussian in pixels of
-    the crop.
+    the crop. Vertical flips, quarter turns and a least crop are ours, and off by default.
     """
 
     size: int  # side in pixels, after resizing
     scale: tuple[float, float]  # range of the crop's share of the image
+    min_pixels: int = 0  # side in pixels of the image of the smallest square crop
     flip_p: float = 0.5
+    vflip_p: float = 0.0
+    turn_p: float = 0.0  # of a turn by one, two or three quarters
     jitter_p: float = 0.8
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     grayscale_p: float = 0.2
@@ -50,13 +55,19 @@ def dino_views(
     local_crops_number,
     global_crop_size=224,
     local_crop_size=96,
+    *,
+    solarize_p=0.2,
+    **fields,
 ):
-    """The official Views: two global ones, unlike in blur and solarization, and the local ones."""
+    """The official Views: two global ones, unlike in blur and solarization, and the local ones.
+
+    `fields` are further fields of every View, in place of their defaults.
+    """
     global_crops_scale, local_crops_scale = tuple(global_crops_scale), tuple(local_crops_scale)
     return [
-        View(global_crop_size, global_crops_scale, blur_p=1.0),
-        View(global_crop_size, global_crops_scale, blur_p=0.1, solarize_p=0.2),
-        *[View(local_crop_size, local_crops_scale, blur_p=0.5)] * local_crops_number,
+        View(global_crop_size, global_crops_scale, blur_p=1.0, **fields),
+        View(global_crop_size, global_crops_scale, blur_p=0.1, solarize_p=solarize_p, **fields),
+        *[View(local_crop_size, local_crops_scale, blur_p=0.5, **fields)] * local_crops_number,
     ]
 
 
@@ -77,6 +88,8 @@ class ViewParameters(NamedTuple):
     grayscale: np.ndarray  # (V,) bool
     blur_radius: np.ndarray  # (V,) float, 0 where the view is not blurred
     solarize: np.ndarray  # (V,) bool
+    vflip: np.ndarray  # (V,) bool
+    turns: np.ndarray  # (V,) int: quarter turns, counter-clockwise
 
 
 # Uniform numbers that a view takes from the generator, in this order, whatever it does with them.
@@ -93,6 +106,8 @@ DRAWN = {
     "blur_radius": 1,
     "solarize": 1,
 }
+# The same, drawn after all of the above, which stay what they were without them.
+DRAWN_LATER = {"vflip": 1, "turn": 1, "turns": 1}
 
 
 def draw_views(rng, views, width, height):
@@ -101,9 +116,7 @@ def draw_views(rng, views, width, height):
     Each view reads its own stretch of the generator's stream, so that what it draws depends neither
     on the other views nor on whether an operation took place.
     """
-    ends = np.cumsum(list(DRAWN.values()))
-    columns = np.split(rng.random((len(views), ends[-1])), ends[:-1], axis=1)
-    drawn = dict(zip(DRAWN, columns, strict=True))
+    drawn = uniform_columns(rng, DRAWN, len(views)) | uniform_columns(rng, DRAWN_LATER, len(views))
 
     def field(name):
         return np.array([getattr(view, name) for view in views])
@@ -112,10 +125,11 @@ def draw_views(rng, views, width, height):
         return drawn[name][:, 0] < field(f"{name}_p")
 
     smallest, largest = field("blur_radius").T
+    # all of the image where it has fewer pixels than that
+    least_share = np.minimum(1.0, field("min_pixels") ** 2 / (width * height))
+    scale = np.maximum(field("scale"), least_share[:, None])
     return ViewParameters(
-        boxes=draw_boxes(
-            drawn["areas"], drawn["ratios"], drawn["position"], field("scale"), width, height
-        ),
+        boxes=draw_boxes(drawn["areas"], drawn["ratios"], drawn["position"], scale, width, height),
         flip=happens("flip"),
         jitter=happens("jitter"),
         jitter_order=drawn["jitter_order"].argsort(axis=1),
@@ -125,7 +139,16 @@ def draw_views(rng, views, width, height):
             happens("blur"), smallest + (largest - smallest) * drawn["blur_radius"][:, 0], 0.0
         ),
         solarize=happens("solarize"),
+        vflip=happens("vflip"),
+        turns=np.where(happens("turn"), 1 + (3 * drawn["turns"][:, 0]).astype(int), 0),
     )
+
+
+def uniform_columns(rng, widths, views):
+    """{name: (views, width) uniform numbers} of {name: width}."""
+    ends = np.cumsum(list(widths.values()))
+    columns = np.split(rng.random((views, ends[-1])), ends[:-1], axis=1)
+    return dict(zip(widths, columns, strict=True))
 
 
 def draw_boxes(areas, ratios, position, scale, width, height):
@@ -158,6 +181,7 @@ def central_box(width, height):
 
 # ---- applying ----
 
+QUARTER_TURNS = (None, Image.ROTATE_90, Image.ROTATE_180, Image.ROTATE_270)
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
@@ -180,7 +204,7 @@ class MultiCrop:
         """The ViewParameters of an image under a key."""
         if key is None:
             key = (torch.randint(2**62, ()).item(),)
-        return draw_views(np.random.default_rng(key), self.views, *image.size)
+        return draw_views(np.random.default_rng(key), self.views, *size_of(image))
 
     def apply(self, image, number, parameters):
         """View `number` of a PIL image, (3, S, S): the official operations in their order."""
@@ -190,6 +214,10 @@ class MultiCrop:
         )
         if parameters.flip[number]:
             view = F.hflip(view)
+        if parameters.vflip[number]:
+            view = F.vflip(view)
+        if parameters.turns[number]:
+            view = view.transpose(QUARTER_TURNS[parameters.turns[number]])
         if parameters.jitter[number]:
             for operation in parameters.jitter_order[number]:
                 factor = parameters.jitter_factors[number, operation]
@@ -205,10 +233,10 @@ class MultiCrop:
 
 
 class DataAugmentationDINO(MultiCrop):
-    """The official views; the arguments are those of `dino_views`."""
+    """The official views; the arguments are those of `dino_views`, and MultiCrop's mean and std."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(dino_views(*args, **kwargs))
+    def __init__(self, *args, mean=IMAGENET_MEAN, std=IMAGENET_STD, **kwargs):
+        super().__init__(dino_views(*args, **kwargs), mean, std)
 
 
 class LinearProbeAugmentation:
@@ -224,13 +252,16 @@ class LinearProbeAugmentation:
         self.mean, self.std = mean, std
 
     def __call__(self, image, key):
-        parameters = draw_views(np.random.default_rng(key), [self.view], *image.size)
+        parameters = draw_views(np.random.default_rng(key), [self.view], *size_of(image))
         size = [self.view.size] * 2
         box = parameters.boxes[0].tolist()
+        if len(self.mean) != RGB:
+            image = to_levels_tensor(image)
         image = F.resized_crop(image, *box, size, InterpolationMode.BILINEAR)
         if parameters.flip[0]:
             image = F.hflip(image)
-        return F.normalize(F.to_tensor(image), self.mean, self.std)
+        shares = F.to_tensor(image) if len(self.mean) == RGB else to_shares(image)
+        return F.normalize(shares, self.mean, self.std)
 
 
 class GaussianBlur:
@@ -261,17 +292,31 @@ class Solarization:
 
 
 def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Central crop of `image_size` pixels after resizing the short side to 256/224 of that."""
-    return transforms.Compose(
-        [
-            transforms.Resize(resized_side(image_size), InterpolationMode.BICUBIC),
-            transforms.CenterCrop(image_size),
-            transforms.ToTensor(),
-            transforms.Normalize(mean, std),
-        ]
-    )
+    """Central crop of `image_size` pixels after resizing the short side to 256/224 of that.
+
+    Of a PIL image or, where there is a mean for more or fewer channels than 3, of an array.
+    """
+    return EvalTransform(image_size, mean, std)
+
+
+class EvalTransform(transforms.Compose):
+    """See eval_transform. `in_chans`: how many channels it takes."""
+
+    def __init__(self, image_size, mean, std):
+        self.in_chans = len(mean)
+        resize = transforms.Resize(resized_side(image_size), InterpolationMode.BICUBIC)
+        crop, normalize = transforms.CenterCrop(image_size), transforms.Normalize(mean, std)
+        if self.in_chans == RGB:
+            super().__init__([resize, crop, transforms.ToTensor(), normalize])
+        else:
+            super().__init__([to_levels_tensor, resize, crop, to_shares, normalize])
 
 
 def resized_side(image_size):
     """The short side, in pixels, from which `eval_transform` crops its centre."""
     return round(image_size * 256 / 224)
+
+
+def to_shares(levels):
+    """uint8 of 0 to 255 as float32 of 0 to 1."""
+    return levels.float() / 255

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import default_collate
 
 from dino.data.augmentations import NEUTRAL, ViewParameters
+from dino.data.channels import RGB, to_levels_tensor
 
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in units of 1/65536, as in Pillow
 BLUR_PASSES = 3  # of a box, which Pillow takes for a Gaussian
@@ -24,9 +26,7 @@ BLUR_PASSES = 3  # of a box, which Pillow takes for a Gaussian
 class CroppedViews(NamedTuple):
     """The views of an image, or with a dimension of B before the others of a batch."""
 
-    crops: list[
-        torch.Tensor
-    ]  # (v, 3, S, S) uint8, flipped where drawn, for each size: views_by_size
+    crops: list[torch.Tensor]  # (v, C, S, S) uint8, flipped and turned, by size: views_by_size
     parameters: ViewParameters
 
 
@@ -47,7 +47,7 @@ class CropStage:
     def __call__(self, image, key=None):
         parameters = self.augmentation.draw(image, key)
         # channels last in memory, for which torch resizes 8-bit images fastest
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = to_levels_tensor(image)
         groups = views_by_size(self.augmentation.views)
         return CroppedViews(
             [self.crop(pixels, parameters, size, numbers) for size, numbers in groups.items()],
@@ -55,13 +55,15 @@ class CropStage:
         )
 
     def crop(self, pixels, parameters, size, numbers):
-        """The views with these `numbers`, all of one size, of an image (3, H, W)."""
-        crops = torch.empty(len(numbers), 3, size, size, dtype=torch.uint8)
-        boxes, flips = parameters.boxes[numbers].tolist(), parameters.flip[numbers].tolist()
-        for crop, (top, left, height, width), flip in zip(crops, boxes, flips, strict=True):
+        """The views with these `numbers`, all of one size, of an image (C, H, W)."""
+        crops = torch.empty(len(numbers), len(pixels), size, size, dtype=torch.uint8)
+        for crop, number in zip(crops, numbers, strict=True):
+            top, left, height, width = parameters.boxes[number].tolist()
             box = pixels[None, :, top : top + height, left : left + width]
             resized = resize_as_pillow(box, size)[0]
-            crop.copy_(resized.flip(-1) if flip else resized)
+            sides = [-1] * bool(parameters.flip[number]) + [-2] * bool(parameters.vflip[number])
+            resized = resized.flip(sides) if sides else resized
+            crop.copy_(resized.rot90(int(parameters.turns[number]), (-2, -1)))
         return crops
 
 
@@ -90,8 +92,20 @@ def takes_columns_first():
     return np.array_equal(np.asarray(image.resize((16, 16), Image.BICUBIC)), np.asarray(in_two))
 
 
+class BothStages:
+    """Both stages on the loader's workers, for images of other channels, which Pillow cannot do."""
+
+    def __init__(self, augmentation):
+        self.crop_stage = CropStage(augmentation)
+        self.device_stage = DeviceStage(augmentation, torch.device("cpu"))
+
+    def __call__(self, image, key=None):
+        crops = default_collate([self.crop_stage(image, key)])
+        return [view[0] for view in self.device_stage(crops)]
+
+
 class DeviceStage:
-    """Second stage: a batch of CroppedViews -> its V views (B, 3, S, S), normalised, on `device`.
+    """Second stage: a batch of CroppedViews -> its V views (B, C, S, S), normalised, on `device`.
 
     A batch of finished views is only copied there. On CUDA this runs on a stream of its own, beside
     the step on the batch before, and of high priority: its many small kernels would else queue
@@ -184,7 +198,12 @@ def colour_plan(parameters):
 
 
 def luma(pixels):
-    """Grey levels (n, 1, S, S); in float32 these sums are exact, as all of them are below 2^24."""
+    """Grey levels (n, 1, S, S); in float32 these sums are exact, as all of them are below 2^24.
+
+    The mean where the channels are not red, green and blue.
+    """
+    if pixels.shape[1] != RGB:
+        return pixels.mean(dim=1, keepdim=True).add_(0.5).floor_()
     red, green, blue = pixels.split(1, dim=1)
     return (
         (LUMA[0] * red).add_(LUMA[1] * green).add_(LUMA[2] * blue).add_(32768).div_(65536).floor_()

@@ -21,10 +21,13 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF")
 # What a run draws into its folder, which is data where --data_path and --output_dir are one.
 PICTURES_OF_A_RUN = {"augmentations.png", "curves.png"}
 SIGN_OF_A_RUN = "args.json"
+ARRAYS = (".npy",)  # count as images in a folder without any of torchvision's extensions
 
 
-def find_images(folder):
+def find_images(folder, endings=IMG_EXTENSIONS):
     """Paths of all images under `folder`, at any depth, in ImageFolder's order.
+
+    Images are files whose names end as one of `endings`.
 
     Links are followed, once. Hidden files and folders (.ipynb_checkpoints, ._name.jpg), which the
     official code takes for data, and pictures that a run drew are left out. UserError for a folder
@@ -43,9 +46,7 @@ def find_images(folder):
         found += [
             os.path.join(directory, name)
             for name in sorted(names)
-            if name.lower().endswith(IMG_EXTENSIONS)
-            and not name.startswith(".")
-            and name not in drawn
+            if name.lower().endswith(endings) and not name.startswith(".") and name not in drawn
         ]
     return found
 
@@ -57,19 +58,6 @@ def refuse(error):
     )
 
 
-class ImageFiles:
-    """Images on disk as a sequence: `images[i]` reads the i-th path."""
-
-    def __init__(self, paths):
-        self.paths = paths
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, number):
-        return read_image(self.paths[number])
-
-
 def list_training_images(data_path, flag="--data_path"):
     """Paths of the images to train on: those of a folder, or those listed in a text file.
 
@@ -78,7 +66,7 @@ def list_training_images(data_path, flag="--data_path"):
     """
     path = given_path(data_path, flag)
     if path.is_dir():
-        images = find_images(path)
+        images = find_images(path) or find_images(path, ARRAYS)
         if not images:
             raise UserError(
                 f"{flag} {data_path}: no image in this folder or below it (looked for"
@@ -166,13 +154,31 @@ def list_labelled_images(data_path, split, classes=None, flag="--data_path"):
             f"{flag} {data_path}: class folder {unknown[0]!r} of {split}/ has no counterpart in"
             " train/."
         )
-    images = [(path, classes.index(name)) for name in names for path in find_images(folder / name)]
+    endings = IMG_EXTENSIONS if find_images(folder) else ARRAYS
+    images = [
+        (path, classes.index(name))
+        for name in names
+        for path in find_images(folder / name, endings)
+    ]
     if not images:
         raise UserError(
             f"{flag} {data_path}: the {len(names)} class folders of {split}/ hold no image."
         )
     paths, labels = zip(*images, strict=True)
     return list(paths), torch.tensor(labels), classes
+
+
+class ImageFiles:
+    """Images on disk as a sequence: `images[i]` is what `read` makes of the i-th path."""
+
+    def __init__(self, paths, read=None):
+        self.paths, self.read = paths, read or read_image
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, number):
+        return self.read(self.paths[number])
 
 
 class UnreadableImage(UserError):
@@ -243,11 +249,13 @@ def known_formats():
 
 def check_size(image):
     """Raise ValueError for more pixels than the limit, before they are decoded."""
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-    if limit is not None and pixels > limit:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels, more than --max_image_pixels {limit}"
-        )
+    check_pixels(image.width, image.height)
+
+
+def check_pixels(width, height):
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise ValueError(f"{width} x {height} pixels, more than --max_image_pixels {limit}")
 
 
 def to_rgb(image):

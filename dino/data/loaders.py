@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from dino.data.images import UnreadableImage, limit_pixels, read_image, to_rgb
+from dino.data.channels import RGB, reader, with_channels
+from dino.data.images import UnreadableImage, limit_pixels, to_rgb
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
 from dino.signals import leave_signals_to_parent
@@ -25,13 +26,14 @@ MOST_BAD, MOST_ATTEMPTS = 0.01, 10
 class TrainingImages(Dataset):
     """Augmented views, by (epoch, number of the image): a function of these and the seed alone.
 
-    `images` is any sequence of PIL images, or of tuples that begin with one. An unreadable image
+    `images` is any sequence of PIL images, or of tuples that begin with one; for other numbers of
+    channels than 3, arrays (H, W, in_chans) will do. An unreadable image
     gives its UnreadableImage as the item, or with `skip_bad` a Replaced: raised inside a loader
     worker it would come out as a traceback of the worker.
     """
 
-    def __init__(self, images, augmentation, seed=0, skip_bad=False):
-        self.images, self.augmentation = images, augmentation
+    def __init__(self, images, augmentation, seed=0, skip_bad=False, in_chans=RGB):
+        self.images, self.augmentation, self.in_chans = images, augmentation, in_chans
         self.seed, self.skip_bad = seed, skip_bad
 
     def __len__(self):
@@ -43,7 +45,7 @@ class TrainingImages(Dataset):
         others = np.random.default_rng((self.seed, epoch, index, 1))  # not the views' generator
         for number in (index, *others.integers(len(self), size=MOST_ATTEMPTS).tolist()):
             try:
-                image = pil_image(self.images[number], number)
+                image = image_of(self.images[number], number, self.in_chans)
             except UnreadableImage as error:
                 bad.append(error)
                 if not self.skip_bad:
@@ -54,14 +56,23 @@ class TrainingImages(Dataset):
         return bad[0]
 
 
-def pil_image(item, number):
-    """The image of an item of a sequence of images or of tuples (image, label, ...), as RGB."""
+def image_of(item, number, in_chans=RGB):
+    """The image of an item of a sequence of images or of tuples (image, label, ...).
+
+    As PIL RGB or, for other numbers of channels than 3, as uint8 (H, W, in_chans).
+    """
     image = item[0] if isinstance(item, tuple | list) else item
-    if not isinstance(image, Image.Image):
+    is_array = isinstance(image, np.ndarray) and in_chans != RGB
+    if not (is_array or isinstance(image, Image.Image)):
         raise TypeError(
             f"images[{number}] is a {type(item).__name__}, not a PIL image or (PIL image, label)"
         )
-    return to_rgb(image)
+    if in_chans == RGB:
+        return to_rgb(image)
+    try:
+        return with_channels(image, in_chans)
+    except ValueError as error:
+        raise UnreadableImage(f"images[{number}]", str(error)) from None
 
 
 @dataclass
@@ -79,8 +90,8 @@ class Replaced:
 class LabelledTrainingImages(TrainingImages):
     """(augmented image, label), by (epoch, number of the image); else as TrainingImages."""
 
-    def __init__(self, images, labels, augmentation, seed=0):
-        super().__init__(images, augmentation, seed)
+    def __init__(self, images, labels, augmentation, seed=0, in_chans=RGB):
+        super().__init__(images, augmentation, seed, in_chans=in_chans)
         self.labels = labels
 
     def __getitem__(self, epoch_and_index):
@@ -107,17 +118,21 @@ class LoadedImages(Dataset):
 
 
 class LabelledImages(Dataset):
-    """(transformed image, label); an unreadable image gives its UnreadableImage."""
+    """(transformed image, label), with the channels that the transform wants.
+
+    An unreadable image gives its UnreadableImage.
+    """
 
     def __init__(self, paths, labels, transform):
         self.paths, self.labels, self.transform = paths, labels, transform
+        self.read = reader(getattr(transform, "in_chans", RGB))
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
         try:
-            return self.transform(read_image(self.paths[index])), self.labels[index]
+            return self.transform(self.read(self.paths[index])), self.labels[index]
         except UnreadableImage as error:
             return error
 
@@ -267,6 +282,7 @@ def training_loader(
     labels=None,
     skip_bad=False,
     finish=None,
+    in_chans=RGB,
 ):
     """Loader of lists of V view tensors (B, 3, S, S), without the last, smaller batch of an epoch.
 
@@ -275,9 +291,9 @@ def training_loader(
     the ImageLoader's.
     """
     if labels is None:
-        dataset = TrainingImages(images, augmentation, seed, skip_bad)
+        dataset = TrainingImages(images, augmentation, seed, skip_bad, in_chans)
     else:
-        dataset = LabelledTrainingImages(images, labels, augmentation, seed)
+        dataset = LabelledTrainingImages(images, labels, augmentation, seed, in_chans)
     return ImageLoader(
         dataset,
         finish,
@@ -290,10 +306,10 @@ def training_loader(
     )
 
 
-def sample_loader(images, indices, augmentation, *, seed, skip_bad, **options):
+def sample_loader(images, indices, augmentation, *, seed, skip_bad, in_chans=RGB, **options):
     """Loader of lists of views of some of `images`, this rank's share, the same in every pass."""
     return ImageLoader(
-        TrainingImages(images, augmentation, seed, skip_bad),
+        TrainingImages(images, augmentation, seed, skip_bad, in_chans),
         sampler=[(0, index) for index in indices[get_rank() :: get_world_size()]],
         **options,
     )

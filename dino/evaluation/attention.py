@@ -10,6 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from dino.backbones import canonical_name
+from dino.data.channels import RGB
 from dino.distributed import Launch, choose_device
 from dino.errors import UserError
 from dino.weights.pretrained import open_backbone
@@ -18,13 +19,21 @@ from vision_transformer import ARCHITECTURES
 
 
 def open_vit(args, published=PUBLISHED_BACKBONES):
-    """`open_backbone`, on --device; UserError for a network without attention maps of [CLS]."""
+    """`open_backbone`, on --device; UserError for a network without attention maps of [CLS].
+
+    Photographs are shown, so that one for other channels than RGB is refused too.
+    """
     device = choose_device(args.device, Launch("python"))
     if not args.pretrained_weights:
         check_has_class_attention(args.arch, f"--arch {args.arch}")  # rather than download it
     pretrained = open_backbone(args, published=published)
     source = f"--pretrained_weights {args.pretrained_weights} ({pretrained.arch})"
     check_has_class_attention(pretrained.arch, source)
+    if pretrained.in_chans != RGB:
+        raise UserError(
+            f"{source}: takes images of {pretrained.in_chans} channels, and attention is shown on"
+            " RGB photographs. eval_knn.py and eval_linear.py take such images."
+        )
     pretrained.backbone.to(device)
     return pretrained
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from dino.backbones import first_of
+from dino.data.augmentations_on_device import BothStages
+from dino.data.channels import RGB
 from dino.data.loaders import sample_loader
 from dino.distributed import gather_interleaved
 
@@ -56,7 +58,9 @@ class SampleProbe:
         indices = [i * len(images) // self.count for i in range(self.count)]
         global_views = copy.copy(augmentation)
         global_views.views = augmentation.views[:2]
-        self.loader = sample_loader(images, indices, global_views, **loader_options)
+        in_chans = len(augmentation.mean)
+        views = global_views if in_chans == RGB else BothStages(global_views)
+        self.loader = sample_loader(images, indices, views, in_chans=in_chans, **loader_options)
 
     @torch.no_grad()
     def measure(self, backbone, wrap=iter):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run of main_dino.py does around its steps.
 
-Before: `flags`, `flag_checks`, `presets`. Between steps: `run` (in what order), `agreement` (stop
+Before: `flags`, `view_flags`, `flag_checks`, `presets`; `data` (the images and views that the flags
+ask for); for --preset auto `auto` (the rules), `correlation` and `budget` (what it measures), and
+`advice` (its settings for check_data.py). Between steps: `run` (in what order), `agreement` (stop
 or save, on all ranks), `recorder` (figures), `health` (what they mean), `checkpoint` (what is saved
 and restored), `saver` (when, by whom), `plots`. After a failure: `failures`.
 

@@ -15,12 +15,6 @@ def add_ablation_arguments(group):
         " the last epoch, the last iteration or now (Fig. 6), without --momentum_teacher",
     )
     add(
-        "--momentum_teacher_end",
-        default=1.0,
-        type=number(float, 0, 1),
-        help="momentum of the moving average at the end; that of the start for a constant one",
-    )
-    add(
         "--center_momentum",
         default=0.9,
         type=number(float, 0, 1),

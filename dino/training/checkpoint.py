@@ -24,6 +24,8 @@ from dino.weights.loading import restore
 # Flags that say what the networks and the optimizer's state are: a run cannot change them.
 FIXED = (
     "arch",
+    "stem",
+    "in_chans",
     "patch_size",
     "out_dim",
     "norm_last_layer",
@@ -37,6 +39,7 @@ FIXED = (
 # Flags that do not affect what is learned.
 INDIFFERENT = {
     *("output_dir", "preset", "device", "num_workers", "dist_url", "local_rank", "resume"),
+    *("auto", "hours", "download"),
     *("init_from", "saveckp_freq", "saveckp_iters", "saveckp_minutes", "keep_checkpoints"),
     *("log_freq", "tensorboard", "knn_data_path", "knn_freq"),
 }
@@ -56,6 +59,7 @@ class Progress:
     images: int = 0  # of the current epoch that its steps have used, by all processes
     best_knn: float = 0.0  # percent, of the best teacher so far
     best_rank: float = 0.0  # RankMe, likewise, where there are no labels
+    student_ahead: int = 0  # 1 if the student was better than the teacher when last measured
     sums: dict = field(default_factory=dict)  # of the figures of an epoch in progress
     unlogged: dict = field(default_factory=dict)  # means of an epoch not yet measured and logged
 

@@ -6,13 +6,17 @@ from pathlib import Path
 from dino.backbones import canonical_name, check_arch
 from dino.command_line import check_output_folder
 from dino.errors import UserError
+from dino.training.presets import AUTO
 from vision_transformer import ARCHITECTURES
 
 
 def check_training_flags(args, own_views=False):
     """Raise UserError for the first mistake. `own_views`: the flags of the crops are not used."""
-    check_arch(args.arch)
+    check_arch(args.arch, args.stem)
     check_places(args)
+    check_hours(args)
+    if args.download and not args.dataset:
+        raise UserError("--download: only the files of a --dataset can be downloaded.")
     check_lengths(args)
     if not own_views:
         check_views(args)
@@ -31,6 +35,15 @@ def check_places(args):
         raise UserError(
             f"--init_from {args.init_from} and --resume {args.resume} exclude each other: the one"
             " starts a run, the other resumes one."
+        )
+
+
+def check_hours(args):
+    """Only --preset auto takes a length in hours."""
+    if args.hours is not None and args.preset != AUTO:
+        raise UserError(
+            f"--hours {args.hours}: only --preset auto measures how many epochs fit. Give --epochs,"
+            " or --preset auto."
         )
 
 
@@ -65,6 +78,17 @@ def check_views(args):
             raise UserError(
                 f"--{name} {' '.join(map(str, scale))}: give two shares of the image, above 0,"
                 " the smaller first."
+            )
+    if args.blur_radius[0] > args.blur_radius[1]:
+        raise UserError(
+            f"--blur_radius {' '.join(map(str, args.blur_radius))}: give the smaller one first."
+        )
+    for name in ("mean", "std"):
+        if len(getattr(args, name)) != args.in_chans:
+            raise UserError(
+                f"--{name} {' '.join(map(str, getattr(args, name)))}: give one number for each of"
+                f" --in_chans {args.in_chans} channels. python check_data.py --stats PATH measures"
+                " them."
             )
     if canonical_name(args.arch) not in ARCHITECTURES:
         return  # build_student_and_teacher tries the sizes

@@ -13,8 +13,11 @@ from dino.command_line import (
     number,
 )
 from dino.data.demo import DEMO
+from dino.errors import UserError
+from dino.small_resnet import STEMS
 from dino.training.ablation_flags import add_ablation_arguments
-from dino.training.presets import PRESETS
+from dino.training.presets import AUTO, PRESETS
+from dino.training.view_flags import add_view_arguments
 
 
 def get_args_parser():
@@ -36,7 +39,15 @@ def add_network_arguments(group):
         "--arch",
         default="vit_small",
         help="vit_tiny, vit_small, vit_base or vit_large; a classifier of torchvision, such as"
-        " resnet50; an XCiT, such as xcit_small_12_p16; or timm:NAME",
+        " resnet50; an XCiT, such as xcit_small_12_p16; timm:NAME; or vit_nano and resnet_nano, for"
+        " runs on a CPU",
+    )
+    add(
+        "--stem",
+        default="auto",
+        choices=STEMS,
+        help="of a ResNet; small, 3 x 3 of stride 1 without max-pool, is for crops below 64 pixels;"
+        " auto is small for resnet_nano and imagenet for the others",
     )
     add(
         "--patch_size",
@@ -44,6 +55,13 @@ def add_network_arguments(group):
         type=number(int, 1),
         help="side of a ViT's patches in pixels; smaller is better, dearer, and less stable in"
         " float16",
+    )
+    add(
+        "--in_chans",
+        default=3,
+        type=number(int, 1, 1024),
+        help="channels of the images, with as many numbers for --mean and --std; other than 3:"
+        " neither hue, saturation nor grayscale, and TIFF or .npy for more than 4",
     )
     add(
         "--drop_path_rate",
@@ -90,8 +108,15 @@ def add_teacher_arguments(group):
         "--momentum_teacher",
         default=0.996,
         type=number(float, 0, 1),
-        help="of the moving average at the start; it rises to 1. The authors advise 0.9995 for"
-        " 256 images a step",
+        help="of the moving average at the start. The authors advise 0.9995 for 256 images a step;"
+        " runs of less than 10,000 iterations need a faster teacher, such as 0.97 for 2,000",
+    )
+    add(
+        "--momentum_teacher_end",
+        default=1.0,
+        type=number(float, 0, 1),
+        help="of the moving average at the end, by a cosine; below 1 the teacher of a short run"
+        " keeps up with the student",
     )
     add(
         "--warmup_teacher_temp",
@@ -116,6 +141,13 @@ def add_teacher_arguments(group):
 def add_optimisation_arguments(group):
     add = group.add_argument
     add("--epochs", default=100, type=number(int, 1, 10**5), help="passes over the images")
+    add(
+        "--hours",
+        default=None,
+        type=number(float, above=0),
+        help="time to train for, instead of --epochs: with --preset auto, which measures how many"
+        " fit and takes half an hour if neither is given",
+    )
     add("--batch_size_per_gpu", default=64, type=number(int, 1), help="images per process and step")
     add(
         "--accum_steps",
@@ -185,57 +217,13 @@ def add_optimisation_arguments(group):
     )
 
 
-def add_view_arguments(group):
-    add = group.add_argument
-    add(
-        "--global_crops_scale",
-        default=(0.4, 1.0),
-        nargs="+",
-        type=number(float, 0, 1),
-        help="least and greatest share of the image in a global crop; 0.14 1 if there are no"
-        " local crops",
-    )
-    add(
-        "--local_crops_scale",
-        default=(0.05, 0.4),
-        nargs="+",
-        type=number(float, 0, 1),
-        help="the same of a local crop",
-    )
-    add(
-        "--local_crops_number",
-        default=8,
-        type=number(int, 0, 1000),
-        help="local crops per image; 0 for none",
-    )
-    add(
-        "--global_crop_size",
-        default=224,
-        type=number(int, 1, 2**13),
-        help="pixels to which a global crop is resized; also the grid of a ViT's position"
-        " embeddings",
-    )
-    add(
-        "--local_crop_size",
-        default=96,
-        type=number(int, 1, 2**13),
-        help="pixels to which a local crop is resized",
-    )
-    add(
-        "--augment",
-        default="auto",
-        choices=["auto", "cpu", "device"],
-        help="where views get their colours: cpu is Pillow in the loader's processes; device does"
-        " it for whole batches, which asks a fifth of the loader; auto is device on a GPU",
-    )
-
-
 def add_run_arguments(group):
     add = group.add_argument
     add(
         "--preset",
         choices=list(PRESETS),
-        help="a named recipe, which sets defaults: see presets.py",
+        help="a named recipe, which sets defaults: see presets.py; auto looks at the images and"
+        " decides, for one's own data, and prints what and why",
     )
     add(
         "--data_path",
@@ -243,6 +231,18 @@ def add_run_arguments(group):
         help="a folder of images, with or without class folders, or a text file with a path per"
         " line;"
         f" {DEMO!r} for the photographs that come with scikit-image",
+    )
+    add(
+        "--dataset",
+        default=None,
+        metavar="NAME",
+        help="a data set of torchvision, such as CIFAR10, with its files in --data_path; or your"
+        " own, MODULE:FUNCTION, which returns a sequence of PIL images",
+    )
+    add(
+        "--download",
+        action="store_true",
+        help="let torchvision download the files of --dataset into --data_path; never without this",
     )
     add(
         "--on_bad_image",
@@ -333,6 +333,10 @@ def over_preset(args):
     if args.preset:
         flags = PRESETS[args.preset].flags
         vars(args).update({name: value for name, value in flags.items() if name not in given})
+    if args.preset == AUTO:
+        if "hours" in given and "epochs" in given:
+            raise UserError("--hours and --epochs exclude each other: leave one out.")
+        args.given = sorted(given)
     return args
 
 

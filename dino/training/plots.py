@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 
 from dino.atomic import replacing
 from dino.distributed import is_main_process, print0
@@ -44,9 +45,15 @@ def draw_augmentations(path, views, names, mean, std):
 
 
 def displayable(view, mean, std):
-    """Undo the normalisation: (3, S, S) -> (S, S, 3) in [0, 1]."""
+    """Undo the normalisation: (C, S, S) -> (S, S, 3) in [0, 1], of the first three channels.
+
+    One channel is shown as grey, the second of two as green.
+    """
     mean, std = torch.tensor(mean), torch.tensor(std)
-    return (view.permute(1, 2, 0) * std + mean).clamp(0, 1).numpy()
+    pixels = (view.permute(1, 2, 0) * std + mean).clamp(0, 1)[..., :3]
+    if pixels.shape[-1] == 1:
+        pixels = pixels.expand(-1, -1, 3)
+    return F.pad(pixels, (0, 3 - pixels.shape[-1])).numpy()
 
 
 def save(figure, path):
@@ -64,10 +71,13 @@ def draw_first_views(path, loader, augmentation, images=4):
         return
     indices = sorted({i * len(loader.dataset) // images for i in range(images)})
     views = [[view[0].cpu() for view in loader.batch_of([(0, index)])] for index in indices]
-    local = [f"local {i + 1}" for i in range(len(views[0]) - 2)]
-    names = ["global 1", "global 2", *local]
     with best_effort(path):
-        draw_augmentations(path, views, names, augmentation.mean, augmentation.std)
+        draw_augmentations(path, views, view_names(views[0]), augmentation.mean, augmentation.std)
+
+
+def view_names(views):
+    """Titles of the columns of a contact sheet: the first two views are the global ones."""
+    return ["global 1", "global 2", *(f"local {i + 1}" for i in range(len(views) - 2))]
 
 
 def draw_run(folder):

@@ -11,7 +11,7 @@ from dino.meters import MetricLogger, SmoothedValue, is_due, peak_memory_mb
 from dino.printable import printable
 from dino.run_log import RunLog
 from dino.training.health import Health, Monitor
-from dino.training.presets import PRESETS
+from dino.training.presets import AUTO, PRESETS
 
 # Means over all iterations of an epoch, by their official names, and over its logged ones, by ours;
 # of the gradient norm, and how many steps were skipped, over all again.
@@ -157,7 +157,7 @@ def console_logger():
 
 def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
     """Every flag with its value, and what follows from them."""
-    flags = sorted(vars(args).items())
+    flags = sorted((flag, value) for flag, value in vars(args).items() if flag != AUTO)
     print0(*[printable(f"{flag}: {value}") for flag, value in flags], sep="\n")
     if args.preset:
         preset = PRESETS[args.preset]
@@ -188,16 +188,22 @@ def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
 
 
 def report_end(probe, log):
-    """The k-NN accuracy before and after training, and that of raw pixels."""
+    """The k-NN accuracy before and after training, and that of raw pixels.
+
+    After training: of the better of teacher and student, which is in backbone.pth.
+    """
     if probe is None:
         return
     measured = log.read("knn_teacher")
     raw = probe.raw_pixel_accuracy()
+    accuracy, network = max(
+        (measured[-1][f"knn_{network}"], network) for network in ("student", "teacher")
+    )
     if is_main_process():
         print0(
             f"k-NN accuracy (k = {probe.k}) on the held-out images of"
             f" {printable(probe.data_path)}:\n"
             f"  raw pixels         {raw:5.1f} %\n"
             f"  untrained backbone {measured[0]['knn_teacher']:5.1f} %\n"
-            f"  trained backbone   {measured[-1]['knn_teacher']:5.1f} %"
+            f"  trained backbone   {accuracy:5.1f} % (the {network}'s, in backbone.pth)"
         )

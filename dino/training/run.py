@@ -132,6 +132,8 @@ class Run:
         if self.is_measurement_due():
             measured = self.measure(state, probes)
             names += self.best_of(measured)
+            ahead = measured.get("knn_student", 0) > measured.get("knn_teacher", 0)
+            progress.student_ahead = int(ahead)
             means = means | measured
             self.recorder.judge_measurements(progress, probes.knn)
         self.recorder.log.epoch(means)  # before the save: a resumed run drops a line, adds none
@@ -173,13 +175,19 @@ class Run:
         return []
 
     def save(self, state, names=(NEWEST,)):
-        """Write a checkpoint of this moment under each of `names`, and the teacher's backbone."""
+        """Write a checkpoint of this moment under each of `names`, and the better backbone.
+
+        That is the teacher's, unless the last k-NN accuracy of the student was higher.
+        """
         rng = gather_objects(random_state())
         self.progress.sums = self.recorder.sums(self.progress) if self.progress.steps else {}
         training = training_payload(vars(state), vars(self.progress), vars(self.args), rng)
+        network = "student" if self.progress.student_ahead else "teacher"
         backbone = backbone_payload(
-            state.teacher,
+            getattr(state, network),
+            network=network,
             arch=canonical_name(self.args.arch),
+            stem=self.args.stem,
             patch_size=self.args.patch_size,
             image_size=self.augmentation.views[0].size,
             mean=self.augmentation.mean,

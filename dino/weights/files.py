@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of weights: written atomically, read without running code in them, and never half loaded.
 
-`backbone.pth` holds the teacher's backbone alone, under `teacher`, and beside it everything needed
-to use it. What a training checkpoint holds is in training.checkpoint.
+`backbone.pth` holds a backbone alone, under `teacher`, and beside it everything needed to use it;
+`network` says whose it is. What a training checkpoint holds is in training.checkpoint.
 """
 
 import argparse
@@ -159,11 +159,19 @@ def without_prefix(state_dict, prefix):
     return {name.removeprefix(prefix): value for name, value in state_dict.items()}
 
 
-def backbone_payload(teacher, *, arch, patch_size, image_size, mean, std):
-    """The content of `backbone.pth`: clean keys under `teacher`, and how to build and feed it."""
+def backbone_payload(
+    model, *, arch, patch_size, image_size, mean, std, stem="auto", network="teacher"
+):
+    """The content of `backbone.pth`: clean keys, and how to build and feed the backbone of `model`.
+
+    The keys are under `teacher`, where scripts look for them, also where `network`, the one that
+    measured better, is the student.
+    """
     return {
-        "teacher": unwrap(teacher).backbone.state_dict(),
+        "teacher": unwrap(model).backbone.state_dict(),
+        "network": network,
         "arch": arch,
+        "stem": stem,
         "patch_size": patch_size,
         "image_size": image_size,
         "mean": mean,

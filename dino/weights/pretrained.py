@@ -16,6 +16,7 @@ from dino.errors import UserError
 from dino.json_files import is_number
 from dino.networks import unwrap
 from dino.printable import brief, printable
+from dino.small_resnet import STEMS
 from dino.weights.files import flags_in, is_named, without_prefix
 from dino.weights.layouts import in_our_names, read_weights
 from dino.weights.loading import FLOATS, list_names, load_exactly
@@ -33,13 +34,19 @@ class Pretrained:
     embed_dim: int
     arch: str
     patch_size: int
+    stem: str = "auto"
     image_size: int = 224
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
 
     @property
+    def in_chans(self):
+        """Channels of its images: as many as have a mean."""
+        return len(self.mean)
+
+    @property
     def transform(self):
-        """PIL image -> normalised central crop (3, image_size, image_size)."""
+        """PIL image, or array of other channels -> normalised central crop (C, size, size)."""
         return eval_transform(self.image_size, self.mean, self.std)
 
 
@@ -69,21 +76,25 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
             )
     options = {"arch": canonical_name(args.arch), "patch_size": args.patch_size, **described}
     arch, patch_size = options["arch"], options["patch_size"]
+    stem = options.get("stem", "auto")
     if not args.pretrained_weights:
         weights = published_weights(arch, patch_size, published)
         source = f"the published weights of {arch}"
-    backbone, embed_dim = build_with(weights, arch, patch_size, source)
+    in_chans = len(options.get("mean", IMAGENET_MEAN))
+    backbone, embed_dim = build_with(weights, arch, patch_size, source, stem, in_chans)
     print_loaded(backbone, arch, source)
     size = image_size or options.get("image_size") or trained_img_size(weights, arch, patch_size)
     pretrained = Pretrained(backbone.eval(), embed_dim, **{**options, "image_size": size})
-    check_takes_sizes(backbone, arch, [size], source=f"--image_size {size}: {arch}")
+    check_takes_sizes(backbone, arch, [size], in_chans, f"--image_size {size}: {arch}")
     return pretrained
 
 
-def build_with(weights, arch, patch_size, source):
+def build_with(weights, arch, patch_size, source, stem="auto", in_chans=3):
     """(backbone, embed_dim) that holds the `weights`; UserError where they do not fit."""
     img_size = trained_img_size(weights, arch, patch_size)
-    backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size)
+    backbone, embed_dim = build_backbone(
+        arch, patch_size, img_size=img_size, stem=stem, in_chans=in_chans
+    )
     fit_weights(backbone, weights, arch, source)
     return backbone, embed_dim
 
@@ -93,6 +104,11 @@ def print_loaded(backbone, arch, source):
     print0(printable(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}."))
 
 
+MOST_CHANNELS = 1024  # of an image
+# of Pretrained, that a file may state
+FIELDS = ("arch", "patch_size", "stem", "image_size", "mean", "std")
+
+
 def describe(checkpoint):
     """What a checkpoint says of its backbone: a dict with some of the fields of Pretrained.
 
@@ -100,9 +116,9 @@ def describe(checkpoint):
     `args`.
     """
     args = flags_in(checkpoint)
-    names = {name: name for name in ("arch", "patch_size", "image_size", "mean", "std")}
+    names = {name: name for name in FIELDS}
     described = {field: checkpoint[name] for field, name in names.items() if name in checkpoint}
-    names = {"arch": "arch", "patch_size": "patch_size", "image_size": "global_crop_size"}
+    names |= {"image_size": "global_crop_size"}
     described |= {field: args[name] for field, name in names.items() if name in args}
     if isinstance(described.get("arch"), str):
         described["arch"] = canonical_name(described["arch"])
@@ -118,12 +134,13 @@ def check_description(described, source):
         return type(value) is int and 0 < value <= 2**13
 
     def is_color(value, lowest=-LARGEST_COLOR):
-        numbers = isinstance(value, tuple | list) and len(value) == 3
+        numbers = isinstance(value, tuple | list) and 0 < len(value) <= MOST_CHANNELS
         return numbers and all(is_number(v) and lowest < v <= LARGEST_COLOR for v in value)
 
     right = {
         "arch": lambda value: isinstance(value, str),
         "patch_size": is_count,
+        "stem": lambda value: isinstance(value, str) and value in STEMS,
         "image_size": is_count,
         "mean": is_color,
         "std": lambda value: is_color(value, lowest=1 / LARGEST_COLOR),
@@ -131,6 +148,8 @@ def check_description(described, source):
     for name, value in described.items():
         if not right[name](value):
             raise UserError(f"{source} has an invalid {name}: {brief(value)}.")
+    if len({len(described[name]) for name in ("mean", "std") if name in described}) > 1:
+        raise UserError(f"{source} has a mean and a std of different numbers of channels.")
 
 
 def vit_in(weights):
@@ -285,9 +304,10 @@ def fits(module, state_dict):
 
 
 def load_resized(backbone, weights, what):
-    """load_exactly, after resizing position embeddings to the grid of `backbone`. A classifier is
-    ignored.
+    """load_exactly, after fitting position embeddings and the first layer to `backbone`. A
+    classifier is ignored.
     """
+    weights = fit_channels(backbone, weights, what)
     own = backbone.state_dict().get("pos_embed")
     positions = weights.get("pos_embed")
     if own is not None and is_position_grid(positions) and own.shape != positions.shape:
@@ -305,6 +325,24 @@ def is_position_grid(positions):
     patches = positions.shape[1] - 1
     square = patches > 0 and math.isqrt(patches) ** 2 == patches
     return square and len(positions) == 1 and positions.dtype in FLOATS
+
+
+def fit_channels(backbone, weights, what):
+    """`weights` with a first layer for as many channels as `backbone` takes.
+
+    Every channel gets the mean over the channels that there were, times their number over the new
+    one: an image whose channels are all equal gives what it gave before.
+    """
+    own = backbone.state_dict()
+    for name in ("patch_embed.proj.weight", "conv1.weight"):
+        first = weights.get(name)
+        if name in own and isinstance(first, torch.Tensor) and first.ndim == 4:
+            before, now = first.shape[1], own[name].shape[1]
+            if before != now:
+                print0(printable(f"{what}: {name} adapted from {before} channels to {now}."))
+                first = first.mean(dim=1, keepdim=True).expand(-1, now, -1, -1) * before / now
+                weights = {**weights, name: first}
+    return weights
 
 
 def resize_positions(positions, patches):

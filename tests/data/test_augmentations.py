@@ -13,7 +13,9 @@ from torchvision.transforms import functional as F
 from dino.data.augmentations import (
     DataAugmentationDINO,
     GaussianBlur,
+    MultiCrop,
     Solarization,
+    View,
     draw_views,
     eval_transform,
 )
@@ -128,6 +130,51 @@ def test_a_view_depends_on_its_key_and_number_alone():
         assert torch.equal(a, c)
     for other in [(0, 2, 3), (1, 0, 3), (1, 2, 0)]:
         assert not torch.equal(first[0], few(image, other)[0])
+
+
+def test_what_is_drawn_by_default_is_what_it_was_before_flips_and_turns_were_added():
+    views = DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 2).views
+    before = np.random.default_rng(5).random((4, 36))  # the 36 numbers of each view, in order
+    drawn = draw_views(np.random.default_rng(5), views, 300, 200)
+    np.testing.assert_array_equal(drawn.flip, before[:, 30] < 0.5)
+    np.testing.assert_array_equal(drawn.solarize, before[:, 35] < [0, 0.2, 0, 0])
+    np.testing.assert_array_equal(drawn.jitter_order, before[:, 22:26].argsort(axis=1))
+    assert not drawn.vflip.any()
+    assert not drawn.turns.any()
+
+
+def test_no_crop_is_smaller_than_so_many_pixels_of_the_image():
+    view = View(16, (0.05, 0.4), min_pixels=12)
+    for width, height in [(16, 16), (40, 30), (400, 300), (8, 9)]:
+        boxes = np.array(
+            [
+                draw_views(np.random.default_rng(i), [view], width, height).boxes[0]
+                for i in range(300)
+            ]
+        )
+        areas = boxes[:, 2] * boxes[:, 3]
+        least = min(144, width * height, 0.74 * min(width, height) ** 2)
+        assert areas.min() > 0.9 * least  # sides are whole pixels
+        assert areas.max() <= max(0.4 * width * height, 144) * 1.1
+    assert areas.max() == 72  # all of an image of 8 x 9
+
+
+def test_vertical_flips_and_quarter_turns_are_those_of_numpy():
+    image = photograph().crop((0, 0, 64, 64))
+    turned = View(64, (1, 1), flip_p=0, vflip_p=0.5, turn_p=0.75, jitter_p=0, grayscale_p=0)
+    augmentation = MultiCrop([turned], (0.0,) * 3, (1.0,) * 3)
+    seen = set()
+    for key in range(40):
+        drawn = augmentation.draw(image, key)
+        top, left, height, width = drawn.boxes[0]
+        view = image.crop((left, top, left + width, top + height))
+        pixels = np.array(view.resize((64, 64), Image.Resampling.BICUBIC))
+        pixels = pixels[::-1] if drawn.vflip[0] else pixels
+        pixels = np.rot90(pixels, drawn.turns[0])
+        expected = torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+        torch.testing.assert_close(augmentation(image, key)[0], expected)
+        seen.add((bool(drawn.vflip[0]), int(drawn.turns[0])))
+    assert len(seen) == 8
 
 
 def test_without_a_key_torchs_seed_decides():

@@ -118,8 +118,9 @@ def test_no_local_crops_are_no_views():
 OWN_VIEWS = [
     View(64, (0.5, 1.0), flip_p=0.0, jitter_p=1.0, jitter=(0.4, 0.0, 0.0, 0.0)),
     View(32, (0.3, 1.0), jitter_p=0.0, grayscale_p=1.0),
-    View(48, (0.2, 0.6), blur_p=1.0, blur_radius=(3.0, 5.0)),
-    View(64, (0.1, 0.2), solarize_p=1.0),
+    View(48, (0.2, 0.6), vflip_p=0.5, turn_p=0.75, blur_p=1.0, blur_radius=(3.0, 5.0)),
+    View(64, (0.1, 0.2), vflip_p=1.0, turn_p=1.0, solarize_p=1.0),
+    View(32, (0.001, 0.01), min_pixels=50),
 ]
 
 

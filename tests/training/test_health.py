@@ -90,14 +90,19 @@ def verdicts(folder):
     return [name for name in names if name != "waiting for data"], lines
 
 
-# The demo's network and views, on whatever is given.
-DEMO_RUN = ("--preset", "demo", "--num_workers", 1, "--device", "cpu", "--knn_freq", 100)
+# A small ViT and small crops, with the strengths that were made for large ones.
+VIT_RUN = (
+    *("--arch", "vit_nano", "--patch_size", 8, "--global_crop_size", 32, "--local_crop_size", 16),
+    *("--local_crops_number", 4, "--out_dim", 1024, "--head_hidden_dim", 512, "--num_workers", 1),
+    *("--head_bottleneck_dim", 128, "--momentum_teacher", 0.98, "--warmup_epochs", 2),
+    *("--device", "cpu"),
+)
 
 
 def test_grey_digits_with_the_official_head_are_called_a_uniform_collapse(tmp_path):
     write_digits(tmp_path / "digits", 704)
     result = run_script(
-        *("main_dino.py", *DEMO_RUN, "--use_bn_in_head", "false", "--lr", 0.002, "--epochs", 6),
+        *("main_dino.py", *VIT_RUN, "--use_bn_in_head", "false", "--lr", 0.002, "--epochs", 6),
         *("--data_path", tmp_path / "digits", "--output_dir", tmp_path / "run", "--log_freq", 5),
     )
     assert result.returncode == 0, result.stderr
@@ -120,7 +125,7 @@ def test_digits_whose_features_get_worse_behind_a_sound_loss_are_called(tmp_path
         folder.mkdir(parents=True, exist_ok=True)
         path.rename(folder / path.name)
     result = run_script(
-        *("main_dino.py", *DEMO_RUN, "--use_bn_in_head", "true", "--lr", 0.004, "--epochs", 5),
+        *("main_dino.py", *VIT_RUN, "--use_bn_in_head", "true", "--lr", 0.004, "--epochs", 5),
         *(
             "--local_crops_number",
             4,
@@ -179,7 +184,7 @@ def test_a_run_that_waits_for_its_images_says_so(tmp_path):
 
 def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
     result = run_script(
-        *("main_dino.py", *DEMO_RUN, "--output_dir", tmp_path, "--epochs", 3),
+        *("main_dino.py", *VIT_RUN, "--output_dir", tmp_path, "--epochs", 3),
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Before a run: which settings fit a data set, its mean and deviation, a picture of the views."""
+
+import torch
+
+from dino.data.augmentations_on_device import BothStages
+from dino.data.channels import RGB
+from dino.data.survey import survey
+from dino.training.auto import Settings, fit_data
+from dino.training.data import build_augmentation
+from dino.training.flags import parse_args
+from dino.training.plots import draw_augmentations, view_names
+from dino.training.presets import AUTO
+
+MOST_FOR_STATS = 10_000  # images
+VIEWED = 8  # images on the contact sheet
+
+
+def print_settings_that_fit(images, in_chans, views_path=None):
+    """Print what --preset auto takes before it knows a run's length; draw its views if asked."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = Settings(vars(parse_args(["--preset", AUTO])), given=())
+    seen = survey(images, skip_bad=True, in_chans=in_chans)
+    fit_data(settings, seen, device, processes=1)
+    print(f"\nWhat fits, and --preset auto takes on this {device.upper()}: {seen}")
+    print(settings.table())
+    if views_path:
+        augmentation = build_augmentation(settings.namespace())
+        several = range(0, len(images), -(-len(images) // VIEWED))
+        views = [views_of(augmentation, images[number], number) for number in several]
+        names = view_names(views[0])
+        draw_augmentations(views_path, views, names, augmentation.mean, augmentation.std)
+        print(f"\n{views_path}: the views of {len(views)} images")
+
+
+def views_of(augmentation, image, number):
+    """The views of an image, each (C, S, S), as a run would see it in its first epoch."""
+    stages = augmentation if len(augmentation.mean) == RGB else BothStages(augmentation)
+    return stages(image, key=(0, 0, number))
+
+
+def print_stats(images, in_chans):
+    """Print mean and standard deviation of each channel as flags."""
+    seen = survey(images, skip_bad=True, in_chans=in_chans, sample=MOST_FOR_STATS)
+    mean, std = (" ".join(f"{value:g}" for value in values) for values in (seen.mean, seen.std))
+    print(f"\nOf {seen.sample} images: --mean {mean} --std {std}")

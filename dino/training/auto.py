@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--preset auto: settings that follow from the data, the device and the length of the run.
+
+Rules in two parts: `fit_data` needs no more than a look at the images, `fit_length` the number of
+iterations. What each rule was measured on is in benchmarks/small_data.md.
+"""
+
+import argparse
+import math
+
+import torch
+
+from dino.backbones import canonical_name
+from dino.data.survey import survey
+from dino.distributed import get_world_size, print0
+from dino.printable import printable
+from dino.training.data import check_images
+from dino.training.flag_checks import check_training_flags
+from dino.training.presets import AUTO
+from dino.training.saver import find_checkpoint
+from dino.weights.files import flags_in
+from vision_transformer import ARCHITECTURES
+
+DEFAULT_HOURS = 0.5
+
+SMALLEST_CROP = 16  # pixels: a small ResNet leaves 2 x 2 of them
+OFFICIAL_CROP = 224  # pixels; the official blur is made for it
+# Pixels of a global crop, at most; with the stem of ImageNet half the work of 32 without.
+CROP_ON_CPU = 96
+SMALL = 64  # pixels of a global crop, below which a ResNet should not shrink it at once
+# From so many images on the official recipe serves, which was made for 1.3 million.
+LIKE_IMAGENET = 200_000
+IMAGES_PER_OUTPUT = 8  # of the head
+# The teacher averages over this share of the run; the official one over 250 of its 125,000.
+TEACHER_SHARE = 0.02
+FASTEST_TEACHER, OFFICIAL_TEACHER = 25, 250  # iterations
+
+
+def decide_settings(args, images, device, correlate_views, time_a_step):
+    """`args` with all that was not given decided, and `auto`: {flag: reason}. Prints the table.
+
+    `args.given` has the names of the flags that were. A run that is resumed keeps its settings.
+    `correlate_views(args, images, device)`: see view_correlation; `time_a_step(...)`: seconds.
+    """
+    flags = {name: value for name, value in vars(args).items() if name != "given"}
+    settings = Settings(flags, getattr(args, "given", ()))
+    found = find_checkpoint(args.resume, args.output_dir)
+    if found and isinstance(flags_in(found[1]).get(AUTO), dict):
+        settings.adopt(flags_in(found[1]))
+        print0(f"--preset auto: the settings of {found[0]}, decided when that run began.")
+    else:
+        skip_bad = args.on_bad_image == "skip"
+        seen = survey(images, args.seed, skip_bad, args.in_chans)
+        print0(f"--preset auto: {seen}")
+        settings.decide("warmup_epochs", 0, "until the length is known")
+        fit_data(settings, seen, device.type, get_world_size())
+        iterations = -(-len(images) // get_world_size()) // settings["batch_size_per_gpu"]
+        check_training_flags(settings.namespace(), own_views=settings["augmentation"] is not None)
+        check_images(settings.namespace(), len(images))
+        soften_views(settings, lambda: correlate_views(settings.namespace(), images, device))
+        if "epochs" not in settings.given:
+            seconds = time_a_step(settings.namespace(), images, device)
+            fit_hours(settings, seconds, iterations)
+        fit_length(settings, iterations)
+    print0(settings.table())
+    decided = settings.namespace()
+    decided.auto = settings.reasons
+    return decided
+
+
+# Of the augmentation, tried in turn, until the views of an image correlate by so much. Photographs
+# at 0.1 to 0.2 were learned from, digits at 0.0 were not.
+STRENGTHS, LEAST_CORRELATION = (1.0, 0.5, 0.25), 0.1
+
+
+class Settings:
+    """Flags while they are decided: what was given stands; `reasons` has why of what was not."""
+
+    def __init__(self, flags, given):
+        self.flags, self.given, self.reasons = dict(flags), set(given), {}
+
+    def __getitem__(self, name):
+        return self.flags[name]
+
+    def decide(self, name, value, reason):
+        if name not in self.given:
+            self.flags[name], self.reasons[name] = value, reason
+
+    def adopt(self, saved):
+        """Take what was decided in the flags `saved` of an earlier run."""
+        for name, reason in saved[AUTO].items():
+            if name in self.flags and name in saved:
+                self.decide(name, saved[name], str(reason))
+
+    def namespace(self):
+        return argparse.Namespace(**self.flags)
+
+    @property
+    def is_vit(self):
+        return canonical_name(self["arch"]) in ARCHITECTURES
+
+    def table(self):
+        """A line for each decided setting: name, value, reason."""
+        rows = [("--" + name, shown(self[name]), why) for name, why in self.reasons.items()]
+        rows = [("setting", "value", "reason"), *rows]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(
+            printable(f"{name:{widths[0]}}  {value:{widths[1]}}  {why}")
+            for name, value, why in rows
+        )
+
+
+def shown(value):
+    if isinstance(value, list | tuple):
+        return " ".join(map(shown, value))
+    return f"{value:.5g}" if isinstance(value, float) else str(value).lower()
+
+
+# ---- what follows from the data ----
+
+
+def fit_data(settings, survey, device_type, processes):
+    """Decide what needs no more than a look at the data: networks, views, batch, learning rate."""
+    if len(survey.mean) != 3:
+        settings.decide("in_chans", len(survey.mean), "what the files have")
+    fit_crops(settings, survey, device_type)
+    fit_views(settings, survey)
+    fit_backbone(settings, survey, device_type)
+    fit_batch(settings, survey, device_type, processes)
+    fit_head(settings, survey)
+    fit_optimisation(settings, device_type)
+
+
+def fit_crops(settings, survey, device_type):
+    """Sizes of the crops: those of the images, as far as the device can afford them."""
+    side = survey.sides[1]
+    most = CROP_ON_CPU if device_type == "cpu" else OFFICIAL_CROP
+    size = max(SMALLEST_CROP, min(most, side // 8 * 8))
+    reason = f"the images' {side} pixels"
+    if size == most:
+        reason = f"what a {device_type.upper()} can afford of {reason}" if side > most else reason
+    elif side < 16:
+        reason = f"the least that a ResNet takes, for {reason}"
+    settings.decide("global_crop_size", size, reason)
+    if survey.images >= LIKE_IMAGENET and size == OFFICIAL_CROP:
+        return  # the official local crops
+    size = settings["global_crop_size"]
+    local = max(SMALLEST_CROP, size // 2 // 8 * 8)
+    half = "half of it, about the official ratio"
+    least = "not less: to a ResNet views of fewer pixels have nothing in common with the others"
+    settings.decide("local_crop_size", local, half if local > SMALLEST_CROP else least)
+    settings.decide("local_crops_number", 4, "half of the official ones: more steps for the time")
+
+
+def fit_views(settings, survey):
+    """Strengths of the augmentation, and the normalisation."""
+    side, local, size = survey.sides[1], settings["local_crop_size"], settings["global_crop_size"]
+    least = round(max(0.05, min(0.5, (0.75 * local / side) ** 2)), 3)
+    why = {0.05: "the official one", 0.5: "large, as the images are small"}
+    settings.decide(
+        "local_crops_scale",
+        (least, max(0.4, round(1.5 * least, 3))),
+        why.get(least, "no crop is enlarged by more than a third"),
+    )
+    settings.decide(
+        "min_crop_pixels",
+        round(min(0.75 * local, side * least**0.5)),
+        "the same for each image, whatever its size",
+    )
+    settings.decide(
+        "blur_radius",
+        tuple(round(radius * size / OFFICIAL_CROP, 4) for radius in (0.1, 2.0)),
+        f"the official 0.1 to 2 pixels of {OFFICIAL_CROP}, in proportion",
+    )
+    if survey.is_grey:
+        grey = "the images are grey: brightness is most of what they have"
+        settings.decide("jitter", (0.2, 0.2, 0.0, 0.0), grey)
+        settings.decide("solarize_p", 0.0, grey)
+        settings.decide("grayscale_p", 0.0, "grey images cannot lose their colours")
+    settings.decide("augment", "device", "half of Pillow's time or less, also on a CPU")
+    settings.decide("mean", survey.mean, "measured on the sample")
+    settings.decide("std", survey.std, "measured on the sample")
+
+
+def soften_views(settings, correlate):
+    """Weaken the augmentation until the views of an image have something in common.
+
+    `correlate()` measures that under the settings as they are.
+    """
+    if settings["augmentation"] is not None:
+        return
+    strong, found = dict(settings.flags), 1.0
+    for strength in STRENGTHS:
+        if strength < 1:
+            reason = f"softer: views of an image correlated by only {found:.2f} before training"
+            for name in ("global_crops_scale", "local_crops_scale"):
+                least, most = strong[name]
+                least = round(1 - strength * (1 - least), 3)
+                settings.decide(name, (least, max(most, least)), reason)
+            jitter = tuple(round(strength * change, 3) for change in strong["jitter"])
+            settings.decide("jitter", jitter, reason)
+            settings.decide("solarize_p", 0.0, reason)
+        found = correlate()
+        if found >= LEAST_CORRELATION:
+            break
+    print0(f"Views of an image correlate by {found:.2f} in a network that has not been trained.")
+
+
+def fit_backbone(settings, survey, device_type):
+    """A small convnet, unless data and device are like those of the paper."""
+    ask = "for attention maps: --arch vit_nano" if device_type == "cpu" else "or: --arch vit_small"
+    if device_type == "cpu":
+        arch, why = "resnet_nano", f"learns faster than a ViT on a CPU; {ask}"
+    elif survey.images < LIKE_IMAGENET:
+        arch, why = "resnet18", f"learns faster than a ViT from {survey.images} images; {ask}"
+    else:
+        arch, why = "vit_small", f"as in the paper: {survey.images} images"
+    settings.decide("arch", arch, why)
+    size = settings["global_crop_size"]
+    if settings.is_vit:
+        patch = next((p for p in (16, 8, 4, 2) if size // p >= 8), 2)
+        while size % patch or settings["local_crop_size"] % patch:
+            patch //= 2
+        settings.decide("patch_size", max(1, patch), f"at least 8 x 8 patches of {size} pixels")
+    elif settings["arch"].startswith("resnet"):
+        if size < SMALL:
+            settings.decide("stem", "small", f"crops of {size} pixels must not be shrunk at once")
+        else:
+            settings.decide("stem", "imagenet", f"crops of {size} pixels can be shrunk at once")
+
+
+def fit_batch(settings, survey, device_type, processes):
+    """At least 8 batches an epoch, of a power of two."""
+    usual = 64 if device_type == "cpu" else 256 // min(processes, 8)
+    share = survey.images / processes
+    batch = min(usual, 2 ** int(math.log2(max(min(4, share), share / 8, 1))))
+    why = "usual" if batch == usual else f"8 batches an epoch of {survey.images} images"
+    settings.decide("batch_size_per_gpu", batch, why)
+
+
+def fit_head(settings, survey):
+    """Outputs in proportion to the images, and batch norm, without which small runs collapse."""
+    outputs = 2 ** round(math.log2(max(1, survey.images / IMAGES_PER_OUTPUT)))
+    outputs = min(65536, max(256, outputs))
+    settings.decide("out_dim", outputs, f"{IMAGES_PER_OUTPUT} images for each, 256 to 65536")
+    if survey.images < LIKE_IMAGENET:
+        settings.decide("use_bn_in_head", True, "keeps runs on small data from collapsing")
+    if settings["out_dim"] <= 8192:
+        settings.decide("head_hidden_dim", 512, f"enough for {settings['out_dim']} outputs")
+        settings.decide("head_bottleneck_dim", 128, "as above")
+
+
+def fit_optimisation(settings, device_type):
+    """The highest learning rate that was stable, and the fastest type."""
+    if device_type == "cpu" and not settings.is_vit and has_fast_bfloat16():
+        settings.decide("amp_dtype", "bfloat16", "half the time of a step on this CPU")
+    if settings["arch"] == "vit_small" and settings["out_dim"] == 65536:
+        return  # the official recipe
+    lr = 0.004 if settings.is_vit else 0.006
+    settings.decide("lr", lr, "short runs need a high one; for 256 images, by the linear rule")
+
+
+def has_fast_bfloat16():
+    """Whether this CPU has instructions for it; without them it is slower than float32."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public yet
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+# ---- what follows from the length ----
+
+
+SPENT_ON_STEPS = 0.93  # of the time; the rest measures, saves and draws
+
+
+def fit_hours(settings, seconds, iterations_per_epoch):
+    """As many epochs as fit into the hours, at `seconds` a step; at least one."""
+    hours = settings["hours"] or DEFAULT_HOURS
+    seconds_per_epoch = seconds * max(1, iterations_per_epoch)
+    epochs = min(10**5, max(1, int(SPENT_ON_STEPS * 3600 * hours / seconds_per_epoch)))
+    told = "" if settings["hours"] else ", for want of --hours and --epochs,"
+    reason = f"what {hours:g} hours{told} hold at {seconds:.2g} s a step"
+    if seconds_per_epoch > 3600 * hours:
+        reason = f"the least there is: {seconds_per_epoch / 3600:.2g} hours, more than {hours:g}"
+    settings.decide("epochs", epochs, reason)
+
+
+def fit_length(settings, iterations_per_epoch):
+    """Decide what depends on the number of iterations, once `epochs` is known."""
+    epochs = settings["epochs"]
+    iterations = epochs * iterations_per_epoch
+    horizon = min(OFFICIAL_TEACHER, max(FASTEST_TEACHER, TEACHER_SHARE * iterations))
+    settings.decide(
+        "momentum_teacher",
+        round(1 - 1 / horizon, 4),
+        f"an average over {horizon:.0f} steps, {horizon / iterations:.1%} of {iterations}",
+    )
+    if horizon < OFFICIAL_TEACHER:
+        settings.decide(
+            "momentum_teacher_end",
+            round(1 - 1 / (4 * horizon), 4),
+            "the teacher keeps up with the student; the official 1 is for long runs",
+        )
+    settings.decide("warmup_epochs", min(10, round(0.1 * epochs)), "a tenth of the run")
+    frozen = 1 if epochs >= 10 else 0
+    settings.decide("freeze_last_layer", frozen, f"of {epochs} epochs; the official 1 is of 100")
+    settings.decide("knn_freq", max(1, epochs // 6), "six measurements")

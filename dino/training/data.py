@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The images and the views that the flags of main_dino.py ask for."""
+
+from dino.data.augmentations import DataAugmentationDINO, MultiCrop
+from dino.data.channels import RGB, count_channels, reader
+from dino.data.datasets import open_dataset
+from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
+from dino.data.images import ImageFiles, list_training_images
+from dino.distributed import get_world_size
+from dino.errors import UserError
+from dino.own_code import import_by_path
+from dino.training.presets import AUTO
+
+
+def open_images(args):
+    """(the images of --data_path as a sequence, --knn_data_path); the demo's are written first."""
+    if args.dataset:
+        return open_dataset(args.dataset, args.data_path, args.download), args.knn_data_path
+    if args.data_path != DEMO:
+        paths = list_training_images(args.data_path)
+        if args.preset == AUTO and "in_chans" not in getattr(args, "given", ()):
+            args.in_chans = count_channels(paths)
+        return ImageFiles(paths, reader(args.in_chans)), args.knn_data_path
+    if args.preset != AUTO:  # which fits the batch to the images
+        check_images(args, NUMBER_OF_IMAGES)
+    folder = demo_folder(args.output_dir)
+    write_demo_images(folder)
+    return ImageFiles(list_training_images(folder / "images")), args.knn_data_path or folder
+
+
+def check_images(args, count):
+    """Raise UserError if a rank's share of `count` images is smaller than one batch."""
+    global_batch = args.batch_size_per_gpu * get_world_size()
+    if -(-count // get_world_size()) < args.batch_size_per_gpu:
+        raise UserError(
+            f"--data_path {args.data_path}: {count} images are fewer than one batch of"
+            f" {global_batch} (--batch_size_per_gpu {args.batch_size_per_gpu} on"
+            f" {get_world_size()} processes). Lower the batch size."
+        )
+
+
+def build_augmentation(args):
+    """The official views, of the sizes and strengths in the flags, or --augmentation's own."""
+    if args.augmentation:
+        return own_augmentation(args.augmentation)
+    return DataAugmentationDINO(
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.local_crops_number,
+        args.global_crop_size,
+        args.local_crop_size,
+        mean=args.mean,
+        std=args.std,
+        solarize_p=args.solarize_p,
+        min_pixels=args.min_crop_pixels,
+        flip_p=args.flip_p,
+        vflip_p=args.vflip_p,
+        turn_p=args.turn_p,
+        **colours(args),
+        blur_radius=tuple(args.blur_radius),
+    )
+
+
+def colours(args):
+    """Fields of a View about colours; without red, green and blue there are no hues."""
+    if args.in_chans != RGB:
+        return dict(jitter=(*args.jitter[:2], 0.0, 0.0), grayscale_p=0.0)
+    return dict(jitter=tuple(args.jitter), grayscale_p=args.grayscale_p)
+
+
+def own_augmentation(path):
+    """What the function at `path`, MODULE:FUNCTION, returns; UserError if it is not a MultiCrop."""
+    augmentation = import_by_path(path, "--augmentation")()
+    if not isinstance(augmentation, MultiCrop):
+        kind = type(augmentation).__name__
+        raise UserError(
+            f"--augmentation {path}: returned a {kind}, not a dino.data.augmentations.MultiCrop."
+        )
+    return augmentation

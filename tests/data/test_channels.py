@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of other channels than three: read, cropped, trained on, evaluated, adapted to."""
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import photograph, save_backbone
+from PIL import Image
+from torch import nn
+
+import eval_knn
+import visualize_attention
+from dino.data.augmentations import LinearProbeAugmentation, MultiCrop, View, eval_transform
+from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
+from dino.data.channels import count_channels, read_any, read_channels
+from dino.data.images import UnreadableImage
+from dino.data.loaders import collate_readable
+from dino.errors import UserError
+from dino.evaluation.attention import open_vit
+from dino.networks import MultiCropWrapper
+from dino.training.flags import parse_args
+from dino.weights.pretrained import fit_channels
+from main_dino import train_dino
+from vision_transformer import vit_nano
+
+
+def bands(count, size=40, seed=0):
+    """uint8 (size, size, count): a photograph's channels, and mixtures of them."""
+    pixels = np.asarray(photograph().resize((size, size)), float)
+    weights = np.random.default_rng(seed).dirichlet([1, 1, 1], max(count, 3))
+    weights[:3] = np.eye(3)
+    return (pixels @ weights[:count].T).astype(np.uint8)
+
+
+@pytest.mark.parametrize("count", [2, 4, 5])
+@pytest.mark.parametrize("planar", [False, True])
+def test_tiff_and_npy_of_any_number_of_channels_are_read_with_all_of_them(tmp_path, count, planar):
+    pixels = bands(count)
+    stored = np.moveaxis(pixels, -1, 0) if planar else pixels
+    layout = "separate" if planar else "contig"
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="minisblack", planarconfig=layout)
+    np.save(tmp_path / "a.npy", stored)
+    for name in ("a.tif", "a.npy"):
+        np.testing.assert_array_equal(read_any(tmp_path / name, count), pixels)
+        assert count_channels([tmp_path / name]) == count
+
+
+def test_sixteen_bits_and_shares_are_scaled_to_levels(tmp_path):
+    pixels = bands(4)
+    tifffile.imwrite(tmp_path / "16.tif", pixels.astype(np.uint16) * 257)
+    np.save(tmp_path / "share.npy", pixels.astype(np.float32) / 255)
+    for name in ("16.tif", "share.npy"):
+        np.testing.assert_array_equal(read_any(tmp_path / name, 4), pixels)
+
+
+def test_formats_of_pillow_give_their_channels_too(tmp_path):
+    photograph().resize((30, 20)).save(tmp_path / "rgb.png")
+    photograph().convert("RGBA").save(tmp_path / "rgba.png")
+    photograph().convert("L").save(tmp_path / "grey.png")
+    assert read_channels(tmp_path / "rgba.png").shape[-1] == 4
+    grey = read_any(tmp_path / "rgb.png", 1)
+    expected = np.asarray(Image.open(tmp_path / "rgb.png").convert("L"))
+    np.testing.assert_array_equal(grey[..., 0], expected)
+    for name in ("rgb.png", "rgba.png", "grey.png"):
+        assert count_channels([tmp_path / name]) == 3, "transparency is not a channel"
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (np.zeros((4, 4, 3), np.uint8), "3 channels, and --in_chans is 5"),
+        (np.zeros((4, 4, 4, 5), np.uint8), "4 dimensions"),
+        (np.full((8, 8, 5), np.nan), "not finite"),
+        (np.array([{}, {}], dtype=object), "Python objects"),
+        (np.full((8, 8, 5), -1.0), "values below 0"),
+    ],
+)
+def test_what_is_not_an_image_of_these_channels_says_why(tmp_path, content, why):
+    path = tmp_path / "a.npy"
+    np.save(path, content, allow_pickle=True)
+    with pytest.raises(UnreadableImage, match=why):
+        read_any(path, 5)
+
+
+def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    tifffile.imwrite(tmp_path / "a.tif", bands(4))
+    np.save(tmp_path / "a.npy", bands(4))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for name in ("a.tif", "a.npy"):
+        with pytest.raises(UnreadableImage, match="--max_image_pixels 1000"):
+            read_any(tmp_path / name, 4)
+
+
+def test_views_of_five_channels_are_the_same_on_workers_and_device_and_for_each_channel():
+    """Brightness, blur and solarisation treat a channel as they treat the red of a photograph."""
+    view = View(32, (0.3, 1), jitter=(0.4, 0, 0, 0), jitter_p=1, grayscale_p=0, blur_p=0.5)
+    image = bands(5)
+    five = MultiCrop([view] * 3, mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.2,) * 5)
+    three = MultiCrop([view] * 3, mean=five.mean[:3], std=(0.2,) * 3)
+    on_worker = BothStages(five)(image, key=3)
+    batch = collate_readable([CropStage(five)(image, key=3)])
+    on_device = DeviceStage(five, torch.device("cpu"))(batch)
+    for ours, staged, rgb in zip(
+        on_worker, on_device, three(Image.fromarray(image[..., :3]), key=3), strict=True
+    ):
+        assert ours.shape == (5, 32, 32)
+        assert torch.equal(ours, staged[0])
+        assert ((ours[:3] - rgb) * 0.2 * 255).abs().mean() < 1
+
+
+def test_evaluation_sees_the_same_crop_of_an_array_as_of_a_photograph():
+    image = photograph().resize((60, 48))
+    ours = eval_transform(32, (0.5,) * 4, (0.25,) * 4)(np.asarray(image.convert("RGBA")))
+    theirs = eval_transform(32, (0.5,) * 3, (0.25,) * 3)(image)
+    assert ours.shape == (4, 32, 32)
+    apart = ((ours[:3] - theirs) * 0.25 * 255).abs()
+    assert apart.mean() < 0.2
+    assert apart.max() < 12.1  # the order of the two passes of resizing moves single pixels
+
+
+def test_the_linear_probe_crops_an_array_as_a_photograph():
+    image = photograph().resize((60, 48))
+    four = LinearProbeAugmentation(32, (0.5,) * 4, (0.25,) * 4)
+    three = LinearProbeAugmentation(32, (0.5,) * 3, (0.25,) * 3)
+    for key in range(6):
+        ours, theirs = four(np.asarray(image.convert("RGBA")), key), three(image, key)
+        assert ours.shape == (4, 32, 32)
+        assert ((ours[:3] - theirs) * 0.25 * 255).abs().mean() < 1
+
+
+def test_attention_of_a_network_for_other_channels_is_refused(tmp_path):
+    backbone = MultiCropWrapper(vit_nano(8, img_size=32, in_chans=4), nn.Identity())
+    options = dict(arch="vit_nano", patch_size=8, image_size=32, mean=(0.5,) * 4, std=(0.2,) * 4)
+    save_backbone(tmp_path / "backbone.pth", backbone, **options)
+    flags = ["--pretrained_weights", str(tmp_path / "backbone.pth"), "--device", "cpu"]
+    with pytest.raises(UserError, match="images of 4 channels"):
+        open_vit(visualize_attention.get_args_parser().parse_args(flags))
+
+
+def test_published_weights_adapted_to_more_channels_see_grey_images_as_before():
+    three, five = vit_nano(8, img_size=32), vit_nano(8, img_size=32, in_chans=5)
+    weights = fit_channels(five, three.state_dict(), "a test")
+    five.load_state_dict(weights)
+    grey = torch.randn(2, 1, 32, 32)
+    expected, found = three(grey.expand(-1, 3, -1, -1)), five(grey.expand(-1, 5, -1, -1))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_folder_of_four_channel_tiffs_trains_and_evaluates_unattended(tmp_path, capsys):
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(6):
+                name = folder / f"{i}.tif"
+                tifffile.imwrite(name, bands(4, 24, seed=i).astype(np.uint16) * 257)
+    data, run = tmp_path / "data", tmp_path / "run"
+    flags = ["--preset", "auto", "--data_path", data / "train", "--epochs", 1, "--output_dir", run]
+    flags += ["--knn_data_path", data, "--num_workers", 0]
+    train_dino(parse_args([str(flag) for flag in flags]))
+    output = capsys.readouterr().out
+    assert "--in_chans" in output
+    assert (run / "augmentations.png").exists()
+    assert torch.load(run / "backbone.pth")["teacher"]["conv1.weight"].shape[1] == 4
+    flags = ["--pretrained_weights", run / "backbone.pth", "--data_path", data, "--nb_knn", 3]
+    flags += ["--num_workers", 0, "--device", "cpu"]
+    args = eval_knn.get_args_parser().parse_args([str(flag) for flag in flags])
+    assert 0 <= eval_knn.eval_knn(args)[3][0] <= 100

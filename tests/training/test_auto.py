@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--preset auto: what it decides for which data, that given flags stand, that a run keeps all."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import photograph
+from PIL import Image
+
+from dino.data.survey import Survey, survey
+from dino.errors import UserError
+from dino.training.auto import Settings, fit_data, fit_hours, fit_length, soften_views
+from dino.training.correlation import view_correlation
+from dino.training.flags import parse_args
+from main_dino import train_dino
+
+COLOUR = dict(grey=0.1, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
+
+
+def decide(images, side, *, given="", device="cpu", grey=0.1, epochs=100, least=None):
+    seen = Survey(images, 256, (least or side, side, side), **(COLOUR | {"grey": grey}))
+    args = parse_args(["--preset", "auto", "--epochs", str(epochs), *given.split()])
+    settings = Settings(vars(args), args.given)
+    fit_data(settings, seen, device, 1)
+    fit_length(settings, images // settings["batch_size_per_gpu"])
+    return settings
+
+
+def train(*flags, images=None):
+    args = parse_args([str(flag) for flag in ("--preset", "auto", "--num_workers", 0, *flags)])
+    train_dino(args, images=images)
+
+
+def pictures(*sizes, grey=False):
+    image = photograph()
+    return [image.resize(size).convert("L" if grey else "RGB") for size in sizes]
+
+
+# ---- a look at the data ----
+
+
+def test_the_survey_measures_what_numpy_measures_over_all_pixels():
+    images = [photograph(name).resize((40, 30)) for name in ("astronaut.png", "coffee.png")]
+    seen = survey([(image, 0) for image in images])  # as a torchvision dataset gives them
+    pixels = np.concatenate([np.asarray(image).reshape(-1, 3) for image in images]) / 255
+    np.testing.assert_allclose(seen.mean, pixels.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(seen.std, pixels.std(axis=0), atol=1e-4)
+    assert (seen.images, seen.sides, seen.is_grey) == (2, (30, 30, 30), False)
+
+
+def test_grey_images_are_seen_as_grey_however_they_are_stored():
+    images = pictures((20, 20), (24, 20), grey=True)
+    assert survey(images).is_grey
+    assert survey([image.convert("RGB") for image in images]).is_grey
+    assert not survey([*images, *pictures((20, 20), (20, 20))]).is_grey
+
+
+def test_the_sample_is_drawn_by_the_seed():
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(600)]
+    assert survey(images, seed=1) == survey(images, seed=1)
+    assert survey(images, seed=1).mean != survey(images, seed=2).mean
+
+
+# ---- what is decided ----
+
+
+def test_the_blur_is_in_proportion_to_the_crop_and_no_crop_is_enlarged_by_more_than_a_third():
+    for side in (16, 24, 32, 64, 96):
+        settings = decide(3000, side)
+        size, local = settings["global_crop_size"], settings["local_crop_size"]
+        assert settings["blur_radius"][1] == pytest.approx(2 * size / 224, abs=1e-3)
+        share = settings["local_crops_scale"][0]
+        assert share == 0.5 or share**0.5 * side >= 0.74 * local
+        assert settings["min_crop_pixels"] <= share**0.5 * side + 1
+
+
+def test_grey_data_gets_no_operation_on_colours():
+    settings = decide(3000, 32, grey=1.0)
+    assert settings["jitter"][2:] == (0.0, 0.0)
+    assert settings["grayscale_p"] == 0.0
+    assert "jitter" not in decide(3000, 32, grey=0.5).reasons
+
+
+def test_what_was_given_stands_and_what_follows_from_it_follows():
+    settings = decide(3000, 32, given="--arch vit_nano --out_dim 4096")
+    assert settings["arch"] == "vit_nano"
+    assert settings["patch_size"] == 4
+    assert settings["out_dim"] == 4096
+    assert settings["lr"] == 0.004
+    assert not {"arch", "out_dim", "stem"} & set(settings.reasons)
+
+
+def test_a_short_run_has_a_fast_teacher_and_a_long_one_the_official():
+    short, long = decide(3000, 32, epochs=10), decide(1_300_000, 256, device="cuda")
+    assert short["momentum_teacher"] < 0.97
+    assert short["momentum_teacher_end"] < 1
+    assert long["momentum_teacher"] == 0.996
+    assert long["momentum_teacher_end"] == 1.0
+
+
+def test_data_like_imagenet_on_a_gpu_get_the_official_networks_and_crops():
+    settings = decide(1_281_167, 375, device="cuda")
+    official = dict(
+        arch="vit_small",
+        patch_size=16,
+        out_dim=65536,
+        use_bn_in_head=False,
+        global_crop_size=224,
+        local_crop_size=96,
+        local_crops_number=8,
+        head_hidden_dim=2048,
+        lr=0.0005,
+    )
+    assert {name: settings[name] for name in official} == official
+    assert settings["blur_radius"] == (0.1, 2.0)
+
+
+@pytest.mark.parametrize("images", [1, 5, 50, 300, 40_000])
+def test_an_epoch_has_batches_whatever_the_number_of_images(images):
+    settings = decide(images, 24)
+    assert 1 <= settings["batch_size_per_gpu"] <= 64
+    assert images < 8 or images // settings["batch_size_per_gpu"] >= 2
+
+
+def test_views_are_softened_until_they_have_something_in_common():
+    args = parse_args(["--preset", "auto", "--flip_p", "0"])
+    found = iter([0.01, 0.05, 0.3])
+    settings = Settings(vars(args), args.given)
+    soften_views(settings, lambda: next(found))
+    assert settings["jitter"] == pytest.approx((0.1, 0.1, 0.05, 0.025))
+    assert settings["global_crops_scale"] == (0.85, 1.0)
+    assert settings["solarize_p"] == 0.0
+    strong = Settings(vars(args), args.given)
+    soften_views(strong, lambda: 0.2)
+    assert strong.reasons == {}
+
+
+def test_the_correlation_of_views_is_1_for_equal_ones_and_0_for_ones_without_relation():
+    """And against numpy's, whose two series are the outputs for two views, less their means."""
+    torch.manual_seed(0)
+
+    class Batches(list):
+        sampler = SimpleNamespace(set_position=lambda epoch: None)
+
+    def student(views):
+        return torch.cat(views).flatten(1)
+
+    one, other = torch.randn(2, 400, 3, 4, 4)
+    mixed = one + 0.5 * other
+    assert view_correlation(student, Batches([[one, one, one + 7]])) == pytest.approx(1)
+    assert view_correlation(student, Batches([[one, other]])) == pytest.approx(0, abs=0.03)
+    a, b = ((view - view.mean(0)).flatten().numpy() for view in (one, mixed))
+    expected = np.corrcoef(a, b)[0, 1]
+    assert view_correlation(student, Batches([[one, mixed]])) == pytest.approx(expected, abs=1e-4)
+
+
+def test_hours_hold_as_many_epochs_as_fit_and_at_least_one():
+    args = parse_args(["--preset", "auto", "--hours", "1"])
+    for seconds, epochs in [(0.1, 334), (1000.0, 1)]:
+        settings = Settings(vars(args), args.given)
+        fit_hours(settings, seconds, 100)
+        assert settings["epochs"] == epochs
+    assert "the least there is" in settings.reasons["epochs"]
+
+
+def test_hours_without_auto_or_with_epochs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--hours and --epochs exclude each other"):
+        parse_args(["--preset", "auto", "--hours", "1", "--epochs", "3"])
+    with pytest.raises(UserError, match="only --preset auto measures"):
+        train_dino(parse_args(["--hours", "1", "--output_dir", str(tmp_path)]))
+
+
+# ---- whole runs ----
+
+
+def test_a_folder_of_one_image_in_many_sizes_trains_unattended(tmp_path, capsys):
+    images = pictures(*[(8 + 9 * i, 10 + 7 * i) for i in range(16)], grey=True)
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number:02}.png")
+    train("--data_path", tmp_path, "--hours", 0.0001, "--output_dir", tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "16 images, shorter side 8 to 115 pixels, median 62, 100% grey" in output
+    assert "grey images cannot lose their colours" in output
+    assert (tmp_path / "run/backbone.pth").exists()
+
+
+def test_a_resumed_run_keeps_its_settings_and_says_so(tmp_path, capsys):
+    folder = tmp_path / "run"
+    train("--epochs", 2, "--output_dir", folder, images=pictures(*[(20, 20)] * 12))
+    begun = json.loads((folder / "args.json").read_text())
+    assert begun["auto"]["momentum_teacher"].startswith("an average over")
+    assert "given" not in begun
+    capsys.readouterr()
+    others = pictures(*[(64, 64)] * 12, grey=True)
+    train("--epochs", 2, "--output_dir", folder, images=others)
+    output = capsys.readouterr().out
+    assert "decided when that run began" in output
+    assert "2 of 2 epochs are done" in output
+    assert json.loads((folder / "args.json").read_text()) == begun
+
+
+def test_backbone_pth_is_the_network_that_measured_better(class_folders, tmp_path, capsys):
+    train(
+        *("--data_path", class_folders / "train", "--knn_data_path", class_folders),
+        *("--epochs", 2, "--lr", 0.05, "--momentum_teacher", 0.9999, "--out_dim", 64),
+        *("--output_dir", tmp_path),
+    )
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    last = [line for line in lines if "knn_teacher" in line][-1]
+    better = "student" if last["knn_student"] > last["knn_teacher"] else "teacher"
+    file, checkpoint = (
+        torch.load(tmp_path / name, weights_only=True)
+        for name in ("backbone.pth", "checkpoint.pth")
+    )
+    assert file["network"] == better
+    assert f"(the {better}'s, in backbone.pth)" in capsys.readouterr().out
+    found = file["teacher"]["conv1.weight"]
+    keys = {"student": "module.backbone.conv1.weight", "teacher": "module.backbone.conv1.weight"}
+    assert torch.equal(found, checkpoint[better][keys[better]])
