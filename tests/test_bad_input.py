@@ -252,8 +252,8 @@ CASES = [
     ("eval_linear", "--classifier backbone.pth", "is for --evaluate"),
     ("eval_linear", "--evaluate --classifier nowhere.pth", "no such file"),
     ("eval_linear", "--evaluate --classifier zero.pth", "damaged, or not a checkpoint"),
-    ("eval_linear", "--evaluate --classifier list.pth", "no linear classifier"),
-    ("eval_linear", "--evaluate --classifier backbone.pth", "no linear classifier"),
+    ("eval_linear", "--evaluate --classifier list.pth", "does not hold a linear classifier"),
+    ("eval_linear", "--evaluate --classifier backbone.pth", "does not hold a linear classifier"),
     # visualize_attention.py
     ("visualize_attention", "--image_path nowhere.jpg", "no such file or folder"),
     ("visualize_attention", "--image_path empty", "no image in this folder"),
