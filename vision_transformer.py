@@ -43,8 +43,9 @@ def drop_path(x, drop_prob=0.0, training=False):
     """Stochastic depth: in training, a sample loses a residual branch `x` with `drop_prob`.
 
     What is kept is scaled by 1 / (1 - drop_prob), so that the expectation does not change.
+    `drop_prob` may be a tensor, whose value is not looked at.
     """
-    if not training:
+    if not training or (isinstance(drop_prob, float) and drop_prob == 0):
         return x
     # Drawn in float32: in bfloat16 the numbers are so coarse that the rate would be off.
     uniform = torch.rand((x.shape[0],) + (1,) * (x.ndim - 1), device=x.device)
