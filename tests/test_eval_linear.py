@@ -398,7 +398,7 @@ def test_a_head_is_refused_with_what_it_was_not_trained_for(
     with pytest.raises(UserError, match=r"does not hold a linear classifier; its entries are teacher,"):
         run(*needed, "--evaluate", "--classifier", checkpoint)
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match=r"no linear classifier; its entries are none"):
+    with pytest.raises(UserError, match=r"does not hold a linear classifier; its entries are none"):
         run(*needed, "--evaluate", "--classifier", tmp_path / "list.pth")
     other = content(checkpoint)
     other["teacher"] = {name: 2 * value for name, value in other["teacher"].items()}
