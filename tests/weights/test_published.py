@@ -148,7 +148,7 @@ def test_a_file_whose_hash_is_known_must_have_it(server, files, tmp_path, monkey
 
 def test_a_head_is_checked_like_a_backbone(server, files, tmp_path):
     server.answer = (200, None, files["right"])
-    with pytest.raises(UserError, match="holds no linear classifier"):
+    with pytest.raises(UserError, match="does not hold a linear classifier"):
         published_head("vit_nano", 8)
     assert kept(tmp_path) == []
     server.answer = (200, None, files["head"])
