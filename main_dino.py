@@ -35,8 +35,8 @@ from dino.evaluation.without_labels import SampleProbe
 from dino.loss import DINOLoss
 from dino.networks import (
     build_student_and_teacher,
+    choose_compile,
     compile_networks,
-    is_compiling,
     update_teacher,
 )
 from dino.optim import (
@@ -339,7 +339,7 @@ def build_state(args, views, device, amp_dtype):
         center_momentum=args.center_momentum,
         accum_steps=args.accum_steps,
     )
-    if is_compiling(args.compile, device):
+    if choose_compile(args.compile, device):
         compile_networks(student, teacher, dino_loss)
     optimizer = build_optimizer(args.optimizer, get_params_groups(student))
     if args.teacher_update == "previous_iteration":

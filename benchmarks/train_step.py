@@ -32,7 +32,7 @@ from flops import peak_flops, training_flops
 import main_dino
 from dino.distributed import Launch, choose_device
 from dino.errors import exit_on_user_error
-from dino.networks import is_compiling
+from dino.networks import choose_compile
 from dino.precision import autocast, choose_amp_dtype
 from dino.training.flag_checks import check_training_flags
 from dino.training.health import Monitor
@@ -54,7 +54,7 @@ def benchmark(args, training):
     check_training_flags(training)
     device = choose_device(training.device, Launch("python"))
     amp_dtype = choose_amp_dtype(training.use_fp16, training.amp_dtype, device)
-    training.compile = is_compiling(training.compile, device)  # what auto means here
+    training.compile = choose_compile(training.compile, device)  # what auto means here
     steps = args.steps or (30 if device.type == "cuda" else 5)
     result = {
         "benchmark": "train_step",

@@ -126,8 +126,8 @@ def checkpoint_gradients(backbone, arch):
     backbone.set_grad_checkpointing(True)
 
 
-def is_compiling(choice, device):
-    """Whether --compile `choice` (auto, true or false) compiles; auto does on CUDA.
+def choose_compile(choice, device):
+    """Whether to compile, by --compile `choice` (auto, true or false); auto does on CUDA.
 
     A function on trial, since torch.compile needs what an installation may lack, such as a C
     compiler: without it auto prints a warning, and true is a UserError.

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
 from dino.loss import DINOLoss
-from dino.networks import MultiCropWrapper, compile_networks, is_compiling, unwrap
+from dino.networks import MultiCropWrapper, choose_compile, compile_networks, unwrap
 from dino.optim import build_optimizer, get_params_groups
 from dino.training.run import TrainState
 from vision_transformer import DINOHead, VisionTransformer, vit_nano
@@ -293,14 +293,14 @@ def test_compile_true_without_a_compiler_is_one_paragraph(class_folders, tmp_pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
 def test_compile_auto_continues_without_where_compiling_fails(capsys):
-    assert not is_compiling("auto", torch.device("cuda"))
+    assert not choose_compile("auto", torch.device("cuda"))
     assert "Warning: torch.compile does not work here (" in capsys.readouterr().out
 
 
 def test_compile_auto_is_for_gpus_and_the_bare_flag_is_true():
-    assert not is_compiling("auto", torch.device("cpu"))
-    assert not is_compiling("false", torch.device("cuda"))
-    assert not is_compiling(False, torch.device("cuda"))
+    assert not choose_compile("auto", torch.device("cpu"))
+    assert not choose_compile("false", torch.device("cuda"))
+    assert not choose_compile(False, torch.device("cuda"))
     assert main_dino.parse_args([]).compile == "auto"
     assert main_dino.parse_args(["--compile", "--epochs", "3"]).compile == "true"
 
