@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from dino.ablations import PredictorHead, build_loss, copy_before_each_step, teacher_momentum
 from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO, eval_transform
 from dino.data.augmentations_on_device import CropStage, DeviceStage
@@ -54,6 +55,7 @@ from dino.training.recorder import Recorder, report_end, report_start
 from dino.training.run import Probes, Run, TrainState
 from dino.training.saver import Saver, find_checkpoint, own_checkpoints
 from dino.weights.files import read
+from vision_transformer import DINOHead
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino", "train_step"]
 
@@ -210,7 +212,8 @@ class Schedules:
 
         self.lr = cosine(scaled_lr, args.min_lr, args.warmup_epochs)
         self.weight_decay = cosine(args.weight_decay, args.weight_decay_end)
-        self.momentum = cosine(args.momentum_teacher, 1)
+        momentum = cosine(args.momentum_teacher, args.momentum_teacher_end)
+        self.momentum = teacher_momentum(args.teacher_update, momentum, iterations_per_epoch)
 
     def at(self, iteration):
         return {name: values[iteration] for name, values in vars(self).items()}
@@ -294,19 +297,25 @@ def build_state(args, views, device, amp_dtype):
         hidden_dim=args.head_hidden_dim,
         bottleneck_dim=args.head_bottleneck_dim,
         grad_checkpointing=args.grad_checkpointing,
+        student_head=PredictorHead if args.predictor else DINOHead,
     )
-    dino_loss = DINOLoss(
+    dino_loss = build_loss(
+        args.loss,
+        args.sinkhorn_iterations,
         args.out_dim,
         len(views),
         args.warmup_teacher_temp,
         args.teacher_temp,
         args.warmup_teacher_temp_epochs,
         args.epochs,
+        center_momentum=args.center_momentum,
         accum_steps=args.accum_steps,
     )
     if args.compile:
         compile_networks(student, teacher, dino_loss)
     optimizer = build_optimizer(args.optimizer, get_params_groups(student))
+    if args.teacher_update == "previous_iteration":
+        copy_before_each_step(optimizer, student, teacher)
     # a scaler that is not enabled does nothing
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     return TrainState(student, teacher, dino_loss.to(device), optimizer, scaler)

@@ -261,6 +261,13 @@ def all_reduce_sum(tensor):
     return tensor
 
 
+def all_reduce_max(tensor):
+    """The greatest value of each element over all processes, in place."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def gather_objects(value):
     """The list of every rank's picklable `value`, on every rank."""
     if get_world_size() == 1:

@@ -56,8 +56,13 @@ def unwrap(model):
 
 @torch.no_grad()
 def update_teacher(student, teacher, momentum):
-    """theta_t <- momentum theta_t + (1 - momentum) theta_s (Sec. 3.1); buffers stay."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    """theta_t <- momentum theta_t + (1 - momentum) theta_s (Sec. 3.1); buffers stay.
+
+    A predictor, which only the student may have, comes last among its parameters.
+    """
+    teacher_params = list(teacher.parameters())
+    student_params = list(student.parameters())[: len(teacher_params)]
+    torch._foreach_lerp_(teacher_params, student_params, 1 - momentum)
 
 
 def build_student_and_teacher(
@@ -73,13 +78,14 @@ def build_student_and_teacher(
     hidden_dim,
     bottleneck_dim,
     grad_checkpointing=False,
+    student_head=DINOHead,
 ):
     """(student, teacher) on `device`, with equal weights; no gradient ever reaches the teacher.
 
     With several processes the student is in a DistributedDataParallel and, if there are batch
     norms, so is the teacher, and all of these use the statistics of the global batch. The first of
     `crop_sizes` sets the grid of a ViT's position embeddings. UserError if the arch cannot take
-    one.
+    one. `student_head` is the class of the student's head.
     """
     options = dict(patch_size=patch_size, img_size=crop_sizes[0])
     student_backbone, embed_dim = build_backbone(arch, drop_path_rate=drop_path_rate, **options)
@@ -89,10 +95,11 @@ def build_student_and_teacher(
     if not is_vit(teacher_backbone):
         check_takes_sizes(teacher_backbone, arch, crop_sizes)
     widths = dict(use_bn=use_bn_in_head, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
-    student_head = DINOHead(embed_dim, out_dim, norm_last_layer=norm_last_layer, **widths)
-    student = MultiCropWrapper(student_backbone, student_head).to(device)
+    head = student_head(embed_dim, out_dim, norm_last_layer=norm_last_layer, **widths)
+    student = MultiCropWrapper(student_backbone, head).to(device)
     teacher = MultiCropWrapper(teacher_backbone, DINOHead(embed_dim, out_dim, **widths)).to(device)
-    teacher.load_state_dict(student.state_dict())
+    weights = student.state_dict()
+    teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
     if get_world_size() > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         if has_batchnorms(student):

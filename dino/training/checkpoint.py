@@ -30,6 +30,7 @@ FIXED = (
     "use_bn_in_head",
     "head_hidden_dim",
     "head_bottleneck_dim",
+    "predictor",
     "global_crop_size",
     "optimizer",
 )

@@ -13,6 +13,7 @@ from dino.command_line import (
     number,
 )
 from dino.data.demo import DEMO
+from dino.training.ablation_flags import add_ablation_arguments
 from dino.training.presets import PRESETS
 
 
@@ -23,6 +24,7 @@ def get_args_parser():
     add_teacher_arguments(parser.add_argument_group("teacher"))
     add_optimisation_arguments(parser.add_argument_group("optimisation"))
     add_view_arguments(parser.add_argument_group("views"))
+    add_ablation_arguments(parser.add_argument_group("ablations"))
     add_run_arguments(parser.add_argument_group("run"))
     add_launch_arguments(parser.add_argument_group("launch"))
     return parser

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from dino.ablations import AblatedLoss
 from dino.distributed import all_reduce_sum, get_world_size
 
 NEARLY_ALL, NEARLY_NONE = 0.98, 0.01  # shares of ln K: uniform, few outputs
@@ -43,6 +44,8 @@ class Monitor:
             "agreement": (choices[0] == choices[1].roll(batch)).float().mean(),
             "center_norm": dino_loss.center.norm(),
         }
+        if isinstance(dino_loss, AblatedLoss):  # whose loss may not be H(P_t, P_s)
+            figures["cross_entropy"] = dino_loss.cross_entropy(student_output, teacher_probs)
         self.parts.append(figures | {"mean_probs": teacher_probs.mean(dim=0)})
 
     def take(self):

@@ -83,7 +83,7 @@ class Recorder:
         """A line of metrics.jsonl: entropies in nats and as shares of ln K, times as shares."""
         seconds, waited, steps = self.logger.lap()
         entropy = figures.pop("teacher_entropy")
-        kl = loss - entropy
+        kl = figures.pop("cross_entropy", loss) - entropy
         record = {
             "iteration": progress.iteration,
             "epoch": (progress.iteration + 1) / progress.iterations_per_epoch,
