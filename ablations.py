@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's ablations: the runs of one figure or table, then a table and a picture of them.
+
+    python ablations.py collapse --demo                        # no data, no GPU: Fig. 7 in minutes
+    python ablations.py teacher --demo --seeds 0 1
+    python ablations.py multicrop --data_path imagenet/train --knn_data_path imagenet
+    python ablations.py components --print_commands torchrun --data_path imagenet/train ...
+
+Runs are folders of main_dino.py in --output_dir/STUDY; flags that are not this script's go to all
+of them. Run the same command again to resume an interrupted study.
+"""
+
+import ctypes
+import shlex
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dino.command_line import LARGEST_SEED, Parser, check_output_folder, number
+from dino.data.demo import NUMBER_OF_IMAGES, write_demo_images
+from dino.errors import UserError, exit_on_user_error
+from dino.printable import printable
+from dino.run_lock import owned
+from dino.run_log import RunLog
+from dino.signals import StopRequested, listen
+from dino.training.checkpoint import INDIFFERENT, same
+from dino.training.flag_checks import check_training_flags
+from dino.training.flags import get_args_parser as get_training_parser
+from dino.training.flags import parse_args as parse_training_flags
+from dino.training.plots import LoggedRun
+from dino.training.saver import NEWEST
+from dino.training.studies import STUDIES
+from dino.training.study_plots import draw_study
+from dino.training.study_report import measure, summarise, write_tables
+from dino.weights.files import DamagedFile, read
+
+LAUNCHERS = {
+    "torchrun": "torchrun --standalone --nproc_per_node={n} main_dino.py",
+    "srun": "srun --ntasks-per-node={n} --gpus-per-node={n} --signal=USR1@120 python main_dino.py",
+}
+OWN = ("output_dir", "seed", "resume", "help")  # flags of main_dino.py that this script sets
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a study: its row, its seed, its folder, and main_dino.py's flags as texts."""
+
+    name: str
+    seed: int
+    folder: Path
+    flags: list
+    args: object  # the flags, parsed
+
+
+def get_args_parser():
+    parser = Parser(
+        prog="ablations.py",
+        description="Repeat one figure or table of the paper. Other flags are main_dino.py's.",
+    )
+    add = parser.add_argument
+    add("study", choices=list(STUDIES), help="Fig. 6, Fig. 7, Table 7, Table 8 or Table 9")
+    add("--demo", action="store_true", help="on the embedded photographs, in minutes on a CPU")
+    add("--output_dir", default="runs/ablations", help="for runs, tables and pictures")
+    add(
+        "--seeds",
+        default=[0],
+        nargs="+",
+        type=number(int, 0, LARGEST_SEED),
+        help="a run for each; the table gives their mean and range",
+    )
+    add(
+        "--runs",
+        default=None,
+        nargs="+",
+        metavar="RUN",
+        help="only these runs of the study, by their names in the table",
+    )
+    add(
+        "--nproc_per_node",
+        default=1,
+        type=number(int, 1, 1024),
+        help="processes of each run, one a GPU; the study's batch is divided among them",
+    )
+    add(
+        "--print_commands",
+        default=None,
+        choices=list(LAUNCHERS),
+        help="print a command for each run, as a job of a cluster, and run nothing",
+    )
+    add(
+        "--report_only",
+        action="store_true",
+        help="write the table and the picture of what the runs have logged so far, and run nothing",
+    )
+    return parser
+
+
+def parse_args(argv=None):
+    """The script's own flags; those for main_dino.py are in `training`, as texts."""
+    args, training = get_args_parser().parse_known_args(argv)
+    args.training = training
+    return args
+
+
+def ablations(args):
+    """Run what is unfinished of a study, then write its table and its picture."""
+    check_output_folder(args.output_dir)
+    study = STUDIES[args.study]
+    plans = plan_runs(args, study)
+    if args.demo and not args.report_only:
+        write_shared_images(args.output_dir)
+    if args.print_commands:
+        for plan in plans:
+            launcher = LAUNCHERS[args.print_commands].format(n=args.nproc_per_node)
+            print(f"{launcher} {shlex.join(plan.flags)}")
+        return
+    for plan in plans:
+        check_same_flags(plan)
+    with owned(Path(args.output_dir) / args.study):
+        if not args.report_only:
+            run_plans(args, plans)
+        report(args, study, plans)
+
+
+# ---- plan ----
+
+
+def plan_runs(args, study):
+    """A Plan for each run and seed. UserError for flags that main_dino.py refuses, or we set."""
+    shared = study.demo if args.demo else study.paper
+    data = demo_data(args.output_dir) if args.demo else {}
+    base = to_texts({"preset": "demo", **shared, **data} if args.demo else shared)
+    parser = Parser(prog="ablations.py", parents=[get_training_parser()])
+    given = parser.parse_args(args.training).given
+    for name in given:
+        if name in OWN or name in study.varied:
+            raise UserError(f"--{name}: the study {args.study} sets this itself. Leave it out.")
+    if not args.demo and "data_path" not in given:
+        raise UserError(
+            "--data_path is missing: a folder of images, such as imagenet/train, and"
+            " --knn_data_path for the accuracies. Or add --demo."
+        )
+    variants = study.runs(args.demo)
+    for name in args.runs or ():
+        if name not in variants:
+            raise UserError(f"--runs {name!r}: {args.study} has {', '.join(map(repr, variants))}.")
+    plans = []
+    for name in args.runs or variants:
+        for seed in args.seeds:
+            folder = Path(args.output_dir) / args.study / f"{name.replace(' ', '_')}-seed{seed}"
+            own = per_process(variants[name].flags, args.nproc_per_node)
+            own |= {"seed": seed, "output_dir": folder}
+            flags = [*base, *args.training, *to_texts(own)]
+            plans.append(Plan(name, seed, folder, flags, parse_training_flags(flags)))
+            check_training_flags(plans[-1].args)
+    return plans
+
+
+def demo_data(output_dir):
+    """All runs read the same tiles."""
+    folder = Path(output_dir) / "demo_images"
+    return {"data_path": folder / "images", "knn_data_path": folder}
+
+
+def write_shared_images(output_dir):
+    folder = demo_data(output_dir)["knn_data_path"]
+    images = len(list((folder / "images").glob("*.png")))
+    if images < NUMBER_OF_IMAGES or not (folder / "complete").exists():
+        write_demo_images(folder)
+        (folder / "complete").touch()
+
+
+def per_process(flags, processes):
+    """`flags` with each process's share of a `global_batch`."""
+    flags = dict(flags)
+    if batch := flags.pop("global_batch", None):
+        if batch % processes:
+            raise UserError(f"--nproc_per_node {processes} does not divide the batch of {batch}.")
+        flags["batch_size_per_gpu"] = batch // processes
+    return flags
+
+
+def to_texts(flags):
+    """{"local_crops_number": 2} -> ["--local_crops_number", "2"]."""
+    texts = []
+    for name, value in flags.items():
+        values = value if isinstance(value, tuple) else (value,)
+        texts += [f"--{name}", *map(str, values)]
+    return texts
+
+
+def check_same_flags(plan):
+    """Raise UserError if the folder holds a run with other flags, which must not mix with these."""
+    if not (plan.folder / "args.json").exists():
+        return
+    saved = RunLog(plan.folder).flags()
+    for name, value in vars(plan.args).items():
+        if name in saved and name not in INDIFFERENT and not same(name, saved[name], value):
+            raise UserError(
+                f"--output_dir: {plan.folder} holds a run with --{name} {saved[name]!r:.60}, not"
+                f" {value!r:.60}. Give another folder."
+            )
+
+
+# ---- run ----
+
+
+def run_plans(args, plans):
+    """One after another; a run that diverges is reported, and the others follow."""
+    for i, plan in enumerate(plans, start=1):
+        where = f"{args.study}, run {i} of {len(plans)}: {plan.name}, seed {plan.seed}"
+        if is_finished(plan):
+            print(f"{where}: finished", flush=True)
+            continue
+        log = plan.folder.with_suffix(".log")
+        print(printable(f"{where}; its output goes to {log}"), flush=True)
+        code = run_one(command(args, plan), log)
+        if code == 1 and "the loss is" in log.read_text(errors="replace"):
+            print(f"{where}: diverged", flush=True)
+        elif code:
+            last = log.read_text(errors="replace").splitlines()[-1:]
+            raise UserError(f"{where}: ended with code {code}. {printable(' '.join(last))}")
+
+
+def is_finished(plan):
+    """Whether the newest checkpoint is that of the end, with all of it logged."""
+    path = plan.folder / NEWEST
+    if not path.exists():
+        return False
+    try:
+        checkpoint = read(path, "--output_dir")
+    except DamagedFile:
+        return False  # main_dino.py looks for an older one
+    return checkpoint.get("epoch") == plan.args.epochs and not checkpoint.get("unlogged")
+
+
+def command(args, plan):
+    script = str(Path(__file__).with_name("main_dino.py"))
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc_per_node", str(args.nproc_per_node)]
+    return [sys.executable, *(launcher if args.nproc_per_node > 1 else []), script, *plan.flags]
+
+
+def run_one(command, log):
+    """The exit code of a process, whose output goes to the file `log`.
+
+    It ends when this one does, however that ends: it is sent SIGTERM, on which a run finishes its
+    step and saves. It has a session of its own, so that a terminal's Ctrl-C reaches it once.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+    try:
+        return process.wait()
+    except StopRequested:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+
+
+def end_with_parent():
+    """Let Linux send this process SIGTERM when its parent is gone; elsewhere it would go on."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+# ---- report ----
+
+
+def report(args, study, plans):
+    """Write STUDY.md, STUDY.json and STUDY.png into --output_dir, and print the table."""
+    plans = [plan for plan in plans if RunLog(plan.folder).read("loss")]
+    if not plans:
+        raise UserError(
+            f"--output_dir {args.output_dir}: no run of {args.study} has logged a step yet."
+        )
+    rows = []
+    for name, variant in (study.runs(args.demo) | study.variants).items():
+        figures = {
+            plan.seed: measure(plan.folder, plan.args.batch_size_per_gpu * args.nproc_per_node)
+            for plan in plans
+            if plan.name == name
+        }
+        rows.append((name, variant.theirs, figures))
+    summary = summarise(study.title, study.source, rows, describe(args, plans[0].args))
+    runs = {plan.name: [] for plan in plans}
+    for plan in plans:
+        runs[plan.name].append(LoggedRun(plan.folder))
+    folder = Path(args.output_dir)
+    print(write_tables(folder, args.study, summary))
+    draw_study(folder / f"{args.study}.png", args.study, summary, runs)
+    print(printable(f"Table and picture: {folder / args.study}.md, .json and .png"))
+
+
+def describe(args, flags):
+    """What was trained on what, in a sentence."""
+    data = "the embedded photographs (--demo)" if args.demo else printable(flags.data_path)
+    seeds = "seed" if len(args.seeds) == 1 else "seeds"
+    return (
+        f"{flags.arch}, {flags.epochs} epochs of {data}, {seeds} {', '.join(map(str, args.seeds))}"
+    )
+
+
+def main():
+    interruption = listen()
+    with exit_on_user_error("ablations.py"):
+        try:
+            ablations(parse_args())
+        except StopRequested as stop:
+            print(f"ablations.py: stopped by {stop}. Run the same command to resume.", flush=True)
+            sys.exit(interruption.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's ablations as runs of main_dino.py: what each run changes, and what the paper found.
+
+`theirs` holds the authors' numbers on ImageNet, in percent unless a unit is given; a run that the
+paper does not have has none.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table: the flags that make it, and the paper's numbers for it."""
+
+    flags: dict
+    theirs: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One figure or table: the flags that all of its runs share, and its runs by name.
+
+    `paper`: the authors' settings; `demo`: those for the embedded data, over --preset demo.
+    `demo_variants`: its runs on that, if they are others. The flag `global_batch`, which
+    main_dino.py does not have, stands for the --batch_size_per_gpu of all processes together.
+    """
+
+    title: str
+    source: str
+    paper: dict
+    demo: dict
+    variants: dict
+    demo_variants: dict | None = None
+
+    def runs(self, demo):
+        """{name: Variant}."""
+        return self.demo_variants if demo and self.demo_variants else self.variants
+
+    @property
+    def varied(self):
+        """The flags that each of its runs sets, so that a command line would set them in vain."""
+        names = set.intersection(*(set(variant.flags) for variant in self.variants.values()))
+        return {name.replace("global_batch", "batch_size_per_gpu") for name in names}
+
+
+# The settings of the released ViT-S/16, shorter: the paper's ablations last 100 or 300 epochs.
+LONG = dict(preset="vits16", epochs=300)
+SHORT = dict(preset="vits16", epochs=100)
+WITHOUT_LOCAL_CROPS = dict(local_crops_number=0, global_crops_scale=(0.14, 1.0))
+UNSHARPENED = dict(warmup_teacher_temp=0.1, teacher_temp=0.1)  # the student's temperature
+UNCENTERED = dict(center_momentum=1.0)
+DEMO = dict(epochs=6, warmup_epochs=1, knn_freq=1, log_freq=5)
+
+
+def knn_and_linear(knn, linear):
+    return {"k-NN": knn, "linear": linear}
+
+
+STUDIES = {
+    "teacher": Study(
+        "Which network teaches",
+        "Fig. 6: ViT-S/16, 300 epochs; k-NN",
+        LONG,
+        DEMO,
+        {
+            "momentum": Variant(dict(teacher_update="ema"), {"k-NN": 72.8}),
+            "previous epoch": Variant(dict(teacher_update="previous_epoch"), {"k-NN": 66.6}),
+            "previous iteration": Variant(dict(teacher_update="previous_iteration"), {"k-NN": 0.1}),
+            "student copy": Variant(dict(teacher_update="student"), {"k-NN": 0.1}),
+        },
+    ),
+    "collapse": Study(
+        "Collapse: the teacher's entropy, and KL(teacher, student)",
+        "Fig. 7, Sec. 5.3; where the curves end",
+        SHORT,
+        DEMO,
+        {
+            "both": Variant({}, {"h": "between", "KL": "between"}),
+            "no centering": Variant(UNCENTERED, {"h": "0", "KL": "0"}),
+            "no sharpening": Variant(UNSHARPENED, {"h": "ln K", "KL": "0"}),
+            "neither": Variant(UNCENTERED | UNSHARPENED),
+        },
+    ),
+    "components": Study(
+        "What each component gives",
+        "Table 7: ViT-S/16, 300 epochs",
+        LONG,
+        DEMO,
+        {
+            "DINO": Variant({}, knn_and_linear(72.8, 76.1)),
+            "no momentum": Variant(dict(teacher_update="student"), knn_and_linear(0.1, 0.1)),
+            "Sinkhorn-Knopp": Variant(dict(sinkhorn_iterations=3), knn_and_linear(72.2, 76.0)),
+            "no multi-crop": Variant(WITHOUT_LOCAL_CROPS, knn_and_linear(67.9, 72.5)),
+            "MSE": Variant(dict(loss="mse"), knn_and_linear(52.6, 62.4)),
+            "predictor": Variant(dict(predictor=True), knn_and_linear(71.8, 75.6)),
+        },
+    ),
+    "multicrop": Study(
+        "What multi-crop costs and gives",
+        "Table 8: ViT-S/16, 300 epochs on two machines of 8 GPUs",
+        LONG,
+        DEMO,
+        {
+            "2 global": Variant(
+                WITHOUT_LOCAL_CROPS, {"linear": 72.5, "hours": 45.9, "GB per GPU": 9.3}
+            ),
+            "2 global, 2 local": Variant(
+                dict(local_crops_number=2), {"linear": 74.5, "hours": 51.0, "GB per GPU": 10.5}
+            ),
+            "2 global, 6 local": Variant(
+                dict(local_crops_number=6), {"linear": 75.9, "hours": 60.9, "GB per GPU": 12.9}
+            ),
+            "2 global, 10 local": Variant(
+                dict(local_crops_number=10), {"linear": 76.1, "hours": 72.6, "GB per GPU": 15.4}
+            ),
+        },
+    ),
+    "batch-size": Study(
+        "How small a batch may be",
+        "Table 9: ViT-S/16, 100 epochs without multi-crop; k-NN",
+        dict(preset="no_multicrop", epochs=100),
+        DEMO | WITHOUT_LOCAL_CROPS,
+        {
+            "128": Variant(dict(global_batch=128), {"k-NN": 57.9}),
+            "256": Variant(dict(global_batch=256), {"k-NN": 59.1}),
+            "512": Variant(dict(global_batch=512), {"k-NN": 59.6}),
+            "1024": Variant(dict(global_batch=1024), {"k-NN": 59.9}),
+        },
+        {
+            "16": Variant(dict(global_batch=16)),
+            "32": Variant(dict(global_batch=32)),
+            "64": Variant(dict(global_batch=64)),
+            "128": Variant(dict(global_batch=128), {"k-NN": 57.9}),
+        },
+    ),
+}

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of a study: what its runs logged, a row for each, beside the paper's numbers."""
+
+import math
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from dino.json_files import dumps
+from dino.training.plots import LoggedRun, is_first_of_epoch
+
+# Our columns: title, key of `measure`, digits after the point.
+COLUMNS = (
+    ("k-NN %", "knn_teacher", 1),
+    ("student's k-NN %", "knn_student", 1),
+    ("untrained k-NN %", "knn_untrained", 1),
+    ("h, % of ln K", "entropy", 1),
+    ("KL, % of ln K", "kl", 1),
+    ("ms per step", "step_ms", 0),
+    ("images/s", "images_per_s", 0),
+    ("minutes", "minutes", 1),
+    ("peak MiB", "peak_memory_mb", 0),
+)
+
+
+def measure(folder, global_batch):
+    """{key: number} of a run's folder: how it ended, and what it cost. It has logged a step.
+
+    h and KL are means over the logged steps of its last epoch. Times are those of the median logged
+    step, without the first of each epoch, which waits for the loader to start; `minutes` is that
+    of all steps, without k-NN and checkpoints.
+    """
+    run = LoggedRun(folder)
+    last = run.steps[-1]
+    end = [step for step in run.steps if step["epoch"] > math.ceil(last["epoch"]) - 1]
+    settled = [step for step in run.steps if not is_first_of_epoch(step)] or run.steps
+    rate = statistics.median(step["images_per_s"] for step in settled)
+    figures = {
+        "epochs": last["epoch"],
+        "entropy": 100 * statistics.fmean(step["teacher_entropy_share"] for step in end),
+        "kl": 100 * statistics.fmean(step["kl_share"] for step in end),
+        "step_ms": 1000 * global_batch / rate,
+        "images_per_s": rate,
+        "minutes": (last["iteration"] + 1) * global_batch / rate / 60,
+        "peak_memory_mb": max(step.get("peak_memory_mb", 0) for step in run.steps),
+        "verdicts": [line["verdict"] for line in run.verdicts],
+    }
+    if run.knn:
+        figures |= {"knn_untrained": run.knn[0]["knn_teacher"]}
+        figures |= {name: run.knn[-1][name] for name in ("knn_teacher", "knn_student")}
+    return figures
+
+
+def summarise(title, source, rows, how):
+    """The study as a dict for JSON. `rows`: [(name, theirs, {seed: figures})]; `how`: the setup."""
+    return {
+        "title": title,
+        "theirs": source,
+        "ours": how,
+        "runs": [
+            {"name": name, "theirs": theirs, "seeds": {str(s): f for s, f in seeds.items()}}
+            for name, theirs, seeds in rows
+        ],
+    }
+
+
+def markdown(summary):
+    """The table: means over the seeds, with their range; the verdicts; the paper's numbers."""
+    runs = summary["runs"]
+    theirs = list(dict.fromkeys(key for run in runs for key in run["theirs"]))
+    titles = ["run", *(column[0] for column in COLUMNS), "the monitor's verdict"]
+    titles += [f"theirs: {key}" for key in theirs]
+    lines = [titles, ["---"] * len(titles)]
+    for run in runs:
+        figures = list(run["seeds"].values())
+        cells = [mean_and_range(figures, key, digits) for _, key, digits in COLUMNS]
+        names = Counter(name for figure in figures for name in figure["verdicts"])
+        verdicts = ", ".join(
+            name if count == len(figures) else f"{name} ({count} of {len(figures)} seeds)"
+            for name, count in names.items()
+        )
+        paper = [str(run["theirs"].get(key, "")) for key in theirs]
+        lines.append([run["name"], *cells, verdicts, *paper])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    head = f"# {summary['title']}\n\nOurs: {summary['ours']}. Theirs: {summary['theirs']}."
+    return f"{head}\n\n{table}\n"
+
+
+def mean_and_range(figures, key, digits):
+    """`61.2` of one seed, `61.2 (60.8 to 61.6)` of several, empty without any."""
+    values = [figure[key] for figure in figures if key in figure]
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def write_whole(path, text):
+    """Write a text file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def write_tables(folder, study, summary):
+    """`study`.md and `study`.json in `folder`; the text of the first is returned."""
+    text = markdown(summary)
+    write_whole(Path(folder) / f"{study}.md", text)
+    write_whole(Path(folder) / f"{study}.json", dumps(summary, indent=1) + "\n")
+    return text
