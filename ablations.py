@@ -10,14 +10,18 @@ Runs are folders of main_dino.py in --output_dir/STUDY; flags that are not this 
 of them. Run the same command again to resume an interrupted study.
 """
 
-import ctypes
+import multiprocessing
+import os
 import shlex
 import signal
-import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed.run
+
+import main_dino
 from dino.command_line import LARGEST_SEED, Parser, check_output_folder, number
 from dino.data.demo import NUMBER_OF_IMAGES, write_demo_images
 from dino.errors import UserError, exit_on_user_error
@@ -216,7 +220,7 @@ def run_plans(args, plans):
             continue
         log = plan.folder.with_suffix(".log")
         print(printable(f"{where}; its output goes to {log}"), flush=True)
-        code = run_one(command(args, plan), log)
+        code = run_one(plan.flags, args.nproc_per_node, log)
         if code == 1 and "the loss is" in log.read_text(errors="replace"):
             print(f"{where}: diverged", flush=True)
         elif code:
@@ -236,41 +240,45 @@ def is_finished(plan):
     return checkpoint.get("epoch") == plan.args.epochs and not checkpoint.get("unlogged")
 
 
-def command(args, plan):
-    script = str(Path(__file__).with_name("main_dino.py"))
-    launcher = ["-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc_per_node", str(args.nproc_per_node)]
-    return [sys.executable, *(launcher if args.nproc_per_node > 1 else []), script, *plan.flags]
-
-
-def run_one(command, log):
-    """The exit code of a process, whose output goes to the file `log`.
-
-    It ends when this one does, however that ends: it is sent SIGTERM, on which a run finishes its
-    step and saves. It has a session of its own, so that a terminal's Ctrl-C reaches it once.
-    """
+def run_one(flags, processes, log):
+    """The exit code of main_dino.py in a process of its own, whose output goes to file `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
-        )
+    context = multiprocessing.get_context("forkserver")  # imports torch once, for all runs
+    context.set_forkserver_preload(["main_dino"])
+    process = context.Process(target=train, args=(flags, processes, log))
+    process.start()
     try:
-        return process.wait()
+        process.join()
     except StopRequested:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        process.terminate()
+        process.join()
         raise
+    return process.exitcode
 
 
-def end_with_parent():
-    """Let Linux send this process SIGTERM when its parent is gone; elsewhere it would go on."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def train(flags, processes, log):
+    """main_dino.py with its flags. A terminal's Ctrl-C reaches it through its parent alone.
+
+    When the parent is gone, however that came, it stops as after a SIGTERM: it finishes its step
+    and saves.
+    """
+    os.setsid()
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    if processes == 1:
+        sys.argv = ["main_dino.py", *flags]
+        main_dino.main()
+    else:
+        script = str(Path(__file__).with_name("main_dino.py"))
+        launch = ["--standalone", f"--nproc_per_node={processes}", script, *flags]
+        torch.distributed.run.main(launch)
+
+
+def stop_with_parent():
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # ---- report ----

@@ -17,7 +17,7 @@ from helpers import assert_equal_states, final_state
 import ablations
 import main_dino
 from dino.errors import UserError
-from dino.signals import REQUEUE, listen
+from dino.signals import REQUEUE
 from dino.training.flags import parse_args
 from dino.training.plots import LoggedRun
 from dino.training.studies import STUDIES
@@ -120,20 +120,28 @@ def test_an_unknown_flag_is_refused_by_name():
 def study(class_folders, tmp_path):
     """Flags of a study of one small run, of two epochs of 24 steps."""
     data = ("--data_path", class_folders / "train", "--knn_data_path", class_folders)
-    flags = (*SMALL_RUN, "--batch_size_per_gpu", 1, "--log_freq", 1, "--warmup_teacher_temp_epochs", 0, *data)
+    flags = (
+        *SMALL_RUN,
+        "--batch_size_per_gpu",
+        1,
+        "--log_freq",
+        1,
+        "--warmup_teacher_temp_epochs",
+        0,
+        *data,
+    )
     command = ("components", "--runs", "MSE", "--output_dir", tmp_path, "--preset", "vanilla")
     return [str(flag) for flag in (*command, *flags)]
 
 
 def start(flags):
-    """ablations.py as a process of its own, forked to spare it the imports."""
-    process = multiprocessing.get_context("fork").Process(target=run_main, args=(flags,))
+    """ablations.py as a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=run_main, args=(flags,))
     process.start()
     return process
 
 
 def run_main(flags):
-    listen.cache_clear()  # what this process heard before its fork
     sys.argv = ["ablations.py", *flags]
     ablations.main()
 
@@ -152,9 +160,10 @@ def logged(folder):
 
 def test_a_study_killed_twice_loses_no_step_and_ends_as_the_unbroken_run(study, tmp_path, capsys):
     folder = tmp_path / "components" / "MSE-seed0"
-    (unbroken,) = commands(capsys, *study)
-    unbroken.output_dir = str(tmp_path / "unbroken")
-    main_dino.train_dino(unbroken)
+    ablations.ablations(ablations.parse_args([*study, "--print_commands", "torchrun"]))
+    flags = shlex.split(capsys.readouterr().out)[3:]
+    unbroken = run_script(*flags, "--output_dir", tmp_path / "unbroken")
+    assert unbroken.returncode == 0, unbroken.stderr
 
     for number, steps in ((signal.SIGKILL, 10), (signal.SIGTERM, 20)):
         process = start(study)
