@@ -117,8 +117,9 @@ def test_an_unknown_flag_is_refused_by_name():
 
 
 @pytest.fixture
-def study(class_folders, tmp_path):
+def study(class_folders, tmp_path, monkeypatch):
     """Flags of a study of one small run, of two epochs of 24 steps."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as run_script has it: threads change the rounding
     data = ("--data_path", class_folders / "train", "--knn_data_path", class_folders)
     flags = (
         *SMALL_RUN,
