@@ -87,7 +87,7 @@ RANGES = {  # values outside of the range of these flags
     },
     "-1 2.5 many": {
         "main_dino": "warmup_teacher_temp_epochs warmup_epochs freeze_last_layer num_workers"
-        " local_crops_number saveckp_freq saveckp_iters keep_checkpoints",
+        " local_crops_number saveckp_freq saveckp_iters keep_checkpoints sinkhorn_iterations",
         "eval_knn": "num_workers",
         "eval_linear": "num_workers",
         "visualize_attention": "image_size",
@@ -110,6 +110,7 @@ RANGES = {  # values outside of the range of these flags
     "0.011 nan inf": {"eval_knn": "temperature"},
     "-0.1 1.1 nan": {
         "main_dino": "global_crops_scale local_crops_scale momentum_teacher drop_path_rate"
+        " momentum_teacher_end center_momentum"
     },
     "0 1.5 nan": {"visualize_attention": "threshold", "eval_attention": "threshold"},
 }

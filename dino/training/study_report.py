@@ -43,7 +43,7 @@ def measure(folder, global_batch):
         "images_per_s": rate,
         "minutes": (last["iteration"] + 1) * global_batch / rate / 60,
         "peak_memory_mb": max(step.get("peak_memory_mb", 0) for step in run.steps),
-        "verdicts": [line["verdict"] for line in run.verdicts],
+        "verdicts": [v["verdict"] for v in run.verdicts if "collapse" in v["verdict"]],
     }
     if run.knn:
         figures |= {"knn_untrained": run.knn[0]["knn_teacher"]}
