@@ -13,6 +13,7 @@ of them. Run the same command again to resume an interrupted study.
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -23,8 +24,8 @@ import torch.distributed.run
 
 import main_dino
 from dino.command_line import LARGEST_SEED, Parser, check_output_folder, number
-from dino.data.demo import NUMBER_OF_IMAGES, write_demo_images
-from dino.errors import UserError, exit_on_user_error
+from dino.data.demo import write_demo_images
+from dino.errors import Diverged, UserError, exit_on_user_error
 from dino.printable import printable
 from dino.run_lock import owned
 from dino.run_log import RunLog
@@ -122,10 +123,10 @@ def ablations(args):
         return
     for plan in plans:
         check_same_flags(plan)
-    with owned(Path(args.output_dir) / args.study):
-        if not args.report_only:
+    if not args.report_only:
+        with owned(Path(args.output_dir) / args.study):
             run_plans(args, plans)
-        report(args, study, plans)
+    report(args, study, plans)
 
 
 # ---- plan ----
@@ -169,11 +170,16 @@ def demo_data(output_dir):
 
 
 def write_shared_images(output_dir):
+    """Write them once, all or nothing: another study may begin at the same time."""
     folder = demo_data(output_dir)["knn_data_path"]
-    images = len(list((folder / "images").glob("*.png")))
-    if images < NUMBER_OF_IMAGES or not (folder / "complete").exists():
-        write_demo_images(folder)
-        (folder / "complete").touch()
+    if folder.exists():
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    write_demo_images(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # the other study was first
+        shutil.rmtree(temporary)
 
 
 def per_process(flags, processes):
@@ -221,11 +227,12 @@ def run_plans(args, plans):
         log = plan.folder.with_suffix(".log")
         print(printable(f"{where}; its output goes to {log}"), flush=True)
         code = run_one(plan.flags, args.nproc_per_node, log)
-        if code == 1 and "the loss is" in log.read_text(errors="replace"):
-            print(f"{where}: diverged", flush=True)
-        elif code:
-            last = log.read_text(errors="replace").splitlines()[-1:]
-            raise UserError(f"{where}: ended with code {code}. {printable(' '.join(last))}")
+        if code == 0:
+            continue
+        last = printable(log.read_text(errors="replace").strip().splitlines()[-1:])
+        if code != Diverged.exit_code or "error: the loss is" not in last:
+            raise UserError(f"{where}: ended with code {code}. {last}")
+        print(f"{where}: diverged. {last}", flush=True)
 
 
 def is_finished(plan):
@@ -246,12 +253,13 @@ def run_one(flags, processes, log):
     context = multiprocessing.get_context("forkserver")  # imports torch once, for all runs
     context.set_forkserver_preload(["main_dino"])
     process = context.Process(target=train, args=(flags, processes, log))
-    process.start()
     try:
+        process.start()
         process.join()
     except StopRequested:
-        process.terminate()
-        process.join()
+        if process.is_alive():
+            process.terminate()
+            process.join()
         raise
     return process.exitcode
 
