@@ -45,6 +45,7 @@ LAUNCHERS = {
     "torchrun": "torchrun --standalone --nproc_per_node={n} main_dino.py",
     "srun": "srun --ntasks-per-node={n} --gpus-per-node={n} --signal=USR1@120 python main_dino.py",
 }
+DIVERGED = ("error: the loss is", "error: a weight is no longer finite")  # main_dino.py's last line
 OWN = ("output_dir", "seed", "resume", "help")  # flags of main_dino.py that this script sets
 
 
@@ -229,8 +230,8 @@ def run_plans(args, plans):
         code = run_one(plan.flags, args.nproc_per_node, log)
         if code == 0:
             continue
-        last = printable(log.read_text(errors="replace").strip().splitlines()[-1:])
-        if code != Diverged.exit_code or "error: the loss is" not in last:
+        last = printable("".join(log.read_text(errors="replace").splitlines()[-1:]))
+        if code != Diverged.exit_code or not any(text in last for text in DIVERGED):
             raise UserError(f"{where}: ended with code {code}. {last}")
         print(f"{where}: diverged. {last}", flush=True)
 
