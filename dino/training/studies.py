@@ -52,7 +52,7 @@ UNCENTERED = dict(center_momentum=1.0)
 # A smaller head and fewer crops than --preset demo has, and no batch norms, which would keep from
 # collapsing what shall collapse: a run takes half a minute of a core, and a failure is quick.
 DEMO = dict(
-    epochs=3,
+    epochs=2,
     batch_size_per_gpu=32,
     local_crops_number=2,
     out_dim=256,
@@ -88,7 +88,7 @@ STUDIES = {
         "Collapse: the teacher's entropy, and KL(teacher, student)",
         "Fig. 7, Sec. 5.3; where the curves end",
         SHORT,
-        DEMO | dict(knn_freq=3),
+        DEMO | dict(knn_freq=2),
         {
             "both": Variant({}, {"h": "between", "KL": "between"}),
             "no centering": Variant(UNCENTERED, {"h": "0", "KL": "0"}),
