@@ -251,8 +251,8 @@ def is_finished(plan):
 def run_one(flags, processes, log):
     """The exit code of main_dino.py in a process of its own, whose output goes to file `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")  # imports torch once, for all runs
-    context.set_forkserver_preload(["main_dino"])
+    # a fork has imported torch already; macOS's own libraries do not work in one
+    context = multiprocessing.get_context("spawn" if sys.platform == "darwin" else "fork")
     process = context.Process(target=train, args=(flags, processes, log))
     try:
         process.start()
@@ -272,6 +272,8 @@ def train(flags, processes, log):
     and saves.
     """
     os.setsid()
+    listen.cache_clear()  # a fork would hear signals through its parent's socket
+    listen()
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -17,7 +17,7 @@ from helpers import assert_equal_states, final_state
 import ablations
 import main_dino
 from dino.errors import UserError
-from dino.signals import REQUEUE
+from dino.signals import REQUEUE, listen
 from dino.training.flags import parse_args
 from dino.training.plots import LoggedRun
 from dino.training.studies import STUDIES
@@ -136,18 +136,19 @@ def study(class_folders, tmp_path, monkeypatch):
 
 
 def start(flags):
-    """ablations.py as a process of its own."""
-    process = multiprocessing.get_context("spawn").Process(target=run_main, args=(flags,))
+    """ablations.py as a process of its own, forked to spare it the imports."""
+    process = multiprocessing.get_context("fork").Process(target=run_main, args=(flags,))
     process.start()
     return process
 
 
 def run_main(flags):
+    listen.cache_clear()  # what this process heard before its fork
     sys.argv = ["ablations.py", *flags]
     ablations.main()
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
