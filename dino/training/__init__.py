@@ -4,4 +4,6 @@
 Before: `flags`, `flag_checks`, `presets`. Between steps: `run` (in what order), `agreement` (stop
 or save, on all ranks), `recorder` (figures), `health` (what they mean), `checkpoint` (what is saved
 and restored), `saver` (when, by whom), `plots`. After a failure: `failures`.
+
+The paper's ablations: `ablation_flags`, `studies` (which runs), `study_report`, `study_plots`.
 """
