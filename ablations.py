@@ -137,7 +137,7 @@ def plan_runs(args, study):
     """A Plan for each run and seed. UserError for flags that main_dino.py refuses, or we set."""
     shared = study.demo if args.demo else study.paper
     data = demo_data(args.output_dir) if args.demo else {}
-    base = to_texts({"preset": "demo", **shared, **data} if args.demo else shared)
+    base = to_texts({"preset": "demo", **data, **shared} if args.demo else shared)
     parser = Parser(prog="ablations.py", parents=[get_training_parser()])
     given = parser.parse_args(args.training).given
     for name in given:
@@ -197,6 +197,8 @@ def to_texts(flags):
     """{"local_crops_number": 2} -> ["--local_crops_number", "2"]."""
     texts = []
     for name, value in flags.items():
+        if value is None:
+            continue
         values = value if isinstance(value, tuple) else (value,)
         texts += [f"--{name}", *map(str, values)]
     return texts

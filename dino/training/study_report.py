@@ -68,12 +68,14 @@ def markdown(summary):
     """The table: means over the seeds, with their range; the verdicts; the paper's numbers."""
     runs = summary["runs"]
     theirs = list(dict.fromkeys(key for run in runs for key in run["theirs"]))
-    titles = ["run", *(column[0] for column in COLUMNS), "the monitor's verdict"]
+    measured = {key for run in runs for figures in run["seeds"].values() for key in figures}
+    columns = [column for column in COLUMNS if column[1] in measured]
+    titles = ["run", *(column[0] for column in columns), "the monitor's verdict"]
     titles += [f"theirs: {key}" for key in theirs]
     lines = [titles, ["---"] * len(titles)]
     for run in runs:
         figures = list(run["seeds"].values())
-        cells = [mean_and_range(figures, key, digits) for _, key, digits in COLUMNS]
+        cells = [mean_and_range(figures, key, digits) for _, key, digits in columns]
         names = Counter(name for figure in figures for name in figure["verdicts"])
         verdicts = ", ".join(
             name if count == len(figures) else f"{name} ({count} of {len(figures)} seeds)"
