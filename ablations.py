@@ -81,7 +81,7 @@ def get_args_parser():
         default=None,
         nargs="+",
         metavar="RUN",
-        help="only these runs of the study, by their names in the table",
+        help="train only these runs of the study, by their names in the table",
     )
     add(
         "--nproc_per_node",
@@ -115,10 +115,11 @@ def ablations(args):
     check_output_folder(args.output_dir)
     study = STUDIES[args.study]
     plans = plan_runs(args, study)
+    wanted = [plan for plan in plans if not args.runs or plan.name in args.runs]
     if args.demo and not args.report_only:
         write_shared_images(args.output_dir)
     if args.print_commands:
-        for plan in plans:
+        for plan in wanted:
             launcher = LAUNCHERS[args.print_commands].format(n=args.nproc_per_node)
             print(f"{launcher} {shlex.join(plan.flags)}")
         return
@@ -126,7 +127,7 @@ def ablations(args):
         check_same_flags(plan)
     if not args.report_only:
         with owned(Path(args.output_dir) / args.study):
-            run_plans(args, plans)
+            run_plans(args, wanted)
     report(args, study, plans)
 
 
@@ -153,7 +154,7 @@ def plan_runs(args, study):
         if name not in variants:
             raise UserError(f"--runs {name!r}: {args.study} has {', '.join(map(repr, variants))}.")
     plans = []
-    for name in args.runs or variants:
+    for name in variants:
         for seed in args.seeds:
             folder = Path(args.output_dir) / args.study / f"{name.replace(' ', '_')}-seed{seed}"
             own = per_process(variants[name].flags, args.nproc_per_node)
