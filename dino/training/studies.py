@@ -49,8 +49,8 @@ SHORT = dict(preset="vits16", epochs=100)
 WITHOUT_LOCAL_CROPS = dict(local_crops_number=0, global_crops_scale=(0.14, 1.0))
 UNSHARPENED = dict(warmup_teacher_temp=0.1, teacher_temp=0.1)  # the student's temperature
 UNCENTERED = dict(center_momentum=1.0)
-# A smaller head and fewer crops than --preset demo has, and no batch norms, which would keep from
-# collapsing what shall collapse: a run takes half a minute of a core, and a failure is quick.
+# Over --preset demo: a smaller head and fewer crops, so that a run takes half a minute of a core; a
+# faster teacher, and no batch norms, which prevent the collapses that the studies are about.
 DEMO = dict(
     epochs=2,
     batch_size_per_gpu=32,
