@@ -110,7 +110,8 @@ def label(axis, title, x, y, legend=True):
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     if legend and axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=8)
+        # below the axes, where it covers no curve
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
 
 
 def curves(axis, runs, key, colors, style):

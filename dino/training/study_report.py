@@ -22,6 +22,8 @@ COLUMNS = (
     ("peak MiB", "peak_memory_mb", 0),
 )
 
+HARMLESS = ("unfreezing", "waiting for data")  # verdicts that do not say how the run ended
+
 
 def measure(folder, global_batch):
     """{key: number} of a run's folder: how it ended, and what it cost. It has logged a step.
@@ -43,7 +45,7 @@ def measure(folder, global_batch):
         "images_per_s": rate,
         "minutes": (last["iteration"] + 1) * global_batch / rate / 60,
         "peak_memory_mb": max(step.get("peak_memory_mb", 0) for step in run.steps),
-        "verdicts": [v["verdict"] for v in run.verdicts if "collapse" in v["verdict"]],
+        "verdicts": [v["verdict"] for v in run.verdicts if v["verdict"] not in HARMLESS],
     }
     if run.knn:
         figures |= {"knn_untrained": run.knn[0]["knn_teacher"]}
