@@ -91,6 +91,7 @@ def eval_copy_detection(args):
     distractors = optional_folder(args.distractors_path, "distractors_path")
     whitening_set = optional_folder(args.whitening_path, "whitening_path")
     pretrained = open_backbone(args)
+    pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
     check_fits(pretrained, args)
     describe = partial(
         describe_images,

@@ -114,6 +114,7 @@ def eval_image_retrieval(args):
     images = open_retrieval_set(args.data_path, args.dataset)
     print0(f"train: {len(images.database)} imgs / query: {len(images.queries)} imgs")
     pretrained = open_backbone(args, published=PUBLISHED_ON_LANDMARKS)
+    pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
     database, queries = set_features(
         pretrained,
         images,

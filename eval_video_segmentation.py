@@ -165,6 +165,7 @@ def open_vit(args):
     if not args.pretrained_weights:
         check_is_vit(args.arch, f"--arch {args.arch}")  # rather than download it
     pretrained = open_backbone(args)
+    pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
     check_is_vit(pretrained.arch, f"--pretrained_weights {args.pretrained_weights}")
     patch_size = pretrained.patch_size
     if args.image_size % patch_size or LONG_SIDE_STEP % patch_size:

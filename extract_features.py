@@ -19,7 +19,9 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dino.command_line import (
@@ -32,9 +34,10 @@ from dino.command_line import (
     loader_workers,
     number,
 )
+from dino.data.channels import RGB, reader
 from dino.data.images import ImageFiles, limit_pixels
 from dino.data.labels import class_name, list_images, unlabelled
-from dino.data.loaders import pil_image
+from dino.data.loaders import image_of
 from dino.distributed import heartbeat, init_distributed, is_main_process, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.extraction import TransformedImages, fill
@@ -126,13 +129,14 @@ def extract_features(args, images=None):
     limit_pixels(args.max_image_pixels)
     if images is None:
         listed = list_images(args.data_path)
-        images, labels = ImageFiles(listed.paths), listed.labels
     else:
-        listed, labels = unlabelled([str(i) for i in range(len(images))]), None
+        listed = unlabelled([str(i) for i in range(len(images))])
     queries = list_queries(args.queries) if args.queries else None
 
     _, device = init_distributed(args.device, args.dist_url)
     pretrained = open_backbone(args, args.image_size)
+    labels = None if images is not None else listed.labels
+    images = images or ImageFiles(listed.paths, reader(pretrained.in_chans))
     amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
     describe = token_features(args.tokens, pretrained, device, amp_dtype)
     settings = describe_settings(args, listed, pretrained, amp_dtype, device)
@@ -250,7 +254,7 @@ def write(args, settings, paths, dataset, describe, device):
 def draw_pictures(args, images, queries, pretrained, describe):
     """Write a picture of the nearest neighbours of each QUERIES query images."""
     file = read_features(args.output)
-    classes, k = file.settings["classes"], args.neighbours
+    classes, k, in_chans = file.settings["classes"], args.neighbours, pretrained.in_chans
     if queries is None:
         rows = spread_rows(file.features, QUERIES)
         shown = [(images, row, class_name(file.labels[row], classes)) for row in rows]
@@ -258,7 +262,7 @@ def draw_pictures(args, images, queries, pretrained, describe):
         found = nearest_rows(vectors, file.features, k + 1)
         similarities, neighbours = without_self(*found, torch.tensor(rows))
     else:
-        files = ImageFiles(queries.paths)
+        files = ImageFiles(queries.paths, reader(pretrained.in_chans))
         names = [class_name(label, queries.classes) for label in queries.labels.tolist()]
         shown = [(files, i, name) for i, name in enumerate(names)]
         vectors = [describe(pretrained.transform(image)[None]).cpu() for image in files]
@@ -266,10 +270,11 @@ def draw_pictures(args, images, queries, pretrained, describe):
 
     def row_of_panels(number):
         query_images, i, query_class = shown[number]
-        yield Panel(pil_image(query_images[i], i), query_class or "query")
+        yield Panel(picture_of(query_images[i], i, in_chans), query_class or "query")
         for similarity, row in zip(similarities[number], neighbours[number].tolist(), strict=True):
             name = class_name(file.labels[row], classes)
-            yield neighbour_panel(pil_image(images[row], row), similarity, name, query_class)
+            picture = picture_of(images[row], row, in_chans)
+            yield neighbour_panel(picture, similarity, name, query_class)
 
     title = f"{Path(args.output).name}: nearest neighbours of the images on the left"
     for page, start in enumerate(range(0, len(shown), QUERIES), start=1):
@@ -278,6 +283,16 @@ def draw_pictures(args, images, queries, pretrained, describe):
         path = picture_path(args.output, page if len(shown) > QUERIES else None)
         plots.save(draw_neighbours(sheet, title), path)
         print0(f"Drew {path}")
+
+
+def picture_of(item, number, in_chans):
+    """An item of a sequence of images as a PIL image, of its first three channels."""
+    image = image_of(item, number, in_chans)
+    if in_chans == RGB:
+        return image
+    shown = np.zeros((*image.shape[:2], 3), np.uint8)
+    shown[..., : min(in_chans, 3)] = image[..., :3]
+    return Image.fromarray(shown if in_chans > 1 else image[..., 0])
 
 
 def picture_path(output, page):

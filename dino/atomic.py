@@ -8,8 +8,14 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a path beside `path` to write to: it becomes `path`, or is removed after an error."""
+    """Yield a path beside `path` to write to: it becomes `path`, or is removed after an error.
+
+    A device or a pipe, such as /dev/null, is yielded itself: root could replace it by a file.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary

@@ -10,7 +10,6 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from dino.backbones import canonical_name
-from dino.data.channels import RGB
 from dino.distributed import Launch, choose_device
 from dino.errors import UserError
 from dino.weights.pretrained import open_backbone
@@ -29,11 +28,7 @@ def open_vit(args, published=PUBLISHED_BACKBONES):
     pretrained = open_backbone(args, published=published)
     source = f"--pretrained_weights {args.pretrained_weights} ({pretrained.arch})"
     check_has_class_attention(pretrained.arch, source)
-    if pretrained.in_chans != RGB:
-        raise UserError(
-            f"{source}: takes images of {pretrained.in_chans} channels, and attention is shown on"
-            " RGB photographs. eval_knn.py and eval_linear.py take such images."
-        )
+    pretrained.require_rgb(source)
     pretrained.backbone.to(device)
     return pretrained
 

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from dino.data.images import UnreadableImage
 from dino.data.labels import UNLABELLED
-from dino.data.loaders import ImageLoader, pil_image
+from dino.data.loaders import ImageLoader, image_of
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
 from dino.meters import progress_bar
@@ -31,9 +31,11 @@ class TransformedImages(Dataset):
         except UnreadableImage as error:
             if not self.skip_bad:
                 return error
-            pixels = torch.full((3, self.image_size, self.image_size), torch.nan)
+            shape = (self.transform.in_chans, self.image_size, self.image_size)
+            pixels = torch.full(shape, torch.nan)
             return pixels, self.label(number, None)
-        return self.transform(pil_image(item, number)), self.label(number, item)
+        image = image_of(item, number, self.transform.in_chans)
+        return self.transform(image), self.label(number, item)
 
     def label(self, number, item):
         if self.labels is not None:

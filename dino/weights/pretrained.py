@@ -11,6 +11,7 @@ from torch import nn
 
 from dino.backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from dino.data.channels import RGB
 from dino.distributed import print0
 from dino.errors import UserError
 from dino.json_files import is_number
@@ -43,6 +44,14 @@ class Pretrained:
     def in_chans(self):
         """Channels of its images: as many as have a mean."""
         return len(self.mean)
+
+    def require_rgb(self, source):
+        """Raise UserError, which begins with `source`, unless its images are RGB photographs."""
+        if self.in_chans != RGB:
+            raise UserError(
+                f"{source}: takes images of {self.in_chans} channels, and this is for RGB"
+                " photographs. eval_knn.py, eval_linear.py and extract_features.py take others."
+            )
 
     @property
     def transform(self):
