@@ -37,12 +37,14 @@ def get_params_groups(model):
 def build_optimizer(name, params_groups):
     """AdamW, SGD or LARS; learning rate and weight decay are set at every step.
 
-    With float16 a GradScaler waits for the device before a step of LARS, which is not fused.
+    With float16 a GradScaler waits for the device before a step of SGD or LARS, which are not
+    fused: torch's fused SGD fails where a parameter, such as the frozen last layer, has no momentum
+    yet.
     """
     if name == "adamw":
         return torch.optim.AdamW(params_groups, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(params_groups, lr=0, momentum=0.9, fused=True)
+        return torch.optim.SGD(params_groups, lr=0, momentum=0.9)
     return LARS(params_groups)
 
 

@@ -167,8 +167,9 @@ VERDICTS = {
     " (--global_crops_scale 0.5 1), a"
     " higher --lr, a longer --freeze_last_layer.",
     "nothing learned": "The loss, {loss:.3f}, has not fallen below ln(out_dim) = {ln_k:.3f}:"
-    " nothing is learned so far. Common with small or grey data. Try milder crops (--global_crops_scale 0.5"
-    " 1), a higher --lr, a smaller --out_dim, and the other value of --use_bn_in_head.",
+    " nothing is learned so far. Common with small or grey data. Try milder crops"
+    " (--global_crops_scale 0.5 1), a higher --lr, a smaller --out_dim, and the other value of"
+    " --use_bn_in_head.",
     "one-output collapse": "One-output collapse: the teacher gives all images to one and the same"
     " output, so that its entropy and the loss are 0 and nothing is learned. The center cannot keep"
     " up: try a higher --teacher_temp (0.04 to 0.07), a lower --lr, a lower --clip_grad.",

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL_RUN, run_processes, run_script
+from conftest import SMALL_RUN, run_processes, run_python
 from functorch.compile import make_boxed_func
 from helpers import state_for_a_step
 from torch._dynamo.backends.common import aot_autograd
@@ -284,7 +284,7 @@ def test_compile_true_without_a_compiler_is_one_paragraph(class_folders, tmp_pat
     command = ("main_dino.py", "--data_path", class_folders / "train", "--output_dir", tmp_path)
     flags = (*SMALL_RUN, "--compile", "true")
     environ = dict(CXX="/no/such/compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    result = run_script(*command, *flags, timeout=100, **environ)
+    result = run_python(*command, *flags, timeout=100, **environ)
     assert result.returncode == 2, result.stderr
     assert "--compile true: torch.compile does not work here (" in result.stderr
     assert "/no/such/compiler" in result.stderr

@@ -113,7 +113,7 @@ def test_another_global_batch_goes_on_at_the_same_share_of_the_schedules(
     data, unbroken, tmp_path, capsys
 ):
     checkpoint = torch.load(unbroken / NEWEST, weights_only=True)
-    checkpoint |= {"epoch": 1, "iteration": 1 * 6 + 3}  # in the middle of epoch 1, of 6 iterations
+    checkpoint |= {"epoch": 1, "iteration": 1 * 6 + 3, "images": 3 * 4}  # half of epoch 1
     write_atomically(checkpoint, tmp_path / NEWEST)
     train(data, tmp_path, "--batch_size_per_gpu", 2, "--log_freq", 1)
     said = capsys.readouterr().out
