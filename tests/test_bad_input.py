@@ -77,7 +77,8 @@ def refused(monkeypatch, capsys, script, flags):
 RANGES = {  # values outside of the range of these flags
     "0 -3 1e3": {
         "main_dino": "max_image_pixels patch_size epochs batch_size_per_gpu accum_steps"
-        " head_hidden_dim head_bottleneck_dim global_crop_size local_crop_size log_freq knn_freq",
+        " head_hidden_dim head_bottleneck_dim global_crop_size local_crop_size log_freq knn_freq"
+        " in_chans",
         "eval_knn": "max_image_pixels nb_knn image_size batch_size_per_gpu patch_size",
         "eval_linear": "max_image_pixels n_last_blocks image_size epochs batch_size_per_gpu"
         " num_labels val_freq patch_size",
@@ -87,7 +88,7 @@ RANGES = {  # values outside of the range of these flags
     },
     "-1 2.5 many": {
         "main_dino": "warmup_teacher_temp_epochs warmup_epochs freeze_last_layer num_workers"
-        " local_crops_number saveckp_freq saveckp_iters keep_checkpoints sinkhorn_iterations",
+        " local_crops_number saveckp_freq saveckp_iters keep_checkpoints min_crop_pixels",
         "eval_knn": "num_workers",
         "eval_linear": "num_workers",
         "visualize_attention": "image_size",
@@ -104,13 +105,14 @@ RANGES = {  # values outside of the range of these flags
         "eval_attention": "image_size",
     },
     "-0.1 nan inf": {
-        "main_dino": "lr min_lr weight_decay weight_decay_end clip_grad saveckp_minutes"
+        "main_dino": "lr min_lr weight_decay weight_decay_end clip_grad saveckp_minutes blur_radius"
     },
-    "0 nan inf": {"main_dino": "warmup_teacher_temp teacher_temp", "eval_linear": "lr"},
+    "0 nan inf": {"main_dino": "warmup_teacher_temp teacher_temp hours std", "eval_linear": "lr"},
+    "nan inf": {"main_dino": "mean"},
     "0.011 nan inf": {"eval_knn": "temperature"},
     "-0.1 1.1 nan": {
         "main_dino": "global_crops_scale local_crops_scale momentum_teacher drop_path_rate"
-        " momentum_teacher_end center_momentum"
+        " momentum_teacher_end flip_p vflip_p turn_p jitter grayscale_p solarize_p"
     },
     "0 1.5 nan": {"visualize_attention": "threshold", "eval_attention": "threshold"},
 }

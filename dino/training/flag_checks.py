@@ -79,9 +79,15 @@ def check_views(args):
                 f"--{name} {' '.join(map(str, scale))}: give two shares of the image, above 0,"
                 " the smaller first."
             )
-    if args.blur_radius[0] > args.blur_radius[1]:
+    radii = args.blur_radius
+    if len(radii) != 2 or radii[0] > radii[1]:
         raise UserError(
-            f"--blur_radius {' '.join(map(str, args.blur_radius))}: give the smaller one first."
+            f"--blur_radius {' '.join(map(str, radii))}: give two, the smaller one first."
+        )
+    if len(args.jitter) != 4:
+        raise UserError(
+            f"--jitter {' '.join(map(str, args.jitter))}: give four, for brightness, contrast,"
+            " saturation and hue."
         )
     for name in ("mean", "std"):
         if len(getattr(args, name)) != args.in_chans:

@@ -173,6 +173,6 @@ PRESETS = {
             knn_freq=1,
         ),
         source="ours, for 2,800 tiles of 14 photographs that come with scikit-image",
-        reported="k-NN 67 on held-out tiles, untrained 49, raw pixels 40; 3 minutes on 2 CPU cores",
+        reported="k-NN 72.8 on held-out tiles after 2 of 4 epochs, untrained 49, raw pixels 40",
     ),
 }

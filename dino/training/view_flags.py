@@ -69,10 +69,10 @@ def add_view_arguments(group):
     add(
         "--jitter",
         default=(0.4, 0.4, 0.2, 0.1),
-        nargs=4,
-        metavar=("BRIGHTNESS", "CONTRAST", "SATURATION", "HUE"),
+        nargs="+",
         type=number(float, 0, 1),
-        help="greatest change of each, of 1; the last two do nothing to grey images",
+        help="greatest changes of brightness, contrast, saturation and hue, of 1; the last two do"
+        " nothing to grey images",
     )
     add(
         "--grayscale_p",
@@ -83,10 +83,10 @@ def add_view_arguments(group):
     add(
         "--blur_radius",
         default=(0.1, 2.0),
-        nargs=2,
-        metavar=("LEAST", "MOST"),
+        nargs="+",
         type=number(float, 0, 100),
-        help="standard deviation of the blur in pixels of the crop; the default is for crops of"
+        help="least and greatest standard deviation of the blur in pixels of the crop; the default"
+        " is for crops of"
         " 224, 0.014 0.29 is the same for crops of 32",
     )
     add(
