@@ -88,7 +88,8 @@ RANGES = {  # values outside of the range of these flags
     },
     "-1 2.5 many": {
         "main_dino": "warmup_teacher_temp_epochs warmup_epochs freeze_last_layer num_workers"
-        " local_crops_number saveckp_freq saveckp_iters keep_checkpoints min_crop_pixels",
+        " local_crops_number saveckp_freq saveckp_iters keep_checkpoints min_crop_pixels"
+        " sinkhorn_iterations",
         "eval_knn": "num_workers",
         "eval_linear": "num_workers",
         "visualize_attention": "image_size",
@@ -113,6 +114,7 @@ RANGES = {  # values outside of the range of these flags
     "-0.1 1.1 nan": {
         "main_dino": "global_crops_scale local_crops_scale momentum_teacher drop_path_rate"
         " momentum_teacher_end flip_p vflip_p turn_p jitter grayscale_p solarize_p"
+        " center_momentum"
     },
     "0 1.5 nan": {"visualize_attention": "threshold", "eval_attention": "threshold"},
 }
