@@ -77,7 +77,6 @@ def export(args):
     check_new_output(output, format_.suffix)
     photographs = open_photographs(args.check_images)
     pretrained = open_backbone(args, args.image_size)
-    pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
     temporary = output.with_name(f".{output.name}.tmp")
     written = temporary / output.name
     shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed

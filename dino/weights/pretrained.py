@@ -35,10 +35,10 @@ class Pretrained:
     embed_dim: int
     arch: str
     patch_size: int
-    stem: str = "auto"
     image_size: int = 224
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
+    stem: str = "auto"  # of a ResNet
 
     @property
     def in_chans(self):
