@@ -36,7 +36,7 @@ def train(data, use_bn, seed=0):
     args = parse_args([*map(str, flags), "--data_path", str(data)])
     fix_random_seeds(args.seed)
     augmentation = main_dino.build_augmentation(args)
-    images, _ = main_dino.open_images(args, GLOBAL_BATCH)
+    images, _ = main_dino.open_images(args)
     loader = main_dino.build_loader(args, images, augmentation, 0, CPU)
     state = main_dino.build_state(args, augmentation.views, CPU, torch.float32)
     start = {name: value.clone() for name, value in unwrap(state.student).named_parameters()}

@@ -182,7 +182,7 @@ def test_a_run_that_waits_for_its_images_says_so(tmp_path):
 
 def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
     result = run_script(
-        *("main_dino.py", "--preset", "demo", "--output_dir", tmp_path, "--epochs", 3),
+        *("main_dino.py", "--preset", "demo", "--output_dir", tmp_path, "--epochs", 2),
         *("--knn_freq", 100, "--num_workers", 1, "--device", "cpu"),
     )
     assert result.returncode == 0, result.stderr
