@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogFormatter
 
 from dino.atomic import replacing
 from dino.distributed import is_main_process, print0
@@ -116,7 +117,7 @@ def draw_curves(path, runs):
     """Everything that a run has logged in one picture, or several runs over each other."""
     figure, axes = plt.subplots(2, 5, figsize=(20, 7.5), layout="constrained")
     panels = zip(axes.flat, PANELS, strict=True)
-    for axis, (title, panel) in panels:
+    for axis, (title, panel, place) in panels:
         for number, run in enumerate(runs):
             panel(axis, run, f"C{number}", f"{run.name}: " if len(runs) > 1 else "")
         axis.set_title(title, fontsize=10)
@@ -124,7 +125,7 @@ def draw_curves(path, runs):
         axis.tick_params(which="both", labelsize=7)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7, loc="upper right")  # the best place takes long to find
+            axis.legend(fontsize=7, loc=place)  # the best place takes long to find
     save(figure, path)
 
 
@@ -167,6 +168,13 @@ def draw_knn(axis, run, color, prefix):
         axis.plot([], [], color=color, label=f"{prefix}not measured: --knn_data_path")
 
 
+def logarithmic(axis):
+    """A logarithmic scale whose numbers are written without formulas, which text here is not."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+
+
 def draw_rank(axis, run, color, prefix):
     draw_measure(axis, run, "rank_me", "o-", color=color, label=prefix.removesuffix(": "))
 
@@ -189,12 +197,12 @@ def draw_agreement(axis, run, color, prefix):
 
 def draw_outputs_used(axis, run, color, prefix):
     line(axis, run, "outputs_used", color=color, label=prefix.removesuffix(": "))
-    axis.set_yscale("log")
+    logarithmic(axis)
 
 
 def draw_gradient_norm(axis, run, color, prefix):
     line(axis, run, "grad_norm", color=color, label=prefix.removesuffix(": "))
-    axis.set_yscale("log")
+    logarithmic(axis)
 
 
 def draw_schedules(axis, run, color, prefix):
@@ -227,15 +235,15 @@ def is_first_of_epoch(step):
     return step["iteration"] % iterations_per_epoch == 0
 
 
-PANELS = [
-    ("loss (nats)", draw_loss),
-    ("teacher's entropy and KL (% of ln K)", draw_entropy),
-    ("k-NN accuracy (%)", draw_knn),
-    ("RankMe, the effective rank of the teacher's features", draw_rank),
-    ("alignment and uniformity of the teacher's features", draw_alignment),
-    ("student's first choice is the teacher's (%)", draw_agreement),
-    ("outputs in use by the teacher, exp of entropy", draw_outputs_used),
-    ("gradient norm before clipping", draw_gradient_norm),
-    ("schedules (% of their maximum)", draw_schedules),
-    ("throughput (images/s)", draw_throughput),
+PANELS = [  # title, what draws it, place of its legend
+    ("loss (nats)", draw_loss, "upper right"),
+    ("teacher's entropy and KL (% of ln K)", draw_entropy, "upper right"),
+    ("k-NN accuracy (%)", draw_knn, "lower right"),
+    ("RankMe of the teacher's features", draw_rank, "lower right"),
+    ("alignment and uniformity", draw_alignment, "center right"),
+    ("student's first choice is the teacher's (%)", draw_agreement, "upper right"),
+    ("outputs in use, exp of entropy", draw_outputs_used, "upper right"),
+    ("gradient norm before clipping", draw_gradient_norm, "upper right"),
+    ("schedules (% of their maximum)", draw_schedules, "center right"),
+    ("throughput (images/s)", draw_throughput, "lower right"),
 ]
