@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogFormatter
 
 from dino.atomic import replacing
 from dino.distributed import is_main_process, print0
@@ -193,12 +194,19 @@ def draw_agreement(axis, run, color, prefix):
 
 def draw_outputs_used(axis, run, color, prefix):
     line(axis, run, "outputs_used", color=color, label=prefix.removesuffix(": "))
-    axis.set_yscale("log")
+    use_log_scale(axis)
 
 
 def draw_gradient_norm(axis, run, color, prefix):
     line(axis, run, "grad_norm", color=color, label=prefix.removesuffix(": "))
+    use_log_scale(axis)
+
+
+def use_log_scale(axis):
+    """Logarithmic, with labels such as 100: matplotlib's own would be math, which is not parsed."""
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter())
 
 
 def draw_schedules(axis, run, color, prefix):
