@@ -60,6 +60,7 @@ from dino.training.data import build_augmentation, check_images, open_images
 from dino.training.failures import explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
+from dino.training.html_report import report_run
 from dino.training.presets import AUTO
 from dino.training.recorder import Recorder, report_end, report_start
 from dino.training.run import Probes, Run, TrainState
@@ -148,6 +149,7 @@ def train_dino(args, images=None, augmentation=None):
             run.stop(state, stop)
         run.saver.finish()
         report_end(probes.knn, run.recorder.log)
+        report_run(args.output_dir)
     shut_down()
 
 

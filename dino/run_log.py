@@ -8,6 +8,7 @@ from pathlib import Path
 from dino.distributed import gather_objects, is_main_process, print0
 from dino.json_files import dumps, is_number, read_lines, read_object
 from dino.printable import printable
+from dino.versions import versions
 
 # What a line of metrics.jsonl must have, by the key that tells its kind: numbers, texts.
 KINDS = {
@@ -42,10 +43,15 @@ class RunLog:
         self.tensorboard, self.writer = tensorboard, None
 
     def start(self, args):
-        """Begin a run: its flags, and no figures."""
-        self.write("args.json", dumps(args, indent=1) + "\n")
+        """Begin a run: its flags and versions, and no figures."""
+        self.describe(args)
         for name in ("metrics.jsonl", "log.txt"):
             self.write(name, "")
+
+    def describe(self, args):
+        """Write the flags, and the versions that this process runs with."""
+        self.write("args.json", dumps(args, indent=1) + "\n")
+        self.write("versions.json", dumps(versions(), indent=1) + "\n")
 
     def rewind(self, args, epochs, epochs_done):
         """Resume after so many logged epochs, and epochs done with a fraction.
@@ -53,7 +59,7 @@ class RunLog:
         Drops the lines of what is done again. They are compared by their share of the run, since
         another batch size counts iterations in another way.
         """
-        self.write("args.json", dumps(args, indent=1) + "\n")
+        self.describe(args)
         self.keep("log.txt", lambda line: line["epoch"] < epochs)
         self.keep(
             "metrics.jsonl",

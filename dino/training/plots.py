@@ -129,6 +129,18 @@ def draw_curves(path, runs):
     save(figure, path)
 
 
+def draw_panel(axis, title, panel, runs):
+    """One of PANELS, of each run in a color of its own."""
+    for number, run in enumerate(runs):
+        panel(axis, run, f"C{number}", f"{run.name}: " if len(runs) > 1 else "")
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("epochs", fontsize=8)
+    axis.tick_params(which="both", labelsize=7)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=7, loc="upper right")  # the best place takes long to find
+
+
 def line(axis, run, name, scale=1.0, **style):
     """One figure of the logged iterations, times `scale`; a gap where it has no value."""
     values = [math.nan if step.get(name) is None else scale * step[name] for step in run.steps]

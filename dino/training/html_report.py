@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.html: all that runs have logged and drawn, in one file that any browser opens offline.
+
+Texts come from files that others may have written: Jinja escapes them, and the page forbids itself
+scripts and the network.
+"""
+
+import base64
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dino.atomic import replacing
+from dino.data.images import UnreadableImage, read_image
+from dino.distributed import is_main_process, print0
+from dino.errors import UserError
+from dino.json_files import dumps, read_object
+from dino.printable import printable
+from dino.run_log import RunLog
+from dino.training.comparison import COLUMNS, describe_run
+from dino.training.flags import get_args_parser
+from dino.training.plots import PANELS, LoggedRun, draw_panel
+
+TEMPLATE = "report.html.jinja"  # beside this file
+MOST_ROWS = 12  # of a table of measurements
+LONGEST = 300  # characters of a value
+NOT_COMPARED = {"output_dir", "local_rank", "dist_url"}  # they say where a run is, not what it is
+MEASURES = (
+    ("k-NN, teacher (%)", "knn_teacher", 1),
+    ("k-NN, student (%)", "knn_student", 1),
+    ("RankMe", "rank_me", 1),
+    ("alignment", "alignment", 3),
+    ("uniformity", "uniformity", 2),
+)
+# Of a run's folder: file, title, what it shows.
+PICTURES = (
+    (
+        "augmentations.png",
+        "What the network saw",
+        "Views of some images as they enter the networks: a row for each image.",
+    ),
+)
+
+
+@dataclass
+class Picture:
+    source: str  # a data URI
+    title: str
+    width: int  # pixels
+
+
+@dataclass
+class ReportedRun:
+    """A run's folder as text and pictures."""
+
+    name: str
+    flags: dict
+    versions: dict
+    verdicts: list  # (epoch, name, text)
+    bad_images: list  # texts
+    measurements: list  # rows of texts, one for each of MEASURES after the epoch
+    measured: int  # how often
+    pictures: dict = field(default_factory=dict)  # {file: Picture}
+
+
+def report_run(folder):
+    """report.html in the folder of a run that has ended. Prints a warning where that fails."""
+    path = Path(folder) / "report.html"
+    if not is_main_process():
+        return
+    try:
+        write_report(path, [folder])
+    except Exception as error:  # a full disk, a font: no report is worth the end of a run
+        print0(printable(f"Warning: {path} could not be written ({error}); continuing."))
+
+
+def write_report(path, folders):
+    """One HTML file, written atomically, of the runs in `folders`. UserError for one without
+    steps.
+    """
+    table = [describe_run(folder) for folder in folders]
+    logged = [LoggedRun(folder) for folder in folders]
+    runs = [read_run(folder, run) for folder, run in zip(folders, logged, strict=True)]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template(TEMPLATE).render(
+        columns=COLUMNS,
+        table=table,
+        runs=runs,
+        differing=differing_flags(runs),
+        flags=table_of([run.flags for run in runs]),
+        versions=table_of([run.versions for run in runs]),
+        curves=draw_curves_apart(logged),
+        measures=[title for title, _, _ in MEASURES],
+        sections=[
+            (title, about, [(run.name, run.pictures[file]) for run in runs if file in run.pictures])
+            for file, title, about in PICTURES
+        ],
+    )
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def read_run(folder, logged):
+    """The ReportedRun of a folder; what is not there, or damaged, is left out."""
+    folder, log = Path(folder), RunLog(folder)
+    pictures = {file: read_picture(folder / file, title) for file, title, _ in PICTURES}
+    return ReportedRun(
+        logged.name,
+        shown(log.flags()),
+        shown(read_versions(folder)),
+        [
+            (f"{line['epoch']:g}", printable(line["verdict"]), printable(line["text"]))
+            for line in logged.verdicts
+        ],
+        [printable(line["text"]) for line in log.read("bad_image")],
+        *describe_measurements(logged),
+        {file: picture for file, picture in pictures.items() if picture},
+    )
+
+
+def shown(values):
+    """{name: text} of a JSON object, each on one line and not too long."""
+    texts = {
+        printable(name): printable(value if isinstance(value, str) else dumps(value))
+        for name, value in values.items()
+    }
+    return {
+        name: text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+        for name, text in texts.items()
+    }
+
+
+def read_versions(folder):
+    """versions.json, which older runs lack."""
+    try:
+        return read_object(folder / "versions.json")
+    except (OSError, UserError):
+        return {}
+
+
+def describe_measurements(run):
+    """(rows of texts: the epoch and each of MEASURES, how many measurements there are).
+
+    Rows are spread evenly from the first measurement to the last; the best k-NN is among them.
+    """
+    by_epoch = {}
+    for line in [*run.knn, *run.measures]:
+        by_epoch.setdefault(line["epoch"], {}).update(line)
+    lines = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    last = len(lines) - 1
+    spread = {round(i * last / (MOST_ROWS - 1)) for i in range(MOST_ROWS)} if lines else set()
+    if run.knn:
+        spread.add(max(range(len(lines)), key=lambda i: lines[i].get("knn_teacher", -1)))
+    rows = [
+        [f"{lines[i]['epoch']:g}"]
+        + [f"{lines[i][key]:.{n}f}" if key in lines[i] else "-" for _, key, n in MEASURES]
+        for i in sorted(spread)
+    ]
+    return rows, len(lines)
+
+
+def table_of(columns):
+    """Rows (name, [text in each of the dicts `columns`]), by name."""
+    names = sorted({name for column in columns for name in column})
+    return [(name, [column.get(name, "-") for column in columns]) for name in names]
+
+
+def differing_flags(runs):
+    """Rows (flag, [value of each run]): those not equal in all runs, or of one run, not default."""
+    columns = [run.flags for run in runs]
+    if len(runs) == 1:
+        columns = [shown(vars(get_args_parser().parse_args([]))), *columns]
+    return [
+        (flag, values[-len(runs) :])
+        for flag, values in table_of(columns)
+        if len(set(values)) > 1 and flag not in NOT_COMPARED
+    ]
+
+
+def draw_curves_apart(runs):
+    """Each panel of curves.png as a Picture of its own, which a small screen can show."""
+    pictures = []
+    for title, panel in PANELS:
+        figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+        buffer = io.BytesIO()
+        try:
+            draw_panel(axis, title, panel, runs)
+            figure.savefig(buffer, format="png", dpi=110)
+        finally:
+            plt.close(figure)
+        pictures.append(Picture(data_uri(buffer), title, 550))
+    return pictures
+
+
+def read_picture(path, title):
+    """A file of a run's folder, decoded and encoded again, as a Picture; None if that fails."""
+    try:
+        image = read_image(path)
+    except UnreadableImage:
+        return None
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return Picture(data_uri(buffer), title, image.width)
+
+
+def data_uri(buffer):
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.html of real runs, read by a parser that knows nothing of how it was written."""
+
+import base64
+import html.parser
+import io
+import json
+import shutil
+
+import pytest
+from conftest import SMALL_RUN, run_script
+from PIL import Image
+
+VOID = {"meta", "img", "br", "link"}  # elements without an end
+
+
+class Page(html.parser.HTMLParser):
+    """The texts, pictures and tables of a page whose elements are all closed in order."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tags, self.texts, self.attributes, self.images = [], [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag == "img":
+            kind, data = dict(attributes)["src"].split(",")
+            assert kind == "data:image/png;base64"
+            self.images.append(Image.open(io.BytesIO(base64.b64decode(data))))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def train(data, folder, *flags):
+    command = ("main_dino.py", *SMALL_RUN, "--data_path", data, "--output_dir", folder)
+    result = run_script(*command, *flags)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(class_folders, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    train(class_folders / "train", folder, "--knn_data_path", class_folders, "--knn_freq", 1)
+    return folder
+
+
+def test_a_run_ends_with_a_report_of_all_it_has_logged(run):
+    page = Page(run / "report.html")
+    for flag, value in json.loads((run / "args.json").read_text()).items():
+        assert flag in page.texts
+        assert (value if isinstance(value, str) else json.dumps(value)) in page.texts
+    for name, version in json.loads((run / "versions.json").read_text()).items():
+        assert {name, version} <= set(page.texts)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "rank_me" in line]
+    assert len(measured) == 3  # before training and after each of two epochs
+    for line in measured:
+        assert {f"{line['knn_teacher']:.1f}", f"{line['rank_me']:.1f}"} <= set(page.texts)
+    for line in lines:
+        assert line.get("text", "") in page.text
+
+
+def test_the_report_shows_the_views_of_the_run(run):
+    views = Image.open(run / "augmentations.png").convert("RGB").tobytes()
+    assert views in [image.convert("RGB").tobytes() for image in Page(run / "report.html").images]
+
+
+def test_the_report_needs_no_network_and_no_script(run):
+    page = Page(run / "report.html")
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not [value for _, value in page.attributes if value and "://" in value[:100]]
+    text = (run / "report.html").read_text()
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_text_of_others_stays_text(run, tmp_path):
+    name = "<script>alert(1)<\x1b[31m&amp;"
+    folder = tmp_path / name.replace("/", "")
+    shutil.copytree(run, folder)
+    flags = json.loads((folder / "args.json").read_text())
+    evil = '"><img src=http://example.com/x.png onerror=alert(1)>'
+    (folder / "args.json").write_text(json.dumps(flags | {evil: evil, "arch": evil}))
+    (folder / "versions.json").write_text(json.dumps({evil: evil}))
+    (folder / "augmentations.png").write_text(evil)
+    with (folder / "metrics.jsonl").open("a") as file:
+        line = {"iteration": 1, "epoch": 1, "text": evil}
+        file.write(json.dumps(line | {"verdict": evil}) + "\n")
+        file.write(json.dumps(line | {"bad_image": evil}) + "\n")
+    path = tmp_path / "report.html"
+    result = run_script(
+        "compare_runs.py", folder, "--html", path, "--output", tmp_path / "curves.png"
+    )
+    assert result.returncode == 0, result.stderr
+    page = Page(path)
+    assert page.texts.count("<script>alert(1)<\\x1b[31m&amp;") > 1
+    assert page.text.count(evil) >= 6
+    assert "script" not in page.tags
+    assert not [attribute for attribute, _ in page.attributes if attribute.startswith("on")]
+    assert len(page.images) == len(Page(run / "report.html").images) - 1  # no views
+
+
+def test_several_runs_stand_side_by_side_with_the_flags_that_differ(run, class_folders, tmp_path):
+    second = tmp_path / "second"
+    train(class_folders / "train", second, "--lr", 0.007, "--epochs", 1)
+    path = tmp_path / "report.html"
+    both = ("compare_runs.py", run, second, "--output", tmp_path / "curves.png", "--html", path)
+    result = run_script(*both)
+    assert result.returncode == 0, result.stderr
+    assert f"Report: {path}" in result.stdout
+    page = Page(path)
+    differing = page.text.partition("Settings that differ")[2].partition("All ")[0].split()
+    assert {"lr", "0.007", "epochs", "knn_data_path"} <= set(differing)
+    assert not {"arch", "vit_nano", "output_dir"} & set(differing)
+    assert page.texts.count("first") == page.texts.count("second") > 2
+
+
+def test_a_run_outlives_a_report_that_cannot_be_written(class_folders, tmp_path):
+    (tmp_path / "report.html").mkdir()
+    result = train(class_folders / "train", tmp_path, "--epochs", 1)
+    assert "Warning" in result.stdout
+    assert "report.html could not be written" in result.stdout
+
+
+def test_a_report_where_a_folder_stands_is_refused(run, tmp_path):
+    result = run_script("compare_runs.py", run, "--html", tmp_path, cwd=tmp_path.parent)
+    assert result.returncode == 2
+    assert f"--html {tmp_path} is a folder" in result.stderr
