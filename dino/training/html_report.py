@@ -189,15 +189,15 @@ def differing_flags(runs):
 def draw_curves_apart(runs):
     """Each panel of curves.png as a Picture of its own, which a small screen can show."""
     pictures = []
-    for title, panel in PANELS:
+    for panel in PANELS:
         figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
         buffer = io.BytesIO()
         try:
-            draw_panel(axis, title, panel, runs)
+            draw_panel(axis, panel, runs)
             figure.savefig(buffer, format="png", dpi=110)
         finally:
             plt.close(figure)
-        pictures.append(Picture(data_uri(buffer), title, 550))
+        pictures.append(Picture(data_uri(buffer), panel[0], 550))
     return pictures
 
 

@@ -116,29 +116,22 @@ class LoggedRun:
 def draw_curves(path, runs):
     """Everything that a run has logged in one picture, or several runs over each other."""
     figure, axes = plt.subplots(2, 5, figsize=(20, 7.5), layout="constrained")
-    panels = zip(axes.flat, PANELS, strict=True)
-    for axis, (title, panel, place) in panels:
-        for number, run in enumerate(runs):
-            panel(axis, run, f"C{number}", f"{run.name}: " if len(runs) > 1 else "")
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("epochs", fontsize=8)
-        axis.tick_params(which="both", labelsize=7)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7, loc=place)  # the best place takes long to find
+    for axis, panel in zip(axes.flat, PANELS, strict=True):
+        draw_panel(axis, panel, runs)
     save(figure, path)
 
 
-def draw_panel(axis, title, panel, runs):
-    """One of PANELS, of each run in a color of its own."""
+def draw_panel(axis, panel, runs):
+    """One of PANELS, of each run in a colour of its own."""
+    title, draw, place = panel
     for number, run in enumerate(runs):
-        panel(axis, run, f"C{number}", f"{run.name}: " if len(runs) > 1 else "")
+        draw(axis, run, f"C{number}", f"{run.name}: " if len(runs) > 1 else "")
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("epochs", fontsize=8)
     axis.tick_params(which="both", labelsize=7)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7, loc="upper right")  # the best place takes long to find
+        axis.legend(fontsize=7, loc=place)  # the best place takes long to find
 
 
 def line(axis, run, name, scale=1.0, **style):
