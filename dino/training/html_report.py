@@ -6,6 +6,7 @@ scripts and the network.
 """
 
 import base64
+import contextlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from dino.errors import UserError
 from dino.json_files import dumps, read_object
 from dino.printable import printable
 from dino.run_log import RunLog
+from dino.training.backbone_pictures import ATTENTION, NEAREST, PATCHES, draw_backbone
 from dino.training.comparison import COLUMNS, describe_run
 from dino.training.flags import get_args_parser
 from dino.training.plots import PANELS, LoggedRun, draw_panel
@@ -41,6 +43,23 @@ PICTURES = (
         "augmentations.png",
         "What the network saw",
         "Views of some images as they enter the networks: a row for each image.",
+    ),
+    (
+        ATTENTION,
+        "Where the class token looks",
+        "Attention of [CLS] to the patches in the last block of the trained backbone. Columns: the"
+        " image, the mean of the heads, the first heads.",
+    ),
+    (
+        PATCHES,
+        "Patch features as colours",
+        "The first three principal components of the last block's patch tokens, as red, green and"
+        " blue; common to all images, so that equal colours are alike features.",
+    ),
+    (
+        NEAREST,
+        "Nearest neighbours",
+        "Some training images and those that are most alike to the trained backbone.",
     ),
 )
 
@@ -66,15 +85,27 @@ class ReportedRun:
     pictures: dict = field(default_factory=dict)  # {file: Picture}
 
 
-def report_run(folder):
-    """report.html in the folder of a run that has ended. Prints a warning where that fails."""
-    path = Path(folder) / "report.html"
+def report_run(folder, backbone, images, augmentation):
+    """report.html in the folder of a run that has ended, and pictures of its backbone.
+
+    Prints a warning where that fails.
+    """
     if not is_main_process():
         return
-    try:
+    path = Path(folder) / "report.html"
+    with whatever_happens("the pictures of the backbone"):
+        draw_backbone(folder, backbone, images, augmentation)
+    with whatever_happens(path):
         write_report(path, [folder])
-    except Exception as error:  # a full disk, a font: no report is worth the end of a run
-        print0(printable(f"Warning: {path} could not be written ({error}); continuing."))
+
+
+@contextlib.contextmanager
+def whatever_happens(what):
+    """Print a warning and continue: no picture is worth the end of a run."""
+    try:
+        yield
+    except Exception as error:  # a full disk, an unreadable image, a font
+        print0(printable(f"Warning: {what} could not be written ({error}); continuing."))
 
 
 def write_report(path, folders):

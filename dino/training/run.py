@@ -182,7 +182,7 @@ class Run:
         rng = gather_objects(random_state())
         self.progress.sums = self.recorder.sums(self.progress) if self.progress.steps else {}
         training = training_payload(vars(state), vars(self.progress), vars(self.args), rng)
-        network = "student" if self.progress.student_ahead else "teacher"
+        network = self.better_network()
         backbone = backbone_payload(
             getattr(state, network),
             network=network,
@@ -194,6 +194,13 @@ class Run:
             std=self.augmentation.std,
         )
         self.saver.save(dict.fromkeys(names, training) | {"backbone.pth": backbone})
+
+    def better_network(self):
+        """The name of the one whose backbone is in backbone.pth."""
+        return "student" if self.progress.student_ahead else "teacher"
+
+    def better_backbone(self, state):
+        return unwrap(getattr(state, self.better_network())).backbone
 
     def stop(self, state, why):
         """Save, and exit with the code of the signal."""

@@ -8,8 +8,11 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import SMALL_RUN, run_script
 from PIL import Image
+
+from dino.training.backbone_pictures import ATTENTION, NEAREST, PATCHES, principal_colors
 
 VOID = {"meta", "img", "br", "link"}  # elements without an end
 
@@ -75,6 +78,40 @@ def test_a_run_ends_with_a_report_of_all_it_has_logged(run):
 def test_the_report_shows_the_views_of_the_run(run):
     views = Image.open(run / "augmentations.png").convert("RGB").tobytes()
     assert views in [image.convert("RGB").tobytes() for image in Page(run / "report.html").images]
+
+
+def test_the_report_shows_what_the_backbone_makes_of_the_images(run):
+    page = Page(run / "report.html")
+    shown = [image.convert("RGB").tobytes() for image in page.images]
+    for name in (ATTENTION, PATCHES, NEAREST):
+        assert Image.open(run / name).convert("RGB").tobytes() in shown
+    columns = 2 + 3  # image, mean, and the 3 heads of a vit_nano
+    assert Image.open(run / ATTENTION).size == (columns * 132 + 4, 8 * 132 + 4)
+
+
+def test_patches_of_two_kinds_get_two_colours():
+    """Tokens around two points differ along one axis: its component tells them apart."""
+    torch.manual_seed(0)
+    second = torch.rand(3, 50) > 0.5
+    tokens = 0.01 * torch.randn(3, 50, 6)
+    tokens[second] += torch.tensor([1.0, 0, 0, 2, 0, 0])
+    colors = principal_colors(tokens)
+    assert colors.shape == (3, 50, 3)
+    red = colors[..., 0]
+    assert red[second].min() > 0.9
+    assert red[~second].max() < 0.1
+
+
+def test_colours_of_few_features_are_finite():
+    assert principal_colors(torch.ones(1, 4, 6)).isfinite().all()
+    assert principal_colors(torch.randn(1, 1, 2)).shape == (1, 1, 3)
+
+
+def test_a_network_without_patches_has_neighbours_alone(class_folders, tmp_path):
+    train(class_folders / "train", tmp_path, "--epochs", 1, "--arch", "resnet_nano")
+    page = Page(tmp_path / "report.html")
+    assert "Nearest neighbours" in page.texts
+    assert "Where the class token looks" not in page.texts
 
 
 def test_the_report_needs_no_network_and_no_script(run):

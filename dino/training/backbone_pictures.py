@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backbone makes of a run's own images: attention, patch features, nearest neighbours.
+
+n images, h heads, N = R x C patches, D width of a token, S side of an image in pixels.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torchvision.utils import make_grid, save_image
+
+from dino.atomic import replacing
+from dino.backbones import first_of, is_vit
+from dino.data.augmentations import eval_transform
+from dino.data.channels import RGB
+from dino.distributed import is_main_process
+from dino.evaluation.attention import attention_of_pixels
+from dino.evaluation.neighbour_pictures import (
+    Panel,
+    draw_neighbours,
+    nearest_rows,
+    neighbour_panel,
+    spread_rows,
+    without_self,
+)
+from dino.training import plots
+
+SHOWN = 8  # images
+MOST_HEADS = 6  # drawn
+TILE = 128  # pixels of the side of a drawn image
+GALLERY = 256  # images among which neighbours are sought: more would take minutes on a CPU
+QUERIES, NEIGHBOURS = 4, 5
+BATCH = 32
+ATTENTION, PATCHES, NEAREST = "attention_maps.png", "patch_features.png", "neighbours.png"
+
+
+@torch.no_grad()
+def draw_backbone(folder, backbone, images, augmentation):
+    """Write the pictures to a run's folder: neighbours, and of a ViT attention and patches.
+
+    `images`: a sequence of PIL images, or of tuples that begin with one, cropped as for the k-NN.
+    Nothing is drawn of images that are not RGB.
+    """
+    if not is_main_process() or len(augmentation.mean) != RGB:
+        return
+    mean, std = augmentation.mean, augmentation.std
+    transform = eval_transform(augmentation.views[0].size, mean, std)
+    gallery = [as_image(images[number]) for number in spread(len(images), GALLERY)]
+    training, device = backbone.training, next(backbone.parameters()).device
+    backbone.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
+            pixels = torch.stack([transform(image) for image in gallery])  # (n, 3, S, S)
+            if is_vit(backbone):
+                shown = pixels[spread(len(pixels), SHOWN)]
+                photographs = tiles(
+                    torch.stack(
+                        [torch.tensor(plots.displayable(view, mean, std)) for view in shown]
+                    ).permute(0, 3, 1, 2)
+                )
+                maps = [attention_of_pixels(backbone, view).cpu() for view in shown]
+                columns = [tiles(color_maps(heads_and_mean(heads))) for heads in maps]
+                save_grid(folder, ATTENTION, photographs, columns)
+                tokens = backbone.get_intermediate_layers(shown.to(device), 1)[-1][:, 1:].cpu()
+                colors = principal_colors(tokens).unflatten(1, maps[0].shape[1:])
+                save_grid(folder, PATCHES, photographs, tiles(colors.permute(0, 3, 1, 2))[:, None])
+            features = [first_of(backbone(part.to(device))).cpu() for part in pixels.split(BATCH)]
+    finally:
+        backbone.train(training)
+    save_neighbours(Path(folder) / NEAREST, torch.cat(features).float(), gallery)
+
+
+def spread(length, count):
+    """At most `count` indices, evenly spread over `length`."""
+    return sorted({i * length // count for i in range(count)})
+
+
+def as_image(item):
+    return item[0] if isinstance(item, tuple | list) else item
+
+
+def heads_and_mean(maps):
+    """(h, R, C) -> the mean over the heads, then the first heads: (1 + at most 6, R, C)."""
+    return torch.cat([maps.mean(dim=0, keepdim=True), maps[:MOST_HEADS]])
+
+
+def color_maps(maps):
+    """matplotlib's default colours, each map from its lowest to its highest: -> (m, 3, R, C)."""
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    scaled = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+    return torch.tensor(plt.colormaps["viridis"](scaled.numpy())[..., :3]).permute(0, 3, 1, 2)
+
+
+def principal_colors(tokens):
+    """Patch tokens (n, N, D) -> red, green and blue in [0, 1]: their first principal components.
+
+    Common to all images, so that equal colours are equal features (as Oquab et al. 2023, DINOv2,
+    Fig. 1, show them). Each component reaches from its 2nd to its 98th percentile.
+    """
+    flat = tokens.flatten(0, 1).double()
+    flat = flat - flat.mean(dim=0)
+    axes = torch.linalg.svd(flat, full_matrices=False).Vh[:3]  # (3, D)
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    values = flat @ (axes * largest.sign()).T  # an axis has no sign of its own
+    ends = torch.tensor([0.02, 0.98], dtype=values.dtype)
+    low, high = torch.quantile(values, ends, dim=0)
+    colors = (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+    return F.pad(colors.clamp(0, 1), (0, 3 - colors.shape[1])).unflatten(0, tokens.shape[:2])
+
+
+def tiles(pictures):
+    """(m, 3, R, C) -> (m, 3, TILE, TILE); pixels stay visible where there are few."""
+    mode = "nearest-exact" if pictures.shape[-1] < TILE else "area"
+    return F.interpolate(pictures.float(), (TILE, TILE), mode=mode)
+
+
+def save_grid(folder, name, photographs, columns):
+    """A row for each of the `photographs` (n, 3, T, T), and beside it what is in `columns`."""
+    rows = [
+        torch.cat([photograph[None], row])
+        for photograph, row in zip(photographs, columns, strict=True)
+    ]
+    grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=4, pad_value=1.0)
+    with replacing(Path(folder) / name) as temporary:
+        save_image(grid, temporary, format="png")
+
+
+def save_neighbours(path, features, gallery):
+    """A row for each query, its neighbours in the `gallery` by the cosine of their features."""
+    own = spread_rows(features.numpy(), QUERIES)
+    if len(own) == 0 or len(gallery) < 2:
+        return
+    found = nearest_rows(features[own], features.numpy(), NEIGHBOURS + 1)
+    products, rows = without_self(*found, torch.tensor(own))
+    sheet = [
+        [Panel(gallery[query], "query")]
+        + [
+            neighbour_panel(gallery[row], similarity, "", "")
+            for similarity, row in zip(similarities.tolist(), neighbours.tolist(), strict=True)
+        ]
+        for query, similarities, neighbours in zip(own, products, rows, strict=True)
+    ]
+    title = f"nearest of {len(gallery)} training images, by cosine similarity"
+    plots.save(draw_neighbours(sheet, title), path)
