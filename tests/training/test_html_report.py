@@ -172,6 +172,6 @@ def test_a_run_outlives_a_report_that_cannot_be_written(class_folders, tmp_path)
 
 
 def test_a_report_where_a_folder_stands_is_refused(run, tmp_path):
-    result = run_script("compare_runs.py", run, "--html", tmp_path, cwd=tmp_path.parent)
+    result = run_script("compare_runs.py", run, "--html", tmp_path)
     assert result.returncode == 2
     assert f"--html {tmp_path} is a folder" in result.stderr
