@@ -47,6 +47,7 @@ class Page(html.parser.HTMLParser):
 
 def train(data, folder, *flags):
     command = ("main_dino.py", *SMALL_RUN, "--data_path", data, "--output_dir", folder)
+    command += ("--report", "true")
     result = run_script(*command, *flags)
     assert result.returncode == 0, result.stderr
     return result
