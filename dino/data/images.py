@@ -19,7 +19,10 @@ from dino.printable import printable
 # Formats that are opened, whatever a file is called. Of Pillow's others, EPS runs a program.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF")
 # What a run draws into its folder, which is data where --data_path and --output_dir are one.
-PICTURES_OF_A_RUN = {"augmentations.png", "curves.png"}
+PICTURES_OF_A_RUN = {
+    *("augmentations.png", "curves.png"),
+    *("attention_maps.png", "patch_features.png", "neighbours.png"),
+}
 SIGN_OF_A_RUN = "args.json"
 ARRAYS = (".npy",)  # count as images in a folder without any of torchvision's extensions
 

@@ -190,12 +190,14 @@ def test_a_resumed_run_in_its_own_data_folder_does_not_train_on_its_pictures(
     for i, path in enumerate(find_images(class_folders / "train")[:8]):
         (tmp_path / f"{i}.png").symlink_to(path)
     for epochs in (1, 2):
-        command = ("main_dino.py", *SMALL_RUN, "--epochs", epochs, "--data_path", ".")
+        command = ("main_dino.py", *SMALL_RUN, "--report", "true", "--epochs", epochs)
+        command += ("--data_path", ".")
         run = run_script(ROOT / command[0], *command[1:], "--output_dir", ".", cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         assert "8 images, 2 iterations of 4" in run.stdout
     assert (tmp_path / "augmentations.png").exists()
     assert (tmp_path / "curves.png").exists()
+    assert (tmp_path / "neighbours.png").exists()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
