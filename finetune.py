@@ -52,6 +52,7 @@ from dino.training.finetuning import (
     FineTuningAugmentation,
     Regularisation,
     build_model,
+    build_rand_augment,
     build_state,
     takes_layer_decay,
 )
@@ -172,6 +173,8 @@ def check_flags(args):
     if args.crop_scale[0] > args.crop_scale[1]:
         low, high = args.crop_scale
         raise UserError(f"--crop_scale {low} {high}: give the smaller share first.")
+    if args.rand_augment:
+        build_rand_augment(args.rand_augment, {})
     if args.warmup_epochs > args.epochs:
         raise UserError(
             f"--warmup_epochs {args.warmup_epochs} is more than --epochs {args.epochs}: lower it."

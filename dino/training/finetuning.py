@@ -15,7 +15,7 @@ from PIL import Image
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +25,7 @@ from torchvision.transforms import functional as images_as
 from dino.backbones import build_backbone, first_of, has_batchnorms, is_vit
 from dino.data.augmentations import View, draw_views
 from dino.distributed import get_rank, get_world_size
+from dino.errors import UserError
 from dino.evaluation.linear_files import LinearClassifier
 from dino.networks import unwrap
 from dino.precision import autocast
@@ -84,11 +85,11 @@ class FineTuned(nn.Module):
         return self.head(first_of(self.backbone(images)))
 
     def group_matcher(self, coarse=False):
-        """For timm: which parameters of a ViT are of which layer, from the input on."""
-        return dict(
-            stem=r"^backbone\.(?:cls_token|pos_embed|patch_embed)",
-            blocks=[(r"^backbone\.blocks\.(\d+)", None), (r"^(?:backbone\.norm|head)", (99999,))],
-        )
+        """For timm: which parameters of a ViT are of which layer; the norm and the head, of none
+        of these, are the last one together.
+        """
+        stem = r"^backbone\.(?:cls_token|pos_embed|patch_embed)"
+        return dict(stem=stem, blocks=r"^backbone\.blocks\.(\d+)")
 
 
 @dataclass
@@ -124,12 +125,14 @@ def build_state(model, device, *, weight_decay, layer_decay, ema_decay, amp_dtyp
     """
     model = model.to(device)
     average = Average(model, decay=ema_decay, use_warmup=True)
-    groups = param_groups_layer_decay(
-        model,
+    options = dict(
         weight_decay=weight_decay,
-        layer_decay=layer_decay,
         no_weight_decay_list=("backbone.cls_token", "backbone.pos_embed"),
     )
+    if layer_decay == 1:
+        groups = param_groups_weight_decay(model, **options)
+    else:
+        groups = param_groups_layer_decay(model, layer_decay=layer_decay, **options)
     optimizer = torch.optim.AdamW(groups, fused=True)
     if get_world_size() > 1:
         if has_batchnorms(model):
@@ -156,12 +159,10 @@ class FineTuningAugmentation:
 
     def __init__(self, image_size, mean, std, crop_scale, rand_augment):
         self.view, self.mean, self.std = View(image_size, tuple(crop_scale)), mean, std
-        self.change = None
-        if rand_augment:
-            color = tuple(min(255, round(255 * value)) for value in mean)
-            options = dict(translate_const=int(0.45 * image_size), img_mean=color)
-            options["interpolation"] = Image.Resampling.BICUBIC
-            self.change = rand_augment_transform(rand_augment, options)
+        color = tuple(max(0, min(255, round(255 * value))) for value in mean)
+        options = dict(translate_const=int(0.45 * image_size), img_mean=color)
+        options["interpolation"] = Image.Resampling.BICUBIC
+        self.change = build_rand_augment(rand_augment, options) if rand_augment else None
 
     def __call__(self, image, key):
         parameters = draw_views(np.random.default_rng(key), [self.view], *image.size)
@@ -175,6 +176,17 @@ class FineTuningAugmentation:
             np.random.seed(seed)
             image = self.change(image)
         return images_as.normalize(images_as.to_tensor(image), self.mean, self.std)
+
+
+def build_rand_augment(text, options):
+    """timm's RandAugment; UserError for a text that it does not take."""
+    try:
+        return rand_augment_transform(text, options)
+    except (AssertionError, ValueError, KeyError):
+        raise UserError(
+            f"--rand_augment {text}: timm does not take it. Give one like"
+            f" {DEIT['rand_augment']}, or '' for none."
+        ) from None
 
 
 def seed_of(*numbers):
@@ -216,7 +228,7 @@ def train_step(state, average, regularisation, images, labels, *, lr, key, amp_d
     images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
     images, targets = regularisation.batch(images, labels)
     for group in state.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     state.optimizer.zero_grad()
     with autocast(device, amp_dtype):
         loss = regularisation.loss(state.model(images), targets)
