@@ -149,7 +149,8 @@ def train_dino(args, images=None, augmentation=None):
             run.stop(state, stop)
         run.saver.finish()
         report_end(probes.knn, run.recorder.log)
-        report_run(args.output_dir, run.better_backbone(state), images, augmentation)
+        if args.report:
+            report_run(args.output_dir, run.better_backbone(state), images, augmentation)
     shut_down()
 
 

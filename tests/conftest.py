@@ -214,5 +214,5 @@ SMALL_RUN = (
     *("--arch", "vit_nano", "--patch_size", 8, "--global_crop_size", 32, "--local_crop_size", 16),
     *("--local_crops_number", 2, "--out_dim", 64, "--head_hidden_dim", 32),
     *("--head_bottleneck_dim", 16, "--batch_size_per_gpu", 4, "--num_workers", 0),
-    *("--epochs", 2, "--warmup_epochs", 1, "--device", "cpu"),
+    *("--epochs", 2, "--warmup_epochs", 1, "--device", "cpu", "--report", "false"),
 )

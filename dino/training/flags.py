@@ -315,6 +315,7 @@ def add_run_arguments(group):
         " alignment and uniformity, which need no labels; the first one is before training",
     )
     add("--tensorboard", action="store_true", help="write the figures as TensorBoard events too")
+    add("--report", default=True, type=bool_flag, help="write report.html at the end")
 
 
 def parse_args(argv=None):

@@ -18,7 +18,7 @@ from dino.atomic import replacing
 from dino.data.images import UnreadableImage, read_image
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
-from dino.json_files import dumps, read_object
+from dino.json_files import dumps, is_number, read_object
 from dino.printable import printable
 from dino.run_log import RunLog
 from dino.training.backbone_pictures import ATTENTION, NEAREST, PATCHES, draw_backbone
@@ -185,7 +185,9 @@ def describe_measurements(run):
     """
     by_epoch = {}
     for line in [*run.knn, *run.measures]:
-        by_epoch.setdefault(line["epoch"], {}).update(line)
+        by_epoch.setdefault(line["epoch"], {"epoch": line["epoch"]}).update(
+            {key: line[key] for _, key, _ in MEASURES if is_number(line.get(key))}
+        )
     lines = [by_epoch[epoch] for epoch in sorted(by_epoch)]
     last = len(lines) - 1
     spread = {round(i * last / (MOST_ROWS - 1)) for i in range(MOST_ROWS)} if lines else set()

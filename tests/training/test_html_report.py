@@ -47,6 +47,7 @@ class Page(html.parser.HTMLParser):
 
 def train(data, folder, *flags):
     command = ("main_dino.py", *SMALL_RUN, "--data_path", data, "--output_dir", folder)
+    command += ("--report", "true")
     result = run_script(*command, *flags)
     assert result.returncode == 0, result.stderr
     return result
@@ -136,6 +137,8 @@ def test_text_of_others_stays_text(run, tmp_path):
         line = {"iteration": 1, "epoch": 1, "text": evil}
         file.write(json.dumps(line | {"verdict": evil}) + "\n")
         file.write(json.dumps(line | {"bad_image": evil}) + "\n")
+        measures = dict.fromkeys(("rank_me", "alignment", "uniformity"), 1.0)
+        file.write(json.dumps(line | measures | {"knn_teacher": evil}) + "\n")
     path = tmp_path / "report.html"
     result = run_script(
         "compare_runs.py", folder, "--html", path, "--output", tmp_path / "curves.png"
