@@ -283,12 +283,13 @@ def training_loader(
     skip_bad=False,
     finish=None,
     in_chans=RGB,
+    drop_last=None,
 ):
     """Loader of lists of V view tensors (B, 3, S, S), without the last, smaller batch of an epoch.
 
     `images` is any sequence of PIL images. With `labels`: of pairs (images, labels), and no batch
-    is dropped. `skip_bad`: other images take the places of those that cannot be read. `finish` is
-    the ImageLoader's.
+    is dropped unless `drop_last`. `skip_bad`: other images take the places of those that cannot be
+    read. `finish` is the ImageLoader's.
     """
     if labels is None:
         dataset = TrainingImages(images, augmentation, seed, skip_bad, in_chans)
@@ -301,7 +302,7 @@ def training_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        drop_last=labels is None,
+        drop_last=labels is None if drop_last is None else drop_last,
         persistent_workers=num_workers > 0,
     )
 

@@ -22,7 +22,7 @@ from dino.json_files import is_number
 from dino.networks import unwrap
 from dino.printable import brief
 from dino.weights.files import is_named, read, with_prefix, without_prefix, write_atomically
-from dino.weights.loading import equal, list_names, load_exactly, restore, same_kind
+from dino.weights.loading import check_described, list_names, load_exactly, restore, same_kind
 from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 
 # The flags that a head's file states, so that --evaluate needs none of them.
@@ -252,13 +252,7 @@ def load_training(path, state, progress, description):
     """Restore what `save_training` wrote. UserError if it is of a run with another description."""
     checkpoint = read(path, "--output_dir")
     restore(checkpoint, f"--output_dir {path}", **vars(state))
-    for name, value in description.items():
-        if name != "pretrained_weights" and not equal(checkpoint.get(name), value):  # it may move
-            there, here = brief(checkpoint.get(name)), brief(value)
-            raise UserError(
-                f"--output_dir {path}: that run has {name} {there}, and this one {here}. Give"
-                " another --output_dir."
-            )
+    check_described(checkpoint, description, f"--output_dir {path}")
     restore_heads_progress(progress, checkpoint, f"--output_dir {path}", len(state.heads))
 
 

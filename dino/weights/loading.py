@@ -79,6 +79,20 @@ def restore(checkpoint, source, **objects):
             restore_values(value, state, what)
 
 
+def check_described(checkpoint, description, source):
+    """Raise UserError unless a run's `description`, plain values by name, is what its file says.
+
+    But for where its pretrained weights are, which may move.
+    """
+    for name, value in description.items():
+        if name != "pretrained_weights" and not equal(checkpoint.get(name), value):
+            there, here = brief(checkpoint.get(name)), brief(value)
+            raise UserError(
+                f"{source}: that run has {name} {there}, and this one {here}. Give another"
+                " --output_dir."
+            )
+
+
 def restore_optimizer(optimizer, state, what):
     """Load moments, and the scheduled values of the groups; the others must be the run's own."""
     own = optimizer.state_dict()["param_groups"]
