@@ -141,6 +141,7 @@ def test_a_killed_loader_worker_is_replaced_and_nothing_changes(class_folders, t
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(class_folders, tmp_path):
     flags = (*LONG_RUN, "--data_path", class_folders / "train", "--batch_size_per_gpu", 2)
+    flags += ("--epochs", 8)
     expected = run_torchrun(2, "main_dino.py", *flags, "--output_dir", tmp_path / "unbroken")
     assert expected.returncode == 0, expected.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", 3]
