@@ -117,6 +117,17 @@ def test_attention_in_bfloat16_on_a_cpu_is_that_of_torchs_fused_kernel(size):
     torch.testing.assert_close(found, expected, rtol=0, atol=expected.abs().max().item() / 64)
 
 
+@pytest.mark.parametrize(("tokens", "fused"), [(1024, False), (1025, True)])
+def test_attention_in_bfloat16_on_a_cpu_is_fused_where_that_is_faster(tokens, fused, monkeypatch):
+    attention, calls = vits.Attention(24, num_heads=3), []
+    kernel = F.scaled_dot_product_attention
+    counted = lambda *args, **options: calls.append(1) or kernel(*args, **options)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        attention.fused(numbered((1, tokens, 24), seed=1))
+    assert bool(calls) == fused
+
+
 @pytest.mark.parametrize(("patch_size", "channels"), [(8, 3), (5, 6)])
 def test_patch_embedding_as_a_matrix_product_is_the_convolution(patch_size, channels):
     embed = vits.PatchEmbed(patch_size * 4, patch_size, channels, 24).double()
