@@ -19,7 +19,6 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -34,7 +33,7 @@ from dino.command_line import (
     loader_workers,
     number,
 )
-from dino.data.channels import RGB, reader
+from dino.data.channels import RGB, as_rgb, reader
 from dino.data.images import ImageFiles, limit_pixels
 from dino.data.labels import class_name, list_images, unlabelled
 from dino.data.loaders import image_of
@@ -218,7 +217,7 @@ def write(args, settings, paths, dataset, describe, device):
     """Compute the features, or what an interrupted extraction left to do, and write the file."""
     folder = Path(f"{args.output}.unfinished")
     size = settings["image_size"]
-    shape = describe(torch.zeros(1, 3, size, size)).shape[1:]
+    shape = describe(torch.zeros(1, len(settings["mean"]), size, size)).shape[1:]
     with owned(folder, "--output"):
         unfinished = Unfinished(folder, settings, shape, args.dtype)
         left, start = len(unfinished.missing()), time.perf_counter()
@@ -288,11 +287,7 @@ def draw_pictures(args, images, queries, pretrained, describe):
 def picture_of(item, number, in_chans):
     """An item of a sequence of images as a PIL image, of its first three channels."""
     image = image_of(item, number, in_chans)
-    if in_chans == RGB:
-        return image
-    shown = np.zeros((*image.shape[:2], 3), np.uint8)
-    shown[..., : min(in_chans, 3)] = image[..., :3]
-    return Image.fromarray(shown if in_chans > 1 else image[..., 0])
+    return image if in_chans == RGB else Image.fromarray(as_rgb(image))
 
 
 def picture_path(output, page):

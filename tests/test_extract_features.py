@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, photograph, run_processes, run_script
+from conftest import ROOT, photograph, run_processes, run_script, save_backbone
 from helpers import parse, save_random_backbone
 from PIL import Image
 from safetensors.numpy import load_file
+from torch import nn
 from torchvision.datasets import ImageFolder
 
 import eval_knn
@@ -20,7 +21,9 @@ import extract_features
 from dino.data.images import read_image
 from dino.errors import UserError
 from dino.evaluation.feature_files import read_features
+from dino.networks import MultiCropWrapper
 from dino.weights.pretrained import open_backbone
+from vision_transformer import vit_nano
 
 
 def extract(checkpoint, data_path, output, *flags, images=None):
@@ -220,6 +223,33 @@ def test_a_skipped_image_has_no_features_and_changes_no_other(
 
 
 # ---- pictures ----
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_images_of_other_channels_are_extracted_and_drawn_with_their_first_three(
+    channels, tmp_path
+):
+    torch.manual_seed(0)
+    backbone = MultiCropWrapper(vit_nano(8, img_size=32, in_chans=channels), nn.Identity())
+    color = dict(mean=(0.5,) * channels, std=(0.25,) * channels)
+    description = dict(arch="vit_nano", patch_size=8, image_size=32, **color)
+    save_backbone(tmp_path / "backbone.pth", backbone, **description)
+    (tmp_path / "images").mkdir()
+    pixels = [np.full((40, 36, channels), 60, np.uint8) for _ in range(3)]
+    for number, image in enumerate(pixels):
+        image[5 * number :, :, -1] = 200
+        np.save(tmp_path / "images" / f"{number}.npy", image)
+    weights, output = tmp_path / "backbone.pth", tmp_path / "f.npz"
+    file = extract(weights, tmp_path / "images", output, "--neighbours", 1)
+    pretrained = opened(weights)
+    with torch.no_grad():
+        expected = pretrained.backbone(torch.stack([pretrained.transform(i) for i in pixels]))
+    np.testing.assert_allclose(file.features, expected, atol=1e-5)
+    assert (tmp_path / "f_neighbours.png").exists()
+    # the first image is bright in its last channel
+    color = {1: (200, 200, 200), 2: (60, 200, 0), 5: (60, 60, 60)}[channels]
+    drawn = np.asarray(extract_features.picture_of(pixels[0], 0, channels))
+    assert (drawn == color).all() and drawn.shape == (40, 36, 3)
 
 
 def test_pictures_of_neighbours_are_drawn_for_every_query(checkpoint, class_folders, tmp_path):

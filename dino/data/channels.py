@@ -5,9 +5,6 @@ They are uint8 arrays (H, W, C), and stay arrays until they are tensors; RGB ima
 """
 
 import functools
-import os
-import stat
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +14,10 @@ from PIL import Image
 from dino.data.images import (
     ARRAYS,
     UnreadableImage,
+    check_is_regular,
     check_pixels,
-    check_size,
     highest_by_range,
-    known_formats,
+    open_image,
     read_image,
     to_rgb,
 )
@@ -41,6 +38,8 @@ def read_any(path, in_chans=RGB):
     try:
         image = with_channels(read_channels(path), in_chans)
         return Image.fromarray(image) if in_chans == RGB else image
+    except UnreadableImage:
+        raise
     except Exception as error:  # whatever a decoder may raise on somebody's bytes
         raise UnreadableImage(path, str(error) or type(error).__name__) from None
 
@@ -52,8 +51,7 @@ def reader(in_chans):
 
 def read_channels(path):
     """The image of a file with all its channels, uint8 (H, W, C), values scaled by `to_levels`."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError("a folder, a pipe or a device, not a file")
+    check_is_regular(path)
     ending = Path(path).suffix.lower()
     if ending in ARRAYS:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -65,10 +63,7 @@ def read_channels(path):
             check_shape(file.series[0].shape)
             pixels = file.asarray()
     else:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            image = Image.open(file, formats=known_formats())
-            check_size(image)
+        with open_image(path) as image:
             plain = image.mode in ("L", "RGB", "RGBA", "LA")
             pixels = np.asarray(image if plain else to_rgb(image))
     return to_levels(np.ascontiguousarray(channels_last(pixels)))
@@ -136,6 +131,16 @@ def count_channels(paths):
 def to_levels_tensor(image):
     """A PIL image or an array (H, W, C) -> uint8 (C, H, W), channels last in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def as_rgb(pixels):
+    """(H, W, C) -> (H, W, 3), to be looked at: the first three channels; one is grey, two are red
+    and green.
+    """
+    if pixels.shape[-1] == 1:
+        return pixels.repeat(RGB, axis=-1)
+    shown = pixels[..., :RGB]
+    return np.pad(shown, ((0, 0), (0, 0), (0, RGB - shown.shape[-1])))
 
 
 def size_of(image):

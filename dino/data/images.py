@@ -225,12 +225,11 @@ def image_size(path):
 def open_image(path):
     """The PIL image of a file, not yet decoded. Any error, the caller's too: UnreadableImage."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("a folder, a pipe or a device, not a file")
+        check_is_regular(path)
         with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes, which we check
             image = Image.open(file, formats=known_formats())
-            check_size(image)
+            check_pixels(*image.size)
             yield image
     except UnidentifiedImageError:
         formats = ", ".join(known_formats())
@@ -250,12 +249,14 @@ def known_formats():
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def check_size(image):
-    """Raise ValueError for more pixels than the limit, before they are decoded."""
-    check_pixels(image.width, image.height)
+def check_is_regular(path):
+    """Raise ValueError for what is not a file; reading a pipe might never end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("a folder, a pipe or a device, not a file")
 
 
 def check_pixels(width, height):
+    """Raise ValueError for more pixels than the limit, before they are decoded."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise ValueError(f"{width} x {height} pixels, more than --max_image_pixels {limit}")

@@ -15,6 +15,7 @@ from dino.atomic import replacing
 from dino.backbones import first_of, is_vit
 from dino.data.augmentations import eval_transform
 from dino.data.channels import RGB
+from dino.data.loaders import image_of
 from dino.distributed import is_main_process
 from dino.evaluation.attention import attention_of_pixels
 from dino.evaluation.neighbour_pictures import (
@@ -47,7 +48,7 @@ def draw_backbone(folder, backbone, images, augmentation):
         return
     mean, std = augmentation.mean, augmentation.std
     transform = eval_transform(augmentation.views[0].size, mean, std)
-    gallery = [as_image(images[number]) for number in spread(len(images), GALLERY)]
+    gallery = [image_of(images[number], number) for number in spread(len(images), GALLERY)]
     training, device = backbone.training, next(backbone.parameters()).device
     backbone.eval()
     try:
@@ -75,10 +76,6 @@ def draw_backbone(folder, backbone, images, augmentation):
 def spread(length, count):
     """At most `count` indices, evenly spread over `length`."""
     return sorted({i * length // count for i in range(count)})
-
-
-def as_image(item):
-    return item[0] if isinstance(item, tuple | list) else item
 
 
 def heads_and_mean(maps):

@@ -9,10 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-import torch.nn.functional as F
 from matplotlib.ticker import LogFormatter
 
 from dino.atomic import replacing
+from dino.data.channels import as_rgb
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
 from dino.printable import brief, printable
@@ -48,13 +48,10 @@ def draw_augmentations(path, views, names, mean, std):
 def displayable(view, mean, std):
     """Undo the normalisation: (C, S, S) -> (S, S, 3) in [0, 1], of the first three channels.
 
-    One channel is shown as grey, the second of two as green.
+    See `as_rgb`.
     """
     mean, std = torch.tensor(mean), torch.tensor(std)
-    pixels = (view.permute(1, 2, 0) * std + mean).clamp(0, 1)[..., :3]
-    if pixels.shape[-1] == 1:
-        pixels = pixels.expand(-1, -1, 3)
-    return F.pad(pixels, (0, 3 - pixels.shape[-1])).numpy()
+    return as_rgb((view.permute(1, 2, 0) * std + mean).clamp(0, 1).numpy())
 
 
 def save(figure, path):
