@@ -46,8 +46,10 @@ def wait_for(condition, seconds=120):
 def iterations(folder):
     """Number of the last logged iteration."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return max((json.loads(line).get("iteration", -1) for line in lines if line), default=-1)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    # The run may be in the middle of writing the last one.
+    whole = [line for line in lines if line.endswith("\n")]
+    return max((json.loads(line).get("iteration", -1) for line in whole), default=-1)
 
 
 @pytest.fixture(scope="module")
