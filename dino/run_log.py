@@ -5,6 +5,7 @@ import contextlib
 import itertools
 from pathlib import Path
 
+from dino.atomic import replacing
 from dino.distributed import gather_objects, is_main_process, print0
 from dino.json_files import dumps, is_number, read_lines, read_object
 from dino.printable import printable
@@ -77,10 +78,9 @@ class RunLog:
     def write(self, name, text):
         """Write a whole file atomically."""
         if is_main_process():
-            temporary = self.folder / f".{name}.tmp"
-            with best_effort(self.folder / name):
+            path = self.folder / name
+            with best_effort(path), replacing(path) as temporary:
                 temporary.write_text(text)
-                temporary.replace(self.folder / name)
 
     def iteration(self, record):
         self.append("metrics.jsonl", record)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dino.atomic import replacing
 from dino.errors import UserError
 from dino.json_files import dumps, parse
 from dino.weights.files import sync_folder
@@ -55,17 +56,12 @@ def read_features(path):
 def write_features(path, features, labels, paths, settings):
     """Write a FeatureFile atomically. `features` and `labels` are paths of .npy files."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     write = write_npz if path.suffix == ".npz" else write_safetensors
-    try:
-        with open(temporary, "wb") as file:
-            write(file, features, labels, paths, dumps(settings))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        write(file, features, labels, paths, dumps(settings))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
 
 
 # ---- .npz: a zip archive of .npy files, not compressed ----

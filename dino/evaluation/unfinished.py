@@ -16,7 +16,7 @@ import numpy as np
 
 from dino.distributed import gather_objects, heartbeat, is_main_process
 from dino.errors import UserError
-from dino.json_files import dumps, read_object
+from dino.json_files import read_object, write_json
 from dino.weights.files import sync_folder
 
 FEATURES, LABELS, DONE, SETTINGS = "features.npy", "labels.npy", "done", "settings.json"
@@ -55,9 +55,7 @@ class Unfinished:
             path = self.folder / name
             np.lib.format.open_memmap(path, "w+", kind, (self.count, *row)).flush()
         (self.folder / DONE).write_bytes(bytes(self.batches))
-        temporary = self.folder / f".{SETTINGS}.tmp"
-        temporary.write_text(dumps(self.settings, indent=1) + "\n")
-        os.replace(temporary, self.folder / SETTINGS)
+        write_json(self.folder / SETTINGS, self.settings)
         sync_folder(self.folder)
 
     def check_space(self, bytes_per_image):

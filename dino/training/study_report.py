@@ -6,7 +6,8 @@ import statistics
 from collections import Counter
 from pathlib import Path
 
-from dino.json_files import dumps
+from dino.atomic import replacing
+from dino.json_files import write_json
 from dino.training.plots import LoggedRun, is_first_of_epoch
 
 # Our columns: title, key of `measure`, digits after the point.
@@ -100,16 +101,10 @@ def mean_and_range(figures, key, digits):
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def write_whole(path, text):
-    """Write a text file atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def write_tables(folder, study, summary):
     """`study`.md and `study`.json in `folder`; the text of the first is returned."""
     text = markdown(summary)
-    write_whole(Path(folder) / f"{study}.md", text)
-    write_whole(Path(folder) / f"{study}.json", dumps(summary, indent=1) + "\n")
+    with replacing(Path(folder) / f"{study}.md") as temporary:
+        temporary.write_text(text)
+    write_json(Path(folder) / f"{study}.json", summary)
     return text
