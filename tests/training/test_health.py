@@ -277,6 +277,16 @@ def test_features_that_lose_their_rank_are_reported_without_labels():
     assert feature_verdicts([(None, 14.3), *[(None, 9.3)] * 5]) == []
 
 
+def test_a_fall_of_the_rank_is_silent_where_labels_show_that_the_features_are_better():
+    """As of the demo with 2 + 10 crops for two epochs, and of the run without a momentum."""
+    sound, collapsed = [(49.3, 16.3), (59.6, 4.9), (60.8, 5.1)], [(49.3, 16.3), (49.1, 1.8)]
+    short = dict(warmup=0, freeze=0, test_images=760)
+    assert feature_verdicts(sound, epochs=2, **short) == []
+    unlabelled = [(None, rank) for _, rank in sound]
+    assert feature_verdicts(unlabelled, epochs=2, **short) == [(2, "features lose rank")]
+    assert feature_verdicts(collapsed, epochs=1, **short) == [(1, "features lose rank")]
+
+
 def test_steps_that_float16_skips_are_counted_and_kept_out_of_the_mean_norm(
     class_folders, tmp_path, monkeypatch
 ):
