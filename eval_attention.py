@@ -29,7 +29,7 @@ from dino.data.images import limit_pixels, read_image
 from dino.data.masks import SegmentedImages
 from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
-from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_vit
+from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_for_attention
 from dino.json_files import write_json
 from dino.meters import progress_bar
 
@@ -83,7 +83,7 @@ def eval_attention(args):
     if args.output:
         check_output_file(args.output)
     images = SegmentedImages(args.data_path, args.ground_truth)
-    pretrained = open_vit(args)
+    pretrained = open_for_attention(args)
     scores = {}  # name of the image: {threshold: Jaccard (h + 1, n)}
     for name, path, objects, counted in progress_bar(images, "attention masks"):
         image_scores = score_image(

@@ -13,7 +13,6 @@ not around the mean, and images are resized to a square whatever their aspect ra
 
 from functools import partial
 
-from dino.backbones import canonical_name
 from dino.command_line import (
     Parser,
     add_image_arguments,
@@ -32,10 +31,9 @@ from dino.distributed import init_distributed, is_main_process, print0, shut_dow
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.copy_detection import descriptor, score_blocks
 from dino.evaluation.features import describe_images
+from dino.evaluation.vits import check_flag_is_vit, open_vit
 from dino.json_files import write_json
 from dino.precision import choose_amp_dtype
-from dino.weights.pretrained import open_backbone
-from vision_transformer import ARCHITECTURES
 
 NOT_GIVEN = {  # the official defaults, which mean "none"
     "whitening_path": "/path/to/whitening_data/",
@@ -90,8 +88,7 @@ def eval_copy_detection(args):
     copydays = open_copydays(args.data_path)
     distractors = optional_folder(args.distractors_path, "distractors_path")
     whitening_set = optional_folder(args.whitening_path, "whitening_path")
-    pretrained = open_backbone(args)
-    pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
+    pretrained = open_vit(args, lacks_patch_tokens)
     check_fits(pretrained, args)
     describe = partial(
         describe_images,
@@ -121,22 +118,15 @@ def check_flags(args):
     """Raise UserError for invalid flags, before anything is opened."""
     if args.output:
         check_output_file(args.output)
-    if not args.pretrained_weights or "arch" in args.given:
-        check_is_vit(args.arch, f"--arch {args.arch}")
+    check_flag_is_vit(args, lacks_patch_tokens)
 
 
-def check_is_vit(arch, source):
-    """Raise UserError unless `arch` is one of vision_transformer.py."""
-    if canonical_name(arch) not in ARCHITECTURES:
-        raise UserError(
-            f"{source}: a descriptor is made of the [CLS] and patch tokens of a ViT. Take --arch"
-            f" {' or '.join(ARCHITECTURES)}, with --pretrained_weights of such a network."
-        )
+def lacks_patch_tokens(arch):
+    return "a descriptor is made of the [CLS] and patch tokens of a ViT"
 
 
 def check_fits(pretrained, args):
-    """Raise UserError unless the network is a ViT and an image holds at least one patch."""
-    check_is_vit(pretrained.arch, f"--pretrained_weights {args.pretrained_weights}")
+    """Raise UserError unless an image holds at least one patch."""
     if args.imsize < pretrained.patch_size:
         raise UserError(
             f"--imsize {args.imsize}: an image must hold at least one patch of"

@@ -35,10 +35,11 @@ from dino.data.retrieval_set import open_retrieval_set
 from dino.distributed import init_distributed, is_main_process, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.retrieval import rank, score, set_features
-from dino.evaluation.retrieval_pictures import draw_query, spread
+from dino.evaluation.retrieval_pictures import draw_query
 from dino.json_files import write_json
 from dino.precision import choose_amp_dtype
 from dino.printable import printable
+from dino.spread import spread
 from dino.training import plots
 from dino.weights.pretrained import open_backbone
 from dino.weights.published import (
@@ -191,7 +192,7 @@ def save_pictures(folder, count, images, ranks):
     """Write queryNNN.png of `count` queries, numbered as in the ground truth."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for query in spread(count, len(images.queries)):
+    for query in spread(len(images.queries), count):
         path = folder / f"query{query:03}.png"
         plots.save(draw_query(images, query, ranks[:, query]), path)
         print0(path)

@@ -43,13 +43,12 @@ from dino.evaluation.video_segmentation import (
     score_baselines,
     segment_files,
 )
+from dino.evaluation.vits import open_vit
 from dino.json_files import write_json
 from dino.meters import peak_memory_mb, progress_bar
 from dino.printable import printable
 from dino.run_lock import owned
 from dino.training import plots
-from dino.weights.pretrained import open_backbone
-from vision_transformer import ARCHITECTURES
 
 
 def get_args_parser():
@@ -127,7 +126,7 @@ def eval_video_segmentation(args):
         print0(f"{len(videos)} videos, of which {len(finished)} were finished before")
         pretrained = None
         if len(finished) < len(videos):
-            pretrained = open_vit(args)
+            pretrained = open_fitting_vit(args)
             unfinished = [video for video in videos if video not in finished]
             results.begin(unfinished)
             segment_videos(args, unfinished, pretrained, results)
@@ -159,14 +158,10 @@ def describe_protocol(args):
     return {"weights": weights, **{flag: getattr(args, flag) for flag in flags}}
 
 
-def open_vit(args):
-    """`open_backbone`, on --device; UserError unless it is a ViT whose patches fit."""
+def open_fitting_vit(args):
+    """`open_vit`, on --device; UserError unless its patches fit."""
     device = choose_device(args.device, Launch("python"))
-    if not args.pretrained_weights:
-        check_is_vit(args.arch, f"--arch {args.arch}")  # rather than download it
-    pretrained = open_backbone(args)
-    pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
-    check_is_vit(pretrained.arch, f"--pretrained_weights {args.pretrained_weights}")
+    pretrained = open_vit(args, lacks_patch_tokens)
     patch_size = pretrained.patch_size
     if args.image_size % patch_size or LONG_SIDE_STEP % patch_size:
         raise UserError(
@@ -177,12 +172,8 @@ def open_vit(args):
     return pretrained
 
 
-def check_is_vit(arch, source):
-    if canonical_name(arch) not in ARCHITECTURES:
-        raise UserError(
-            f"{source} ({arch}): labels are carried on by the patch tokens of a ViT. Take --arch"
-            f" {' or '.join(ARCHITECTURES)}, with --pretrained_weights of such a network."
-        )
+def lacks_patch_tokens(arch):
+    return "labels are carried on by the patch tokens of a ViT"
 
 
 def segment_videos(args, videos, pretrained, results):

@@ -45,7 +45,7 @@ from dino.evaluation.attention import (
     class_attention,
     fit_to_patches,
     keep_mass,
-    open_vit,
+    open_for_attention,
     upsample,
 )
 from dino.meters import progress_bar
@@ -125,7 +125,7 @@ def video_generation(args):
         fps = getattr(args, "given", {}).get("fps", own_fps)
     else:
         frames = list_pictures(source, FRAMES)
-    pretrained = open_vit(args, PUBLISHED_FOR_PICTURES)
+    pretrained = open_for_attention(args, PUBLISHED_FOR_PICTURES)
     if source.is_file():
         extract_frames(source, output / "frames")
         frames = list_pictures(output / "frames", EXTRACTED)

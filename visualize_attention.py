@@ -36,7 +36,7 @@ from dino.evaluation.attention import (
     class_attention,
     fit_to_patches,
     keep_mass,
-    open_vit,
+    open_for_attention,
     upsample,
 )
 from dino.printable import printable
@@ -85,7 +85,7 @@ def visualize_attention(args):
     check_picture_size(args.image_size)
     check_output_folder(args.output_dir)
     photographs = list_photographs(args.image_path, args.output_dir)
-    pretrained = open_vit(args, PUBLISHED_FOR_PICTURES)
+    pretrained = open_for_attention(args, PUBLISHED_FOR_PICTURES)
     network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
     for path, folder in photographs:
         name = path or PHOTOGRAPH

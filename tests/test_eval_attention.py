@@ -14,7 +14,13 @@ from torch import nn
 import eval_attention
 from dino.data.masks import SegmentedImages
 from dino.errors import UserError
-from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_vit, upsample
+from dino.evaluation.attention import (
+    class_attention,
+    fit_to_patches,
+    keep_mass,
+    open_for_attention,
+    upsample,
+)
 from dino.weights.pretrained import Pretrained
 from eval_attention import jaccard, patch_of_pixels
 
@@ -76,7 +82,7 @@ def two_known_heads(monkeypatch):
     maps[1, 2:, 2:] = 1 / 4
     monkeypatch.setattr(eval_attention, "class_attention", lambda pretrained, image: maps)
     pretrained = Pretrained(nn.Identity(), 96, "vit_nano", 8)
-    monkeypatch.setattr(eval_attention, "open_vit", lambda args: pretrained)
+    monkeypatch.setattr(eval_attention, "open_for_attention", lambda args: pretrained)
 
 
 def test_voc_scores_each_object_with_the_head_that_fits_it_best(two_known_heads, tmp_path, capsys):
@@ -178,7 +184,7 @@ def test_a_mask_of_another_shape_than_its_image_is_refused(two_known_heads, tmp_
 def test_the_script_measures_a_checkpoint(tmp_path):
     """Of one head's mask as an object, that head is the best, with 100 %."""
     checkpoint = save_random_backbone(tmp_path / "backbone.pth", "vit_nano")
-    pretrained = open_vit(parse(eval_attention, "--pretrained_weights", checkpoint))
+    pretrained = open_for_attention(parse(eval_attention, "--pretrained_weights", checkpoint))
     root = write_voc(tmp_path / "voc", {"a": TWO_OBJECTS})
     image, _ = fit_to_patches(Image.open(root / "JPEGImages" / "a.jpg"), [64], 8, "")
     mask = upsample(keep_mass(class_attention(pretrained, image), 0.6)[1], 4)  # 32 x 32

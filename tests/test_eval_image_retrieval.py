@@ -13,7 +13,7 @@ from helpers import refusal, save_random_backbone
 from PIL import Image
 
 from benchmarks.made_sets import overlap, write_retrieval_set
-from dino.evaluation.retrieval_pictures import spread
+from dino.spread import spread
 from eval_image_retrieval import eval_image_retrieval, get_args_parser
 
 OFFICIAL_COMMANDS = [
@@ -127,9 +127,9 @@ def test_the_made_set_has_the_overlaps_that_its_labels_say(tmp_path):
 
 
 def test_pictures_are_of_queries_from_all_over_the_set():
-    assert spread(3, 70) == [0, 23, 46]
-    assert spread(5, 3) == [0, 1, 2]
-    assert spread(0, 3) == []
+    assert spread(70, 3) == [0, 23, 46]
+    assert spread(3, 5) == [0, 1, 2]
+    assert spread(3, 0) == []
 
 
 # ---- mistakes ----

@@ -9,45 +9,30 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from dino.backbones import canonical_name
 from dino.distributed import Launch, choose_device
 from dino.errors import UserError
-from dino.weights.pretrained import open_backbone
+from dino.evaluation.vits import open_vit
 from dino.weights.published import PUBLISHED_BACKBONES
-from vision_transformer import ARCHITECTURES
 
 
-def open_vit(args, published=PUBLISHED_BACKBONES):
-    """`open_backbone`, on --device; UserError for a network without attention maps of [CLS].
-
-    Photographs are shown, so that one for other channels than RGB is refused too.
-    """
+def open_for_attention(args, published=PUBLISHED_BACKBONES):
+    """`open_vit`, on --device."""
     device = choose_device(args.device, Launch("python"))
-    if not args.pretrained_weights:
-        check_has_class_attention(args.arch, f"--arch {args.arch}")  # rather than download it
-    pretrained = open_backbone(args, published=published)
-    source = f"--pretrained_weights {args.pretrained_weights} ({pretrained.arch})"
-    check_has_class_attention(pretrained.arch, source)
-    pretrained.require_rgb(source)
+    pretrained = open_vit(args, lacks_class_attention, published)
     pretrained.backbone.to(device)
     return pretrained
 
 
-def check_has_class_attention(arch, source):
-    """Raise UserError unless `arch` is one of vision_transformer.py."""
-    arch = canonical_name(arch)
-    if arch in ARCHITECTURES:
-        return
+def lacks_class_attention(arch):
+    """Why a network that is not one of vision_transformer.py has no attention to show."""
     if arch.startswith("xcit_"):
         reason = "XCiT attends from channel to channel, not from patch to patch"
     elif arch.startswith("timm:"):
         reason = "timm's networks do not return theirs"
     else:
         reason = "this network has no class token"
-    raise UserError(
-        f"{source}: what is shown here is the attention of a ViT's class token to the patches, and"
-        f" {reason}. Take --arch {' or '.join(ARCHITECTURES)}, with --pretrained_weights of such a"
-        " network."
+    return (
+        f"what is shown here is the attention of a ViT's class token to the patches, and {reason}"
     )
 
 

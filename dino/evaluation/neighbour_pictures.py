@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from dino.errors import UserError
 from dino.evaluation.neighbours import nearest
 from dino.printable import printable
+from dino.spread import spread
 
 ROWS_AT_A_TIME = 2**16  # of the features, in memory
 SIDE = 224  # pixels of the longer side of a drawn image
@@ -38,8 +39,7 @@ def neighbour_panel(image, similarity, class_name, query_class):
 
 def spread_rows(features, count):
     """At most `count` rows of `features` (n, D), evenly spread, that are finite."""
-    rows = sorted({i * len(features) // count for i in range(count)})
-    return [row for row in rows if np.isfinite(features[row]).all()]
+    return [row for row in spread(len(features), count) if np.isfinite(features[row]).all()]
 
 
 def nearest_rows(queries, features, k):

@@ -43,9 +43,3 @@ def draw_image(axis, path, title, color):
     axis.set_yticks([])
     axis.set_title(title, fontsize=9)
     axis.spines[:].set(color=color, linewidth=4)
-
-
-def spread(count, total):
-    """At most `count` numbers below `total`, evenly spread: neighbours show the same building."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]

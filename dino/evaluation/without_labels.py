@@ -15,6 +15,7 @@ from dino.data.augmentations_on_device import BothStages
 from dino.data.channels import RGB
 from dino.data.loaders import sample_loader
 from dino.distributed import gather_interleaved
+from dino.spread import spread
 
 SAMPLE = 512  # images; RankMe is at most min(SAMPLE, D)
 
@@ -55,7 +56,7 @@ class SampleProbe:
 
     def __init__(self, images, augmentation, device, **loader_options):
         self.count, self.device = min(SAMPLE, len(images)), device
-        indices = [i * len(images) // self.count for i in range(self.count)]
+        indices = spread(len(images), self.count)
         global_views = copy.copy(augmentation)
         global_views.views = augmentation.views[:2]
         in_chans = len(augmentation.mean)

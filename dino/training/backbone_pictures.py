@@ -26,6 +26,7 @@ from dino.evaluation.neighbour_pictures import (
     spread_rows,
     without_self,
 )
+from dino.spread import spread
 from dino.training import plots
 
 SHOWN = 8  # images
@@ -71,11 +72,6 @@ def draw_backbone(folder, backbone, images, augmentation):
     finally:
         backbone.train(training)
     save_neighbours(Path(folder) / NEAREST, torch.cat(features).float(), gallery)
-
-
-def spread(length, count):
-    """At most `count` indices, evenly spread over `length`."""
-    return sorted({i * length // count for i in range(count)})
 
 
 def heads_and_mean(maps):

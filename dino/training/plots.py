@@ -17,6 +17,7 @@ from dino.distributed import is_main_process, print0
 from dino.errors import UserError
 from dino.printable import brief, printable
 from dino.run_log import RunLog, best_effort
+from dino.spread import spread
 
 matplotlib.rcParams["text.parse_math"] = False  # names of files may have a $ in them
 
@@ -67,7 +68,7 @@ def draw_first_views(path, loader, augmentation, images=4):
     """`draw_augmentations` of a few images from all over the data set, as epoch 0 will see them."""
     if not is_main_process():
         return
-    indices = sorted({i * len(loader.dataset) // images for i in range(images)})
+    indices = spread(len(loader.dataset), images)
     views = [[view[0].cpu() for view in loader.batch_of([(0, index)])] for index in indices]
     with best_effort(path):
         draw_augmentations(path, views, view_names(views[0]), augmentation.mean, augmentation.std)

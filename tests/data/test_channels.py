@@ -17,7 +17,7 @@ from dino.data.channels import count_channels, read_any, read_channels
 from dino.data.images import UnreadableImage
 from dino.data.loaders import collate_readable
 from dino.errors import UserError
-from dino.evaluation.attention import open_vit
+from dino.evaluation.attention import open_for_attention
 from dino.networks import MultiCropWrapper
 from dino.training.flags import parse_args
 from dino.weights.pretrained import fit_channels
@@ -135,7 +135,7 @@ def test_attention_of_a_network_for_other_channels_is_refused(tmp_path):
     save_backbone(tmp_path / "backbone.pth", backbone, **options)
     flags = ["--pretrained_weights", str(tmp_path / "backbone.pth"), "--device", "cpu"]
     with pytest.raises(UserError, match="images of 4 channels"):
-        open_vit(visualize_attention.get_args_parser().parse_args(flags))
+        open_for_attention(visualize_attention.get_args_parser().parse_args(flags))
 
 
 def test_published_weights_adapted_to_more_channels_see_grey_images_as_before():

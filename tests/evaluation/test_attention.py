@@ -13,7 +13,13 @@ from torchvision.transforms import functional as F
 import visualize_attention
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from dino.errors import UserError
-from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_vit, upsample
+from dino.evaluation.attention import (
+    class_attention,
+    fit_to_patches,
+    keep_mass,
+    open_for_attention,
+    upsample,
+)
 from visualize_attention import color_map, draw_mask
 
 RANDOM_MAPS = torch.from_numpy(np.random.default_rng(0).gamma(0.3, size=(5, 6, 9)))
@@ -34,7 +40,7 @@ def visualize(checkpoint, output_dir, *flags):
 
 @pytest.mark.parametrize("size", [(64, 40), (40, 64), (24, 24)])
 def test_maps_equal_the_first_row_of_the_last_blocks_map(checkpoint, size):
-    pretrained = open_vit(parse(visualize_attention, "--pretrained_weights", checkpoint))
+    pretrained = open_for_attention(parse(visualize_attention, "--pretrained_weights", checkpoint))
     image = photograph().resize(size)
     maps = class_attention(pretrained, image)
     pixels = F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)[None]
@@ -237,7 +243,7 @@ def test_no_photograph_is_overwritten(checkpoint, tmp_path):
 )
 def test_networks_without_a_map_are_refused_before_a_download(arch, reason):
     with pytest.raises(UserError, match=rf"--arch {arch}: .*{reason}.*vit_small"):
-        open_vit(parse(visualize_attention, "--arch", arch))
+        open_for_attention(parse(visualize_attention, "--arch", arch))
 
 
 def test_a_checkpoint_of_a_resnet_is_refused_by_name(tmp_path):
