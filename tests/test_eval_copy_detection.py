@@ -138,7 +138,7 @@ MISTAKES = [
     ("--output .", "--output . is a folder"),
     ("--output file/scores.json", "--output file/scores.json: file is not a folder"),
     ("--pretrained_weights nowhere.pth", "--pretrained_weights nowhere.pth: no such file"),
-    ("--pretrained_weights resnet.pth", r"--pretrained_weights resnet.pth \(resnet18\): .* tokens of a ViT"),
+    ("--pretrained_weights resnet.pth", r"resnet.pth \(resnet18\): .* tokens of a ViT"),
     ("--pretrained_weights '' --arch resnet50", "--arch resnet50: .* tokens of a ViT"),
     ("--pretrained_weights '' --arch vit_tiny", "no published weights for --arch vit_tiny"),
 ]
