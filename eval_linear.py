@@ -28,7 +28,7 @@ from dino.command_line import (
     add_weights_arguments,
     bool_flag,
     check_output_folder,
-    loader_workers,
+    loader_options,
     number,
 )
 from dino.data.augmentations import LinearProbeAugmentation
@@ -218,14 +218,6 @@ def build_features(args, pretrained, device):
         n_last_blocks=args.n_last_blocks,
         avgpool_patchtokens=args.avgpool_patchtokens,
         amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
-    )
-
-
-def loader_options(args, device):
-    return dict(
-        batch_size=args.batch_size_per_gpu,
-        num_workers=loader_workers(args.num_workers),
-        pin_memory=device.type == "cuda",
     )
 
 

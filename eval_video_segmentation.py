@@ -33,7 +33,7 @@ from dino.data.images import limit_pixels
 from dino.distributed import Launch, choose_device, print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.video_pictures import draw_video
-from dino.evaluation.video_results import Results, fingerprint
+from dino.evaluation.video_results import Results, hash_file
 from dino.evaluation.video_scores import summarise, table, write_tables
 from dino.evaluation.video_segmentation import (
     LONG_SIDE_STEP,
@@ -151,7 +151,7 @@ def open_videos(args):
 def describe_protocol(args):
     """What the masks depend on besides the videos: {name: value}, for JSON."""
     if args.pretrained_weights:
-        weights = f"{fingerprint(args.pretrained_weights)}, {args.checkpoint_key}"
+        weights = f"{hash_file(args.pretrained_weights)}, {args.checkpoint_key}"
     else:
         weights = f"published, {canonical_name(args.arch)}, patches of {args.patch_size}"
     flags = ("n_last_frames", "size_mask_neighborhood", "topk", "image_size")

@@ -55,6 +55,7 @@ from dino.meters import peak_memory_mb
 from dino.precision import choose_amp_dtype
 from dino.run_lock import owned
 from dino.training import plots
+from dino.weights.files import hash_weights
 from dino.weights.pretrained import open_backbone
 
 QUERIES = 8  # of a picture, and without --queries in all
@@ -187,13 +188,10 @@ def list_queries(path):
 
 def describe_settings(args, listed, pretrained, amp_dtype, device):
     """What made the features, as plain values; a resumed extraction must have the same."""
-    weights = hashlib.sha256()
-    for name, value in pretrained.backbone.state_dict().items():
-        weights.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     paths = "\0".join(listed.paths).encode("utf-8", "surrogateescape")
     return {
         "pretrained_weights": args.pretrained_weights or "published",
-        "weights_sha256": weights.hexdigest(),
+        "weights_sha256": hash_weights(pretrained.backbone),
         "arch": pretrained.arch,
         "patch_size": pretrained.patch_size,
         "tokens": args.tokens,

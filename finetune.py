@@ -26,7 +26,7 @@ from dino.command_line import (
     add_precision_argument,
     add_weights_arguments,
     check_output_folder,
-    loader_workers,
+    loader_options,
     number,
 )
 from dino.data.images import ImageFiles, limit_pixels, list_labelled_images
@@ -219,14 +219,6 @@ def evaluate(args, device):
     return result["acc1"]
 
 
-def loader_options(args, device):
-    return dict(
-        batch_size=args.batch_size_per_gpu,
-        num_workers=loader_workers(args.num_workers),
-        pin_memory=device.type == "cuda",
-    )
-
-
 def train(args, device, interruption):
     """The whole job, in the order of the work; best top-1 in percent."""
     # ---- data and backbone ----
@@ -272,8 +264,7 @@ def train(args, device, interruption):
     )
 
     # ---- training ----
-    fields = ("arch", "patch_size", "stem", "image_size", "mean", "std")
-    backbone = {name: getattr(pretrained, name) for name in fields}
+    backbone = pretrained.description
     run = FineTuningRun(
         state,
         average,

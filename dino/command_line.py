@@ -209,3 +209,12 @@ def loader_workers(requested):
             " process."
         )
     return min(requested, available)
+
+
+def loader_options(args, device):
+    """What --batch_size_per_gpu and --num_workers mean for a loader that feeds `device`."""
+    return dict(
+        batch_size=args.batch_size_per_gpu,
+        num_workers=loader_workers(args.num_workers),
+        pin_memory=device.type == "cuda",
+    )

@@ -104,16 +104,18 @@ def build_student_and_teacher(
     weights = student.state_dict()
     teacher.load_state_dict({name: weights[name] for name in teacher.state_dict()})
     if get_world_size() > 1:
-        device_ids = [device.index] if device.type == "cuda" else None
         if has_batchnorms(student):
             student, teacher = sync_batchnorms(student, device), sync_batchnorms(teacher, device)
-            teacher = DistributedDataParallel(teacher, device_ids=device_ids)
-        # gradients are views of the buckets that are reduced: no second copy of them
-        student = DistributedDataParallel(
-            student, device_ids=device_ids, gradient_as_bucket_view=True
-        )
+            teacher = data_parallel(teacher, device)
+        student = data_parallel(student, device)
     teacher.requires_grad_(False)
     return student, teacher
+
+
+def data_parallel(model, device):
+    """`model` in a DistributedDataParallel whose gradients are views of its buckets, not copies."""
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def checkpoint_gradients(backbone, arch):

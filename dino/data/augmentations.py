@@ -239,6 +239,15 @@ class DataAugmentationDINO(MultiCrop):
         super().__init__(dino_views(*args, **kwargs), mean, std)
 
 
+def box_and_flip(image, view, key, interpolation):
+    """A box of an image, resized, flipped or not, by `key`; nothing else of `view` is applied."""
+    height, width = F.get_dimensions(image)[1:]
+    parameters = draw_views(np.random.default_rng(key), [view], width, height)
+    box, size = parameters.boxes[0].tolist(), [view.size] * 2
+    image = F.resized_crop(image, *box, size, interpolation)
+    return F.hflip(image) if parameters.flip[0] else image
+
+
 class LinearProbeAugmentation:
     """What the linear evaluation trains on: a box of a PIL image, flipped or not, as (3, S, S).
 
@@ -252,14 +261,9 @@ class LinearProbeAugmentation:
         self.mean, self.std = mean, std
 
     def __call__(self, image, key):
-        parameters = draw_views(np.random.default_rng(key), [self.view], *size_of(image))
-        size = [self.view.size] * 2
-        box = parameters.boxes[0].tolist()
         if len(self.mean) != RGB:
             image = to_levels_tensor(image)
-        image = F.resized_crop(image, *box, size, InterpolationMode.BILINEAR)
-        if parameters.flip[0]:
-            image = F.hflip(image)
+        image = box_and_flip(image, self.view, key, InterpolationMode.BILINEAR)
         shares = F.to_tensor(image) if len(self.mean) == RGB else to_shares(image)
         return F.normalize(shares, self.mean, self.std)
 

@@ -100,7 +100,7 @@ class Results:
         return scores
 
 
-def fingerprint(path, flag="--pretrained_weights"):
+def hash_file(path, flag="--pretrained_weights"):
     """What tells the content of a file from any other: SHA-256. UserError unless it is a file."""
     check_is_file(Path(path), f"{flag} {path}")
     with open(path, "rb") as file:

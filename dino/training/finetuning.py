@@ -18,16 +18,15 @@ from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as images_as
 
 from dino.backbones import build_backbone, first_of, has_batchnorms, is_vit
-from dino.data.augmentations import View, draw_views
+from dino.data.augmentations import View, box_and_flip
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
 from dino.evaluation.linear_files import LinearClassifier
-from dino.networks import unwrap
+from dino.networks import data_parallel, unwrap
 from dino.precision import autocast
 from dino.randomness import fix_random_seeds
 from dino.sync_batchnorm import sync_batchnorms
@@ -137,8 +136,7 @@ def build_state(model, device, *, weight_decay, layer_decay, ema_decay, amp_dtyp
     if get_world_size() > 1:
         if has_batchnorms(model):
             model = sync_batchnorms(model, device)
-        device_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=device_ids)
+        model = data_parallel(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     return FineTuningState(model, average.module, optimizer, scaler), average
 
@@ -165,11 +163,7 @@ class FineTuningAugmentation:
         self.change = build_rand_augment(rand_augment, options) if rand_augment else None
 
     def __call__(self, image, key):
-        parameters = draw_views(np.random.default_rng(key), [self.view], *image.size)
-        box, size = parameters.boxes[0].tolist(), [self.view.size] * 2
-        image = images_as.resized_crop(image, *box, size, InterpolationMode.BICUBIC)
-        if parameters.flip[0]:
-            image = images_as.hflip(image)
+        image = box_and_flip(image, self.view, key, InterpolationMode.BICUBIC)
         if self.change:
             seed = seed_of(*key)  # timm draws from these two
             random.seed(seed)

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,12 +51,6 @@ def check_libraries(name):
         )
 
 
-def describe_backbone(pretrained):
-    """How to build and feed the backbone: what stands beside the weights, as plain values."""
-    names = [field.name for field in fields(pretrained)]
-    return {n: getattr(pretrained, n) for n in names if n not in ("backbone", "embed_dim")}
-
-
 def at_image_size(pretrained):
     """`pretrained` with the position embeddings that its backbone makes for its `image_size`.
 
@@ -85,7 +79,7 @@ def write_safetensors(pretrained, path):
 def save_weights(weights, path, pretrained):
     from safetensors.torch import save  # save_file's files can be read by their owner alone
 
-    description = json.dumps(describe_backbone(pretrained))
+    description = json.dumps(pretrained.description)
     path.write_bytes(save(dict(weights), metadata={"format": "pt", DESCRIPTION: description}))
 
 
@@ -273,7 +267,7 @@ def transformers_usage(_):
 
 def write_torch(pretrained, path):
     program = graphs.trace(pretrained)
-    description = {"description.json": json.dumps(describe_backbone(pretrained))}
+    description = {"description.json": json.dumps(pretrained.description)}
     torch.export.save(program, path, extra_files=description)
 
 
@@ -282,7 +276,7 @@ def load_torch(_, path):
 
 
 def write_onnx(pretrained, path):
-    graphs.to_onnx(graphs.trace(pretrained), path, describe_backbone(pretrained))
+    graphs.to_onnx(graphs.trace(pretrained), path, pretrained.description)
 
 
 def load_onnx(_, path):

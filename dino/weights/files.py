@@ -7,6 +7,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -157,6 +158,14 @@ def with_prefix(state_dict, prefix):
 
 def without_prefix(state_dict, prefix):
     return {name.removeprefix(prefix): value for name, value in state_dict.items()}
+
+
+def hash_weights(module):
+    """SHA-256 of the weights of `module`, which tells networks apart in files of any name."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def backbone_payload(

@@ -3,7 +3,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,11 @@ class Pretrained:
         """Channels of its images: as many as have a mean."""
         return len(self.mean)
 
+    @property
+    def description(self):
+        """How to build and feed the backbone: what stands beside the weights, as plain values."""
+        return {name: getattr(self, name) for name in FIELDS}
+
     def require_rgb(self, source):
         """Raise UserError, which begins with `source`, unless its images are RGB photographs."""
         if self.in_chans != RGB:
@@ -71,8 +76,7 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
         source = f"--pretrained_weights {args.pretrained_weights}"
         checkpoint = read_weights(args.pretrained_weights)
         weights = backbone_weights(checkpoint, args.checkpoint_key, args.pretrained_weights)
-        described = vit_in(weights) | describe(checkpoint)
-        check_description(described, source)
+        described = describe_backbone(checkpoint, weights, source)
     else:
         described = {}
     given = getattr(args, "given", {})
@@ -115,7 +119,14 @@ def print_loaded(backbone, arch, source):
 
 MOST_CHANNELS = 1024  # of an image
 # of Pretrained, that a file may state
-FIELDS = ("arch", "patch_size", "stem", "image_size", "mean", "std")
+FIELDS = tuple(f.name for f in fields(Pretrained) if f.name not in ("backbone", "embed_dim"))
+
+
+def describe_backbone(checkpoint, weights, source):
+    """What the shapes of the backbone's weights and the checkpoint's entries say of it, checked."""
+    described = vit_in(weights) | describe(checkpoint)
+    check_description(described, source)
+    return described
 
 
 def describe(checkpoint):
@@ -296,6 +307,31 @@ def initialise_from(checkpoint, path, student, teacher, dino_loss):
     everything = 5
     rest = "" if len(taken) == everything else "; the rest starts afresh"
     print0(printable(f"From {path}: {', '.join(taken)}{rest}."))
+
+
+def describe_weights(checkpoint, path, flag="--init_from"):
+    """What the content of a file of weights says of its backbone: fields of Pretrained, checked.
+
+    Without a word on them size and normalisation are the released backbones'.
+    """
+    weights = backbone_weights(checkpoint, "teacher", path, flag)
+    described = describe_backbone(checkpoint, weights, f"{flag} {path}")
+    size = trained_img_size(weights, described.get("arch"), described.get("patch_size"))
+    return {"image_size": size, "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | described
+
+
+def head_widths(checkpoint):
+    """The flags of the head of the teacher in a checkpoint, from its shapes; {} without a head."""
+    head = head_weights(checkpoint.get("teacher"))
+    last, first = head.get("last_layer.weight_v"), head.get("mlp.0.weight")
+    if not all(isinstance(value, torch.Tensor) and value.ndim == 2 for value in (last, first)):
+        return {}
+    return {
+        "out_dim": last.shape[0],
+        "head_bottleneck_dim": last.shape[1],
+        "head_hidden_dim": first.shape[0],
+        "use_bn_in_head": "mlp.1.running_mean" in head,
+    }
 
 
 def head_weights(state_dict):
