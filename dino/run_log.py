@@ -122,13 +122,18 @@ class RunLog:
 
     def read(self, kind):
         """The lines of metrics.jsonl of one of KINDS that have all that a line of it must have."""
-        numbers, texts = KINDS[kind]
-        return [
-            line
-            for line in read_lines(self.folder / "metrics.jsonl")[0]
-            if all(is_number(line.get(name)) for name in numbers)
-            and all(isinstance(line.get(name), str) for name in texts)
-        ]
+        return self.read_all()[kind]
+
+    def read_all(self):
+        """{kind: lines} of metrics.jsonl, which is parsed once."""
+        found = {kind: [] for kind in KINDS}
+        for line in read_lines(self.folder / "metrics.jsonl")[0]:
+            for kind, (numbers, texts) in KINDS.items():
+                if all(is_number(line.get(name)) for name in numbers) and all(
+                    isinstance(line.get(name), str) for name in texts
+                ):
+                    found[kind].append(line)
+        return found
 
     def append(self, name, record):
         if is_main_process():

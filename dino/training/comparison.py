@@ -13,8 +13,8 @@ COLUMNS = ("run", "epochs", "loss", "h % ln K", "KL % ln K", "best k-NN %", "ima
 
 def describe_run(folder):
     """One row of the table, a text for each of COLUMNS."""
-    log = RunLog(folder)
-    steps, knn = log.read("loss"), log.read("knn_teacher")
+    lines = RunLog(folder).read_all()
+    steps, knn = lines["loss"], lines["knn_teacher"]
     if not steps:
         found = "no metrics.jsonl with steps in it" if Path(folder).is_dir() else "no such folder"
         raise UserError(f"RUN {folder}: {found}. Give the --output_dir of a run.")

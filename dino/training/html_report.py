@@ -152,7 +152,7 @@ def read_run(folder, logged):
             (f"{line['epoch']:g}", printable(line["verdict"]), printable(line["text"]))
             for line in logged.verdicts
         ],
-        [printable(line["text"]) for line in log.read("bad_image")],
+        [printable(line["text"]) for line in logged.bad_images],
         *describe_measurements(logged),
         {file: picture for file, picture in pictures.items() if picture},
     )

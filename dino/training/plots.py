@@ -105,8 +105,10 @@ class LoggedRun:
         if type(out_dim) is not int or out_dim < 2:
             raise UserError(f"{folder / 'args.json'} has an invalid out_dim: {brief(out_dim)}.")
         self.ln_k = math.log(out_dim)
-        self.steps, self.verdicts = log.read("loss"), log.read("verdict")
-        self.knn, self.measures = log.read("knn_teacher"), log.read("rank_me")
+        lines = log.read_all()
+        self.steps, self.verdicts = lines["loss"], lines["verdict"]
+        self.knn, self.measures = lines["knn_teacher"], lines["rank_me"]
+        self.bad_images = lines["bad_image"]
         for step in self.steps:
             step["1 - momentum"] = 1 - step["momentum"]
 
