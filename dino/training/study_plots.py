@@ -28,7 +28,7 @@ def draw_teacher(path, summary, runs):
     for axis, title in ((left, "teacher and student"), (middle, "teachers")):
         label(axis, f"ours: {title}", "epochs", "k-NN accuracy (%)")
     draw_bars(right, summary, "knn_teacher", "k-NN")
-    finish(figure, path)
+    save(figure, path)
 
 
 def draw_collapse(path, summary, runs):
@@ -49,7 +49,7 @@ def draw_collapse(path, summary, runs):
                 axis.plot([], [], " ", label=f"theirs, {run['name']}: {end}")
         axis.set_ylim(-0.03 * ln_k, 1.03 * ln_k)
         label(axis, f"ours: {title}", "epochs", "nats")
-    finish(figure, path)
+    save(figure, path)
 
 
 def draw_components(path, summary, runs):
@@ -58,7 +58,7 @@ def draw_components(path, summary, runs):
     curves(left, runs, "knn_teacher", [f"C{i}" for i in range(len(runs))], "o-")
     label(left, "ours: while training", "epochs", "teacher's k-NN accuracy (%)")
     draw_bars(right, summary, "knn_teacher", "k-NN")
-    finish(figure, path)
+    save(figure, path)
 
 
 def draw_multicrop(path, summary, runs):
@@ -73,7 +73,7 @@ def draw_multicrop(path, summary, runs):
     for axis, (x, x_label, y, y_label, theirs) in zip(axes, panel, strict=True):
         scatter(axis, summary, x, y, theirs)
         label(axis, THEIRS if theirs else "ours", x_label, y_label, legend=False)
-    finish(figure, path)
+    save(figure, path)
 
 
 def draw_batch_size(path, summary, runs):
@@ -85,11 +85,14 @@ def draw_batch_size(path, summary, runs):
         axis.set_xscale("log", base=2)
         if points:
             axis.plot(*zip(*points, strict=True), "o-", color="grey" if theirs else "C0")
+            for run in () if theirs else summary["runs"]:
+                accuracies = of_seeds(run, key)
+                axis.plot([int(run["name"])] * len(accuracies), accuracies, "_", color="C0")
             batches = [batch for batch, _ in points]
             axis.set_xticks(batches, batches)
         title = THEIRS if theirs else "ours"
         label(axis, title, "images per step", "k-NN accuracy (%)", legend=False)
-    finish(figure, path)
+    save(figure, path)
 
 
 # ---- parts of pictures ----
@@ -133,27 +136,39 @@ def value(run, key, theirs):
     """Of a row of the summary: the paper's number, or our mean over the seeds; None without."""
     if theirs:
         return run["theirs"].get(key)
-    values = [figures[key] for figures in run["seeds"].values() if key in figures]
+    values = of_seeds(run, key)
     return statistics.fmean(values) if values else None
 
 
+def of_seeds(run, key):
+    """Our numbers in a row of the summary, one for each seed that has it."""
+    return [figures[key] for figures in run["seeds"].values() if key in figures]
+
+
 def draw_bars(axis, summary, ours, theirs):
-    """Accuracies at the end as bars, the paper's beside ours; a line for our untrained network."""
+    """Accuracies at the end as bars, the paper's below ours; a line for our untrained network.
+
+    A dash stands at the end of each seed.
+    """
     names = [run["name"] for run in summary["runs"]]
     series = (("ours", ours, False, "C0", -0.2), (THEIRS, theirs, True, "lightgrey", 0.2))
     for text, key, is_theirs, color, shift in series:
-        heights = [value(run, key, is_theirs) or 0.0 for run in summary["runs"]]
-        bars = axis.bar([i + shift for i in range(len(names))], heights, 0.4, color=color)
+        lengths = [value(run, key, is_theirs) or 0.0 for run in summary["runs"]]
+        bars = axis.barh([i + shift for i in range(len(names))], lengths, 0.4, color=color)
         bars.set_label(text)
-        axis.bar_label(bars, fmt="%.1f", fontsize=7)
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=8)
+    for i, run in enumerate(summary["runs"]):
+        accuracies = of_seeds(run, ours)
+        axis.plot(accuracies, [i - 0.2] * len(accuracies), "|", color="black", ms=7)
     untrained = [value(run, "knn_untrained", False) for run in summary["runs"]]
     untrained = [accuracy for accuracy in untrained if accuracy is not None]
     if untrained:
         text = f"ours, untrained: {untrained[0]:.1f}"
-        axis.axhline(untrained[0], color="C0", ls=":", label=text)
-    axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
-    label(axis, "at the end", "", "teacher's k-NN accuracy (%)")
-    axis.set_ylim(0, 100)
+        axis.axvline(untrained[0], color="C0", ls=":", label=text)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    label(axis, "at the end", "teacher's k-NN accuracy (%)", "")
+    axis.set_xlim(0, 100)
 
 
 def scatter(axis, summary, x, y, theirs):
@@ -165,12 +180,11 @@ def scatter(axis, summary, x, y, theirs):
         names, xs, ys = zip(*points, strict=True)
         axis.plot(xs, ys, "o-", color="grey" if theirs else "C0")
         for name, *place in zip(names, xs, ys, strict=True):
-            axis.annotate(name, place, textcoords="offset points", xytext=(4, -10), fontsize=7)
+            left = place[0] > (min(xs) + max(xs)) / 2  # inside the axes
+            options = dict(ha="right" if left else "left", fontsize=7)
+            place_of_text = (-6, 4) if left else (4, -10)
+            axis.annotate(name, place, textcoords="offset points", xytext=place_of_text, **options)
         axis.margins(0.2)
-
-
-def finish(figure, path):
-    save(figure, path)
 
 
 DRAWERS = {
