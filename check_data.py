@@ -73,7 +73,7 @@ class Facts:
         return max(self.width, self.height) / self.short_side
 
 
-def look_at(path, in_chans=RGB):
+def look_at_file(path, in_chans=RGB):
     """The Facts of an image. Raises UnreadableImage, or OSError for a file that vanishes."""
     if in_chans != RGB:
         return look_at_channels(path, in_chans)
@@ -158,7 +158,7 @@ def serve(connection, in_chans):
     while connection in wait([connection, parent]):
         path = connection.recv()
         try:
-            connection.send(look_at(path, in_chans))
+            connection.send(look_at_file(path, in_chans))
         except UnreadableImage as error:
             connection.send(str(error).removesuffix(" Repair or remove it."))
         except OSError as error:

@@ -158,7 +158,7 @@ def load_features(folder):
     """What dump_features, or the official script, wrote to `folder`."""
     features = [read(Path(folder) / name, "--load_features") for name in FEATURE_FILES]
     for i in (0, 2):
-        problem = problem_with(*features[i : i + 2], *FEATURE_FILES[i : i + 2])
+        problem = mismatch_of(*features[i : i + 2], *FEATURE_FILES[i : i + 2])
         if problem:
             raise UserError(f"--load_features {folder}: {problem}.")
         features[i], features[i + 1] = features[i].float(), features[i + 1].long()
@@ -171,7 +171,7 @@ def load_features(folder):
     return features
 
 
-def problem_with(table, labels, table_name, labels_name):
+def mismatch_of(table, labels, table_name, labels_name):
     """What keeps these from being features (n, D) and class numbers (n,), or None."""
     if not isinstance(labels, torch.Tensor) or labels.ndim != 1 or labels.dtype not in INTEGERS:
         return f"{labels_name} is not a 1-D tensor of class numbers"

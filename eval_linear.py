@@ -46,9 +46,9 @@ from dino.evaluation.linear_files import (
     check_backbone,
     check_head_description,
     describe_head,
+    labels_of_head,
     load_head,
     load_training,
-    number_labels,
     published_head,
     save_best_and_last,
     save_training,
@@ -179,7 +179,7 @@ def evaluate_head(args, device):
         source = f"the published linear head of {pretrained.arch}"
         entries = published_head(pretrained.arch, pretrained.patch_size)
         head, args = take_head(entries, args, source)
-    labels = number_labels(labels, names, entries.get("classes"), head.num_labels, source)
+    labels = labels_of_head(labels, names, entries.get("classes"), head.num_labels, source)
     features = build_features(args, pretrained, device)
     if head.linear.in_features != features.dim:
         raise UserError(

@@ -38,8 +38,8 @@ from dino.evaluation.linear import evaluate_heads
 from dino.evaluation.linear_files import (
     check_head_description,
     fingerprint,
+    labels_of_head,
     load_head,
-    number_labels,
 )
 from dino.json_files import read_lines
 from dino.optim import cosine_scheduler
@@ -51,9 +51,9 @@ from dino.training.finetuning import (
     RECIPES,
     FineTuningAugmentation,
     Regularisation,
+    build_finetuning,
     build_model,
     build_rand_augment,
-    build_state,
     takes_layer_decay,
 )
 from dino.training.finetuning_run import BEST, FineTuningRun
@@ -148,7 +148,7 @@ def add_recipe_arguments(group):
 def finetune(args):
     """Print accuracies and return the best top-1 in percent."""
     interruption = listen()
-    args = complete(args)
+    args = over_recipe(args)
     check_flags(args)
     limit_pixels(args.max_image_pixels)
     _, device = init_distributed(args.device, args.dist_url)
@@ -162,7 +162,7 @@ def finetune(args):
     return accuracy
 
 
-def complete(args):
+def over_recipe(args):
     """`args` with the values of --preset for flags that were not given."""
     flags = {**vars(args), **RECIPES[args.preset], **args.given}
     return argparse.Namespace(**{**flags, "crop_scale": tuple(flags["crop_scale"])})
@@ -204,7 +204,7 @@ def evaluate(args, device):
     entries = read_weights(args.pretrained_weights)
     head = load_head(entries, source)
     check_head_description(entries, source)
-    labels = number_labels(labels, names, entries.get("classes"), head.num_labels, source)
+    labels = labels_of_head(labels, names, entries.get("classes"), head.num_labels, source)
     pretrained = open_backbone(args, args.image_size)
     pretrained.require_rgb(source)
     amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
@@ -245,7 +245,7 @@ def train(args, device, interruption):
     # ---- network ----
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same weights
     amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
-    state, average = build_state(
+    state, average = build_finetuning(
         build_model(pretrained, len(classes), args.drop_path_rate, args.from_scratch),
         device,
         weight_decay=args.weight_decay,

@@ -89,12 +89,12 @@ def write_tiles(folder):
 class Job:
     """One command of main_dino.py, started as often as it takes."""
 
-    def __init__(self, tiles, folder, processes):
+    def __init__(self, tiles, folder, processes, flags=FLAGS, restarts=MAX_RESTARTS):
         self.folder, self.processes = folder, processes
         self.output = folder.with_suffix(".txt")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--max_restarts", MAX_RESTARTS]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--max_restarts", restarts]
         launcher = [*launcher, "--nproc_per_node", processes] if processes > 1 else []
-        command = [sys.executable, *launcher, ROOT / "main_dino.py", *FLAGS]
+        command = [sys.executable, *launcher, ROOT / "main_dino.py", *flags]
         command += ["--batch_size_per_gpu", BATCH // processes]
         command += ["--data_path", tiles, "--output_dir", folder]
         self.command = [str(part) for part in command]

@@ -21,7 +21,7 @@ from conftest import ROOT, photograph
 from PIL import Image
 
 import check_data
-from check_data import find_flaws, get_args_parser, look_at
+from check_data import find_flaws, get_args_parser, look_at_file
 
 
 def check(path, *flags):
@@ -149,7 +149,7 @@ def test_a_list_of_paths_is_checked_too(tmp_path, capsys):
 
 def facts(image, path, **options):
     image.save(path, **options)
-    return look_at(path)
+    return look_at_file(path)
 
 
 def test_a_look_tells_grey_blank_and_turned_images(tmp_path):

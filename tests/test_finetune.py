@@ -12,7 +12,7 @@ from helpers import assert_equal_states, parse, refusal, save_random_backbone
 
 import eval_knn
 from dino.backbones import build_backbone
-from dino.training.finetuning import FineTuned, Regularisation, build_state
+from dino.training.finetuning import FineTuned, Regularisation, build_finetuning
 from dino.weights.pretrained import open_backbone
 from finetune import finetune, get_args_parser
 
@@ -47,7 +47,7 @@ def test_a_layer_of_a_vit_learns_at_the_rate_of_the_one_above_times_the_decay():
     backbone, dim = build_backbone("vit_nano", 8, img_size=32)
     model = FineTuned(backbone, dim, 3)
     options = dict(weight_decay=0.05, layer_decay=0.5, ema_decay=0.9, amp_dtype=torch.float32)
-    state, _ = build_state(model, torch.device("cpu"), **options)
+    state, _ = build_finetuning(model, torch.device("cpu"), **options)
     scales, decays = {}, {}
     names = {id(param): name for name, param in model.named_parameters()}
     for group in state.optimizer.param_groups:
@@ -115,14 +115,14 @@ import os, sys
 import dino.training.finetuning_run as module
 import finetune
 
-step, calls = module.train_step, []
-def train_step(*args, **kwargs):
+step, calls = module.finetuning_step, []
+def finetuning_step(*args, **kwargs):
     calls.append(1)
     if len(calls) == 10:
         os.kill(os.getpid(), int(os.environ["NUMBER"]))
     return step(*args, **kwargs)
 
-module.train_step = train_step
+module.finetuning_step = finetuning_step
 finetune.main()
 """
 

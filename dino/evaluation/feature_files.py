@@ -39,7 +39,7 @@ def read_features(path):
     """The FeatureFile at `path`. Runs no code in it; UserError for a damaged one."""
     path = Path(path)
     try:
-        file = read_npz(path) if path.suffix == ".npz" else read_safetensors(path)
+        file = read_npz(path) if path.suffix == ".npz" else read_features_safetensors(path)
         counts = {len(file.features), len(file.labels), len(file.paths)}
         if len(counts) > 1 or not isinstance(file.settings, dict):
             raise ValueError("parts that do not belong together")
@@ -56,7 +56,7 @@ def read_features(path):
 def write_features(path, features, labels, paths, settings):
     """Write a FeatureFile atomically. `features` and `labels` are paths of .npy files."""
     path = Path(path)
-    write = write_npz if path.suffix == ".npz" else write_safetensors
+    write = write_npz if path.suffix == ".npz" else write_features_safetensors
     with replacing(path) as temporary, open(temporary, "wb") as file:
         write(file, features, labels, paths, dumps(settings))
         file.flush()
@@ -106,7 +106,7 @@ def map_member(path, name):
 # ---- .safetensors: the length of a header, the header as JSON, the arrays ----
 
 
-def write_safetensors(file, features, labels, paths, settings):
+def write_features_safetensors(file, features, labels, paths, settings):
     """Written here, as the library's own writer wants all arrays in memory."""
     text = "".join(f"{path}\0" for path in paths).encode("utf-8", "surrogateescape")
     types = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
@@ -133,7 +133,7 @@ def write_safetensors(file, features, labels, paths, settings):
     file.write(text)
 
 
-def read_safetensors(path):
+def read_features_safetensors(path):
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > os.fstat(file.fileno()).st_size:

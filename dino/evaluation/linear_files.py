@@ -226,7 +226,7 @@ def stated_flags(description, given, source):
     return stated
 
 
-def number_labels(labels, names, classes, num_labels, source):
+def labels_of_head(labels, names, classes, num_labels, source):
     """`labels`, which number the class folders `names`, as the head numbers them.
 
     That is by `classes`, if its file names them, else by their order. UserError for other classes.

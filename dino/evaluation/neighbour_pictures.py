@@ -88,12 +88,12 @@ def draw_neighbours(sheet, title):
         axis.set_axis_off()
     for row_axes, row in zip(axes, sheet, strict=True):
         for axis, panel in zip(row_axes, row, strict=False):
-            draw_panel(axis, panel)
+            draw_result(axis, panel)
     figure.suptitle(printable(title), fontsize=11, y=1 - 0.1 / height, va="top")
     return figure
 
 
-def draw_panel(axis, panel):
+def draw_result(axis, panel):
     image = panel.image.copy()
     image.thumbnail((SIDE, SIDE))
     axis.set_axis_on()

@@ -165,7 +165,7 @@ def propagate_labels(target_features, source_features, source_labels, radius=12,
     sources = F.normalize(source_features, dim=-1).view(count, height, width, -1)
     labels = source_labels.permute(0, 2, 3, 1)  # (n, h, w, C)
     propagated = labels.new_empty(height, width, classes)
-    for tile in itertools.product(tiles(height), tiles(width)):
+    for tile in itertools.product(target_blocks(height), target_blocks(width)):
         candidates = around(tile[0], radius, height), around(tile[1], radius, width)
         near = within(tile, candidates, radius, targets.device)
         block = targets[tile]
@@ -191,7 +191,7 @@ def weighted_labels(targets, sources, labels, near, topk):
     return weights @ labels.flatten(0, 1) / weights.sum(dim=1, keepdim=True)
 
 
-def tiles(length):
+def target_blocks(length):
     return [slice(start, min(start + TILE, length)) for start in range(0, length, TILE)]
 
 

@@ -116,7 +116,7 @@ def build_model(pretrained, num_labels, drop_path_rate, from_scratch):
     return FineTuned(backbone, embed_dim, num_labels)
 
 
-def build_state(model, device, *, weight_decay, layer_decay, ema_decay, amp_dtype):
+def build_finetuning(model, device, *, weight_decay, layer_decay, ema_decay, amp_dtype):
     """(FineTuningState on `device`, what averages its model).
 
     [CLS], position embeddings, biases and norms have no weight decay, as in DeiT. `layer_decay` is
@@ -211,7 +211,7 @@ class Regularisation:
 # ---- steps ----
 
 
-def train_step(state, average, regularisation, images, labels, *, lr, key, amp_dtype, number):
+def finetuning_step(state, average, regularisation, images, labels, *, lr, key, amp_dtype, number):
     """One step of all weights; the loss, on the device.
 
     `lr` is the head's. `key`: seed, epoch and step, from which, with the rank, all that the step

@@ -23,7 +23,7 @@ from dino.printable import brief, printable
 from dino.run_log import RunLog
 from dino.signals import Interruption, StopRequested
 from dino.training.agreement import Agreement
-from dino.training.finetuning import Average, FineTuningState, Regularisation, train_step
+from dino.training.finetuning import Average, FineTuningState, Regularisation, finetuning_step
 from dino.training.saver import NEWEST, Saver, newest_whole, own_checkpoints
 from dino.weights.files import backbone_payload
 from dino.weights.loading import check_described, restore
@@ -78,7 +78,7 @@ class FineTuningRun:
             source, progress = f"--output_dir {path}", self.progress
             restore(checkpoint, source, **vars(self.state))
             check_described(checkpoint, self.description, source)
-            restore_progress(progress, checkpoint, source, epochs, len(self.loader))
+            restore_finetuning(progress, checkpoint, source, epochs, len(self.loader))
             done = f"{progress.epoch} of {epochs} epochs and {progress.steps} iterations"
             print0(printable(f"Resumed from {path}: {done} are done."))
         if is_main_process():
@@ -116,7 +116,7 @@ class FineTuningRun:
         header = f"Epoch: [{progress.epoch}]"
         for images, labels in logger.log_every(self.loader, PRINT_FREQ, header, progress.steps):
             number = progress.epoch * length + progress.steps
-            loss = train_step(
+            loss = finetuning_step(
                 self.state,
                 self.average,
                 self.regularisation,
@@ -196,7 +196,7 @@ class FineTuningRun:
         self.saver.save({**({BEST: best} if best else {}), NEWEST: checkpoint})
 
 
-def restore_progress(progress, checkpoint, source, epochs, length):
+def restore_finetuning(progress, checkpoint, source, epochs, length):
     """Fill `progress` from a checkpoint; UserError for values that a run cannot have."""
     if type(checkpoint.get("epoch")) is int and epochs < checkpoint["epoch"] < MOST:
         raise UserError(

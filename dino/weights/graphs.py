@@ -49,12 +49,12 @@ def trace(pretrained):
     # Two images, since a dimension of 1 in the example would be taken for a constant.
     example = torch.zeros(2, input_channels(backbone), size, size)
     free = {0: Dim("batch"), 2: Dim.AUTO, 3: Dim.AUTO}
-    with torch.no_grad(), explained(pretrained.arch):
+    with torch.no_grad(), explain_failure(pretrained.arch):
         return torch.export.export(Features(backbone), (example,), dynamic_shapes=(free,))
 
 
 @contextlib.contextmanager
-def explained(arch):
+def explain_failure(arch):
     """Silence the exporter's warnings; UserError for whatever it raises about a network."""
     try:
         with warnings.catch_warnings():
@@ -113,7 +113,7 @@ def outer(x):
 def to_onnx(program, path, description):
     """Write a traced program as one ONNX file, with `description` as its metadata."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with explained(description["arch"]):
+    with explain_failure(description["arch"]):
         onnx = torch.onnx.export(
             program,
             dynamo=True,
