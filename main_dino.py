@@ -41,6 +41,7 @@ from dino.networks import (
 )
 from dino.optim import (
     build_optimizer,
+    cancel_gradients_backbone,
     cancel_gradients_last_layer,
     clip_gradients,
     cosine_scheduler,
@@ -61,7 +62,7 @@ from dino.training.failures import explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.html_report import report_run
-from dino.training.presets import AUTO
+from dino.training.presets import DECIDED
 from dino.training.recorder import Recorder, report_end, report_start
 from dino.training.run import Probes, Run, TrainState
 from dino.training.saver import Saver, find_checkpoint, own_checkpoints
@@ -81,7 +82,7 @@ def train_dino(args, images=None, augmentation=None):
     args = complete(args)
     limit_pixels(args.max_image_pixels)
     own_views = bool(augmentation or args.augmentation)
-    if args.preset != AUTO:
+    if args.preset not in DECIDED:
         check_training_flags(args, own_views)
     begins = args.init_from and not own_checkpoints(args.output_dir)
     weights = read_weights(args.init_from, "--init_from") if begins else None
@@ -95,8 +96,8 @@ def train_dino(args, images=None, augmentation=None):
     knn_data_path = args.knn_data_path
     if images is None:
         images, knn_data_path = open_images(args)
-    if args.preset == AUTO:
-        args = decide_settings(args, images, device, correlate_views, time_a_step)
+    if args.preset in DECIDED:
+        args = decide_settings(args, images, device, correlate_views, time_a_step, weights)
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
@@ -167,6 +168,7 @@ def train_one_epoch(run, state, loader):
             epoch=progress.epoch,
             clip_grad=args.clip_grad,
             freeze_last_layer=args.freeze_last_layer,
+            freeze_backbone=args.freeze_backbone,
             amp_dtype=run.amp_dtype,
             accum_steps=args.accum_steps,
         )
@@ -185,6 +187,7 @@ def train_step(
     freeze_last_layer,
     amp_dtype,
     accum_steps=1,
+    freeze_backbone=0,
 ):
     """One update of student, center and teacher: Algorithm 1 with multi-crop.
 
@@ -208,6 +211,7 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     norms = clip_gradients(state.student, clip_grad)
     cancel_gradients_last_layer(epoch, state.student, freeze_last_layer)
+    cancel_gradients_backbone(epoch, state.student, freeze_backbone)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     update_teacher(state.student, state.teacher, momentum)

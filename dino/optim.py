@@ -79,6 +79,15 @@ def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
             param.grad = None
 
 
+def cancel_gradients_backbone(epoch, model, freeze_backbone):
+    """In the first `freeze_backbone` epochs the optimizer skips all but the head."""
+    if epoch >= freeze_backbone:
+        return
+    for name, param in model.named_parameters():
+        if name.removeprefix("module.").startswith("backbone."):
+            param.grad = None
+
+
 class LARS(torch.optim.Optimizer):
     """SGD with momentum, its step scaled layer by layer by eta |w| / |gradient + decay|.
 

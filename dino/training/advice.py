@@ -6,11 +6,12 @@ import torch
 from dino.data.augmentations_on_device import BothStages
 from dino.data.channels import RGB
 from dino.data.survey import survey
-from dino.training.auto import Settings, fit_data
+from dino.training.auto import fit_data
 from dino.training.data import build_augmentation
 from dino.training.flags import parse_args
 from dino.training.plots import draw_augmentations, view_names
 from dino.training.presets import AUTO
+from dino.training.settings import Settings
 
 MOST_FOR_STATS = 10_000  # images
 VIEWED = 8  # images on the contact sheet

@@ -5,21 +5,16 @@ Rules in two parts: `fit_data` needs no more than a look at the images, `fit_len
 iterations. What each rule was measured on is in benchmarks/small_data.md.
 """
 
-import argparse
 import math
 
 import torch
 
-from dino.backbones import canonical_name
 from dino.data.survey import survey
 from dino.distributed import get_world_size, print0
-from dino.printable import printable
+from dino.training.continuing import fit_continuation, keep_networks
 from dino.training.data import check_images
 from dino.training.flag_checks import check_training_flags
-from dino.training.presets import AUTO
-from dino.training.saver import find_checkpoint
-from dino.weights.files import flags_in
-from vision_transformer import ARCHITECTURES
+from dino.training.settings import open_settings
 
 DEFAULT_HOURS = 0.5
 
@@ -36,22 +31,20 @@ TEACHER_SHARE = 0.02
 FASTEST_TEACHER, OFFICIAL_TEACHER = 25, 250  # iterations
 
 
-def decide_settings(args, images, device, correlate_views, time_a_step):
+def decide_settings(args, images, device, correlate_views, time_a_step, weights=None):
     """`args` with all that was not given decided, and `auto`: {flag: reason}. Prints the table.
 
     `args.given` has the names of the flags that were. A run that is resumed keeps its settings.
+    `weights`: the content of --init_from, if a run begins with it.
     `correlate_views(args, images, device)`: see view_correlation; `time_a_step(...)`: seconds.
     """
-    flags = {name: value for name, value in vars(args).items() if name != "given"}
-    settings = Settings(flags, getattr(args, "given", ()))
-    found = find_checkpoint(args.resume, args.output_dir)
-    if found and isinstance(flags_in(found[1]).get(AUTO), dict):
-        settings.adopt(flags_in(found[1]))
-        print0(f"--preset auto: the settings of {found[0]}, decided when that run began.")
-    else:
+    settings, resumes = open_settings(args)
+    if not resumes:
         skip_bad = args.on_bad_image == "skip"
         seen = survey(images, args.seed, skip_bad, args.in_chans)
-        print0(f"--preset auto: {seen}")
+        print0(f"--preset {args.preset}: {seen}")
+        if weights is not None:
+            keep_networks(settings, weights)
         settings.decide("warmup_epochs", 0, "until the length is known")
         fit_data(settings, seen, device.type, get_world_size())
         iterations = -(-len(images) // get_world_size()) // settings["batch_size_per_gpu"]
@@ -62,58 +55,14 @@ def decide_settings(args, images, device, correlate_views, time_a_step):
             seconds = time_a_step(settings.namespace(), images, device)
             fit_hours(settings, seconds, iterations)
         fit_length(settings, iterations)
-    print0(settings.table())
-    decided = settings.namespace()
-    decided.auto = settings.reasons
-    return decided
+        if weights is not None:
+            fit_continuation(settings, weights)
+    return settings.conclude()
 
 
 # Of the augmentation, tried in turn, until the views of an image correlate by so much. Photographs
 # at 0.1 to 0.2 were learned from, digits at 0.0 were not.
 STRENGTHS, LEAST_CORRELATION = (1.0, 0.5, 0.25), 0.1
-
-
-class Settings:
-    """Flags while they are decided: what was given stands; `reasons` has why of what was not."""
-
-    def __init__(self, flags, given):
-        self.flags, self.given, self.reasons = dict(flags), set(given), {}
-
-    def __getitem__(self, name):
-        return self.flags[name]
-
-    def decide(self, name, value, reason):
-        if name not in self.given:
-            self.flags[name], self.reasons[name] = value, reason
-
-    def adopt(self, saved):
-        """Take what was decided in the flags `saved` of an earlier run."""
-        for name, reason in saved[AUTO].items():
-            if name in self.flags and name in saved:
-                self.decide(name, saved[name], str(reason))
-
-    def namespace(self):
-        return argparse.Namespace(**self.flags)
-
-    @property
-    def is_vit(self):
-        return canonical_name(self["arch"]) in ARCHITECTURES
-
-    def table(self):
-        """A line for each decided setting: name, value, reason."""
-        rows = [("--" + name, shown(self[name]), why) for name, why in self.reasons.items()]
-        rows = [("setting", "value", "reason"), *rows]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        return "\n".join(
-            printable(f"{name:{widths[0]}}  {value:{widths[1]}}  {why}")
-            for name, value, why in rows
-        )
-
-
-def shown(value):
-    if isinstance(value, list | tuple):
-        return " ".join(map(shown, value))
-    return f"{value:.5g}" if isinstance(value, float) else str(value).lower()
 
 
 # ---- what follows from the data ----

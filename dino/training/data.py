@@ -9,7 +9,7 @@ from dino.data.images import ImageFiles, list_training_images
 from dino.distributed import get_world_size
 from dino.errors import UserError
 from dino.own_code import import_by_path
-from dino.training.presets import AUTO
+from dino.training.presets import DECIDED
 
 
 def open_images(args):
@@ -18,10 +18,10 @@ def open_images(args):
         return open_dataset(args.dataset, args.data_path, args.download), args.knn_data_path
     if args.data_path != DEMO:
         paths = list_training_images(args.data_path)
-        if args.preset == AUTO and "in_chans" not in getattr(args, "given", ()):
+        if args.preset in DECIDED and "in_chans" not in getattr(args, "given", ()):
             args.in_chans = count_channels(paths)
         return ImageFiles(paths, reader(args.in_chans)), args.knn_data_path
-    if args.preset != AUTO:  # which fits the batch to the images
+    if args.preset not in DECIDED:  # which fit the batch to the images
         check_images(args, NUMBER_OF_IMAGES)
     folder = demo_folder(args.output_dir)
     write_demo_images(folder)

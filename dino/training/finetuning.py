@@ -30,7 +30,7 @@ from dino.networks import data_parallel, unwrap
 from dino.precision import autocast
 from dino.randomness import fix_random_seeds
 from dino.sync_batchnorm import sync_batchnorms
-from dino.weights.pretrained import load_resized
+from dino.weights.starting import load_resized
 
 DEIT = dict(
     epochs=300,

@@ -6,7 +6,7 @@ from pathlib import Path
 from dino.backbones import canonical_name, check_arch
 from dino.command_line import check_output_folder
 from dino.errors import UserError
-from dino.training.presets import AUTO
+from dino.training.presets import CONTINUE, DECIDED
 from vision_transformer import ARCHITECTURES
 
 
@@ -31,6 +31,8 @@ def check_places(args):
             f"--output_dir {args.output_dir}: holds a run of eval_linear.py, whose log.txt would be"
             " lost. Give another folder."
         )
+    if args.preset == CONTINUE and not args.init_from:
+        raise UserError("--preset continue: name the weights to start from with --init_from FILE.")
     if args.init_from and args.resume not in ("auto", "never"):
         raise UserError(
             f"--init_from {args.init_from} and --resume {args.resume} exclude each other: the one"
@@ -40,10 +42,10 @@ def check_places(args):
 
 def check_hours(args):
     """Only --preset auto takes a length in hours."""
-    if args.hours is not None and args.preset != AUTO:
+    if args.hours is not None and args.preset not in DECIDED:
         raise UserError(
-            f"--hours {args.hours}: only --preset auto measures how many epochs fit. Give --epochs,"
-            " or --preset auto."
+            f"--hours {args.hours}: only --preset auto and continue measure how many epochs"
+            " fit. Give --epochs, or one of these."
         )
 
 

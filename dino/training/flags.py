@@ -16,7 +16,7 @@ from dino.data.demo import DEMO
 from dino.errors import UserError
 from dino.small_resnet import STEMS
 from dino.training.ablation_flags import add_ablation_arguments
-from dino.training.presets import AUTO, PRESETS
+from dino.training.presets import DECIDED, PRESETS
 from dino.training.view_flags import add_view_arguments
 
 
@@ -145,8 +145,8 @@ def add_optimisation_arguments(group):
         "--hours",
         default=None,
         type=number(float, above=0),
-        help="time to train for, instead of --epochs: with --preset auto, which measures how many"
-        " fit and takes half an hour if neither is given",
+        help="time to train for, instead of --epochs: with --preset auto or continue, which measure"
+        " how many fit and take half an hour if neither is given",
     )
     add("--batch_size_per_gpu", default=64, type=number(int, 1), help="images per process and step")
     add(
@@ -200,6 +200,12 @@ def add_optimisation_arguments(group):
         " does not fall",
     )
     add(
+        "--freeze_backbone",
+        default=0,
+        type=number(int, 0),
+        help="epochs in which the head learns alone: for --init_from without a head",
+    )
+    add(
         "--use_fp16",
         default=True,
         type=bool_flag,
@@ -223,7 +229,8 @@ def add_run_arguments(group):
         "--preset",
         choices=list(PRESETS),
         help="a named recipe, which sets defaults: see presets.py; auto looks at the images and"
-        " decides, for one's own data, and prints what and why",
+        " decides, for one's own data, and prints what and why; continue does so to train on from"
+        " the weights of --init_from",
     )
     add(
         "--data_path",
@@ -257,8 +264,8 @@ def add_run_arguments(group):
         "--resume",
         default="auto",
         metavar="{auto,never,PATH}",
-        help="auto goes on with the run in --output_dir, if there is one; never refuses such a"
-        " folder; or a checkpoint to go on from",
+        help="auto resumes the run in --output_dir, if there is one; never refuses such a folder;"
+        " or a checkpoint to resume from",
     )
     add(
         "--init_from",
@@ -334,7 +341,7 @@ def over_preset(args):
     if args.preset:
         flags = PRESETS[args.preset].flags
         vars(args).update({name: value for name, value in flags.items() if name not in given})
-    if args.preset == AUTO:
+    if args.preset in DECIDED:
         if "hours" in given and "epochs" in given:
             raise UserError("--hours and --epochs exclude each other: leave one out.")
         args.given = sorted(given)

@@ -7,7 +7,9 @@ classifier.
 
 from dataclasses import dataclass
 
-AUTO = "auto"
+AUTO, CONTINUE = "auto", "continue"
+# dino/training/auto.py decides their flags, once the data and the device are known.
+DECIDED = (AUTO, CONTINUE)
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,14 @@ PRESETS = {
         reported="k-NN 67.9, linear 72.5 (Table 7 of the paper)",
     ),
     AUTO: Preset(
-        {},  # dino/training/auto.py decides, once the data and the device are known
+        {},
         source="ours, from a look at the data: small, grey or large, on a CPU or a GPU",
         reported="benchmarks/small_data.md",
+    ),
+    CONTINUE: Preset(
+        {},
+        source="ours: as auto, and small steps from the weights of --init_from",
+        reported="benchmarks/continue.md",
     ),
     "demo": Preset(
         dict(

@@ -11,7 +11,8 @@ from dino.meters import MetricLogger, SmoothedValue, is_due, peak_memory_mb
 from dino.printable import printable
 from dino.run_log import RunLog
 from dino.training.health import Health, Monitor
-from dino.training.presets import AUTO, PRESETS
+from dino.training.presets import PRESETS
+from dino.training.settings import REASONS
 
 # Means over all iterations of an epoch, by their official names, and over its logged ones, by ours;
 # of the gradient norm, and how many steps were skipped, over all again.
@@ -122,6 +123,8 @@ class Recorder:
 
     def judge_measurements(self, progress, knn):
         """Print and log the verdicts on all measurements so far; `knn` is the KnnProbe, or None."""
+        if not is_main_process():  # which alone prints and logs
+            return
         lines = self.log.read("rank_me")
         finished = progress.epoch == self.epochs
         for name, text in self.health.judge_features(
@@ -157,7 +160,7 @@ def console_logger():
 
 def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
     """Every flag with its value, and what follows from them."""
-    flags = sorted((flag, value) for flag, value in vars(args).items() if flag != AUTO)
+    flags = sorted((flag, value) for flag, value in vars(args).items() if flag != REASONS)
     print0(*[printable(f"{flag}: {value}") for flag, value in flags], sep="\n")
     if args.preset:
         preset = PRESETS[args.preset]

@@ -31,7 +31,7 @@ from dino.training.plots import draw_first_views, draw_run
 from dino.training.recorder import Recorder
 from dino.training.saver import NEWEST, Saver
 from dino.weights.files import backbone_payload, flags_in
-from dino.weights.pretrained import initialise_from
+from dino.weights.starting import initialise_from
 
 SECONDS_PER_PICTURE = 60  # between two drawings of the curves, which take a second
 BEST_KNN, BEST_RANK = "checkpoint_best_knn.pth", "checkpoint_best_rank.pth"

@@ -20,7 +20,7 @@ from dino.errors import UserError
 from dino.evaluation.attention import open_for_attention
 from dino.networks import MultiCropWrapper
 from dino.training.flags import parse_args
-from dino.weights.pretrained import fit_channels
+from dino.weights.starting import fit_channels
 from main_dino import train_dino
 from vision_transformer import vit_nano
 

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import eval_knn
 from dino.errors import UserError
 from dino.weights.layouts import in_our_names, read_weights, to_transformers
-from dino.weights.pretrained import initialise_from, open_backbone
+from dino.weights.pretrained import open_backbone
+from dino.weights.starting import initialise_from
 from vision_transformer import vit_nano, vit_tiny
 
 

@@ -29,7 +29,8 @@ from dino.training.checkpoint import (
 )
 from dino.weights.files import write_atomically
 from dino.weights.loading import load_exactly, restore
-from dino.weights.pretrained import check_description, initialise_from
+from dino.weights.pretrained import check_description
+from dino.weights.starting import initialise_from
 
 
 @pytest.fixture

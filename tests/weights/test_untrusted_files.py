@@ -25,8 +25,9 @@ from dino.training.checkpoint import (
 )
 from dino.training.saver import find_checkpoint
 from dino.weights.files import flags_in, read
-from dino.weights.pretrained import initialise_from, open_backbone
+from dino.weights.pretrained import open_backbone
 from dino.weights.published import PUBLISHED_BACKBONES
+from dino.weights.starting import initialise_from
 
 EVALUATION = ("--device", "cpu", "--num_workers", "0", "--data_path", "labelled")
 COMMANDS = {

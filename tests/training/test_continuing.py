@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--preset continue: networks follow from the weights, and the first epochs leave them alone."""
+
+import json
+
+import pytest
+import torch
+from conftest import SMALL_RUN, photograph
+
+from dino.errors import UserError
+from dino.training.flags import parse_args
+from main_dino import train_dino
+
+IMAGES = [photograph(name).resize((48, 40)) for name in ("astronaut.png", "coffee.png")] * 8
+
+
+def train(*flags):
+    train_dino(parse_args([str(flag) for flag in (*SMALL_RUN, *flags)]), images=IMAGES)
+
+
+def continue_from(weights, folder, *flags):
+    few = ("--num_workers", 0, "--local_crops_number", 2, "--report", "false", "--device", "cpu")
+    flags = ("--preset", "continue", "--init_from", weights, "--output_dir", folder, *few, *flags)
+    train_dino(parse_args([str(flag) for flag in flags]), images=IMAGES)
+    return json.loads((folder / "args.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train("--output_dir", folder, "--mean", 0.4, 0.5, 0.6, "--use_bn_in_head", "true")
+    return folder
+
+
+def test_a_backbone_without_a_head_stays_as_it_is_until_its_new_head_has_learned(trained, tmp_path):
+    flags = continue_from(trained / "backbone.pth", tmp_path, "--epochs", 2, "--saveckp_freq", 1)
+    given = dict(
+        arch="vit_nano", patch_size=8, global_crop_size=32, mean=[0.4, 0.5, 0.6], freeze_backbone=1
+    )
+    assert {name: flags[name] for name in given} == given
+    before = torch.load(trained / "backbone.pth", weights_only=True)["teacher"]
+    for name, equal in (("checkpoint0000.pth", True), ("checkpoint.pth", False)):
+        student = torch.load(tmp_path / name, weights_only=True)["student"]
+        same = [torch.equal(student["module.backbone." + key], before[key]) for key in before]
+        assert all(same) if equal else not any(same), name
+        teacher = torch.load(tmp_path / name, weights_only=True)["teacher"]
+        (head,) = (value for key, value in teacher.items() if key.endswith("head.mlp.0.weight"))
+        assert not torch.equal(head, student["module.head.mlp.0.weight"]), "the head learns"
+
+
+def test_a_checkpoint_with_its_head_is_continued_whole(trained, tmp_path, capsys):
+    flags = continue_from(trained / "checkpoint.pth", tmp_path, "--epochs", 1)
+    output = capsys.readouterr().out
+    head = dict(out_dim=64, head_hidden_dim=32, head_bottleneck_dim=16, use_bn_in_head=True)
+    assert {name: flags[name] for name in head} == head
+    assert flags["freeze_backbone"] == 0
+    everything = (
+        "backbone of the student, head of the student, backbone of the teacher, head of the"
+    )
+    assert everything in output
+    assert "starts afresh" not in output
+
+
+def test_a_head_of_other_widths_starts_afresh_and_learns_alone_first(trained, tmp_path):
+    flags = continue_from(trained / "checkpoint.pth", tmp_path, "--epochs", 1, "--out_dim", 32)
+    assert flags["freeze_backbone"] == 1
+
+
+def test_a_resumed_run_needs_the_weights_no_more(trained, tmp_path, capsys):
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes((trained / "backbone.pth").read_bytes())
+    begun = continue_from(weights, tmp_path / "run", "--epochs", 1)
+    weights.unlink()
+    assert continue_from(weights, tmp_path / "run", "--epochs", 1) == begun
+    assert "decided when that run began" in capsys.readouterr().out
+
+
+def test_weights_that_are_missing_or_do_not_say_what_they_are_are_refused(trained, tmp_path):
+    with pytest.raises(UserError, match="name the weights to start from with --init_from"):
+        train_dino(parse_args(["--preset", "continue", "--output_dir", str(tmp_path)]), IMAGES)
+    weights = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="does not say which network it holds: give --arch"):
+        continue_from(tmp_path / "weights.pth", tmp_path / "run")
