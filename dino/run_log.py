@@ -7,9 +7,10 @@ from pathlib import Path
 
 from dino.atomic import replacing
 from dino.distributed import gather_objects, is_main_process, print0
-from dino.json_files import dumps, is_number, read_lines, read_object
+from dino.json_files import dumps, finite, is_number, read_lines, read_object
 from dino.printable import printable
 from dino.versions import versions
+from dino.wandb_log import WandbLog
 
 # What a line of metrics.jsonl must have, by the key that tells its kind: numbers, texts.
 KINDS = {
@@ -36,12 +37,14 @@ class RunLog:
     """The files of figures in --output_dir, written by rank 0.
 
     `metrics.jsonl` has a line for each logged iteration, measurement and verdict, `log.txt`
-    one for each epoch; with `tensorboard` the same numbers go to its event files.
+    one for each epoch; with `tensorboard` the same numbers go to its event files, with `wandb` to
+    Weights & Biases.
     """
 
-    def __init__(self, output_dir, tensorboard=False):
+    def __init__(self, output_dir, tensorboard=False, wandb=False):
         self.folder = Path(output_dir)
         self.tensorboard, self.writer = tensorboard, None
+        self.wandb, self.wandb_log = wandb, None
 
     def start(self, args):
         """Begin a run: its flags and versions, and no figures."""
@@ -53,6 +56,8 @@ class RunLog:
         """Write the flags, and the versions that this process runs with."""
         self.write("args.json", dumps(args, indent=1) + "\n")
         self.write("versions.json", dumps(versions(), indent=1) + "\n")
+        if self.wandb and is_main_process():
+            self.wandb_log = WandbLog(self.folder, finite(args))
 
     def rewind(self, args, epochs, epochs_done):
         """Resume after so many logged epochs, and epochs done with a fraction.
@@ -84,11 +89,11 @@ class RunLog:
 
     def iteration(self, record):
         self.append("metrics.jsonl", record)
-        self.to_tensorboard("iteration", record, record["iteration"])
+        self.to_boards("iteration", record, record["iteration"])
 
     def epoch(self, record):
         self.append("log.txt", record)
-        self.to_tensorboard("epoch", record, record["epoch"])
+        self.to_boards("epoch", record, record["epoch"])
 
     def measurement(self, progress, measured):
         """What was measured on the features between two epochs: printed and logged."""
@@ -140,18 +145,23 @@ class RunLog:
             with best_effort(self.folder / name), (self.folder / name).open("a") as file:
                 file.write(dumps(record) + "\n")
 
-    def to_tensorboard(self, group, record, step):
-        if not self.tensorboard or not is_main_process():
-            return
+    def to_boards(self, group, record, step):
+        """The numbers of a record, to those viewers that the flags ask for."""
+        figures = {name: value for name, value in record.items() if is_number(value)}
+        if self.wandb_log:
+            self.wandb_log.add(group, figures, step)
+        if self.tensorboard and is_main_process():
+            self.to_tensorboard(group, figures, step)
+
+    def to_tensorboard(self, group, figures, step):
         folder = self.folder / "tensorboard"
         with best_effort(folder):
             if self.writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(folder))
-            for name, value in record.items():
-                if is_number(value):
-                    self.writer.add_scalar(f"{group}/{name}", value, step)
+            for name, value in figures.items():
+                self.writer.add_scalar(f"{group}/{name}", value, step)
             self.writer.flush()
 
 

@@ -7,6 +7,7 @@ from dino.backbones import canonical_name, check_arch
 from dino.command_line import check_output_folder
 from dino.errors import UserError
 from dino.training.presets import CONTINUE, DECIDED
+from dino.wandb_log import require_wandb
 from vision_transformer import ARCHITECTURES
 
 
@@ -26,6 +27,8 @@ def check_training_flags(args, own_views=False):
 def check_places(args):
     """Where the run writes, and what it starts from."""
     check_output_folder(args.output_dir)
+    if args.wandb:
+        require_wandb()
     if (Path(args.output_dir) / "checkpoint.pth.tar").exists():
         raise UserError(
             f"--output_dir {args.output_dir}: holds a run of eval_linear.py, whose log.txt would be"

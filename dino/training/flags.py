@@ -322,6 +322,11 @@ def add_run_arguments(group):
         " alignment and uniformity, which need no labels; the first one is before training",
     )
     add("--tensorboard", action="store_true", help="write the figures as TensorBoard events too")
+    add(
+        "--wandb",
+        action="store_true",
+        help="log the figures to Weights & Biases too, set up by variables such as WANDB_PROJECT",
+    )
     add("--report", default=True, type=bool_flag, help="write report.html at the end")
 
 

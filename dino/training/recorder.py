@@ -27,7 +27,7 @@ class Recorder:
     """
 
     def __init__(self, output_dir, dino_loss, args):
-        self.log = RunLog(output_dir, args.tensorboard)
+        self.log = RunLog(output_dir, args.tensorboard, args.wandb)
         self.monitor = Monitor(dino_loss)
         self.teacher_temps = dino_loss.teacher_temp_schedule.tolist()
         self.log_out_dim = math.log(dino_loss.center.shape[1])
