@@ -9,6 +9,7 @@ from dino.atomic import replacing
 from dino.distributed import gather_objects, is_main_process, print0
 from dino.json_files import dumps, finite, is_number, read_lines, read_object
 from dino.printable import printable
+from dino.tensorboard_log import TensorBoardLog
 from dino.versions import versions
 from dino.wandb_log import WandbLog
 
@@ -37,27 +38,25 @@ class RunLog:
     """The files of figures in --output_dir, written by rank 0.
 
     `metrics.jsonl` has a line for each logged iteration, measurement and verdict, `log.txt`
-    one for each epoch; with `tensorboard` the same numbers go to its event files, with `wandb` to
-    Weights & Biases.
+    one for each epoch. With `tensorboard` and `wandb` the same numbers go to these boards.
     """
 
     def __init__(self, output_dir, tensorboard=False, wandb=False):
         self.folder = Path(output_dir)
-        self.tensorboard, self.writer = tensorboard, None
-        self.wandb, self.wandb_log = wandb, None
+        self.boards = [TensorBoardLog(self.folder)] * tensorboard + [WandbLog(self.folder)] * wandb
 
     def start(self, args):
         """Begin a run: its flags and versions, and no figures."""
-        self.describe(args)
+        self.describe(args, resumes=False)
         for name in ("metrics.jsonl", "log.txt"):
             self.write(name, "")
 
-    def describe(self, args):
+    def describe(self, args, resumes):
         """Write the flags, and the versions that this process runs with."""
         self.write("args.json", dumps(args, indent=1) + "\n")
         self.write("versions.json", dumps(versions(), indent=1) + "\n")
-        if self.wandb and is_main_process():
-            self.wandb_log = WandbLog(self.folder, finite(args))
+        for board in self.boards if is_main_process() else ():
+            board.begin(finite(args), resumes)
 
     def rewind(self, args, epochs, epochs_done):
         """Resume after so many logged epochs, and epochs done with a fraction.
@@ -65,7 +64,7 @@ class RunLog:
         Drops the lines of what is done again. They are compared by their share of the run, since
         another batch size counts iterations in another way.
         """
-        self.describe(args)
+        self.describe(args, resumes=True)
         self.keep("log.txt", lambda line: line["epoch"] < epochs)
         self.keep(
             "metrics.jsonl",
@@ -148,21 +147,9 @@ class RunLog:
     def to_boards(self, group, record, step):
         """The numbers of a record, to those viewers that the flags ask for."""
         figures = {name: value for name, value in record.items() if is_number(value)}
-        if self.wandb_log:
-            self.wandb_log.add(group, figures, step)
-        if self.tensorboard and is_main_process():
-            self.to_tensorboard(group, figures, step)
-
-    def to_tensorboard(self, group, figures, step):
-        folder = self.folder / "tensorboard"
-        with best_effort(folder):
-            if self.writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(folder))
-            for name, value in figures.items():
-                self.writer.add_scalar(f"{group}/{name}", value, step)
-            self.writer.flush()
+        for board in self.boards if is_main_process() else ():
+            with best_effort(board.folder):
+                board.add(group, figures, step)
 
 
 @contextlib.contextmanager
