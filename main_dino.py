@@ -53,6 +53,7 @@ from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import StopRequested, exit_when_stopped, listen
 from dino.training.agreement import Agreement
+from dino.training.attention_history import AttentionHistory
 from dino.training.auto import decide_settings
 from dino.training.budget import seconds_per_step
 from dino.training.checkpoint import Progress
@@ -309,11 +310,13 @@ def build_probes(args, images, knn_data_path, augmentation, workers, device):
         skip_bad=args.on_bad_image == "skip",
         **options,
     )
+    history = AttentionHistory(args.output_dir, images, augmentation, args.epochs)
+    attention = history if args.report else None
     if knn_data_path is None:
-        return Probes(None, sample)
+        return Probes(None, sample, attention)
     transform = eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
     knn = KnnProbe(knn_data_path, transform, device, flag="--knn_data_path", **options)
-    return Probes(knn, sample)
+    return Probes(knn, sample, attention)
 
 
 def build_state(args, views, device, amp_dtype):

@@ -35,7 +35,9 @@ TILE = 128  # pixels of the side of a drawn image
 GALLERY = 256  # images among which neighbours are sought: more would take minutes on a CPU
 QUERIES, NEIGHBOURS = 4, 5
 BATCH = 32
-ATTENTION, PATCHES, NEAREST = "attention_maps.png", "patch_features.png", "neighbours.png"
+GAP = 4  # pixels between drawn images
+ATTENTION, ATTENTION_EPOCHS = "attention_maps.png", "attention_over_epochs.png"
+PATCHES, NEAREST = "patch_features.png", "neighbours.png"
 
 
 @torch.no_grad()
@@ -47,8 +49,7 @@ def draw_backbone(folder, backbone, images, augmentation):
     """
     if not is_main_process() or len(augmentation.mean) != RGB:
         return
-    mean, std = augmentation.mean, augmentation.std
-    transform = eval_transform(augmentation.views[0].size, mean, std)
+    transform = transform_of(augmentation)
     gallery = [image_of(images[number], number) for number in spread(len(images), GALLERY)]
     training, device = backbone.training, next(backbone.parameters()).device
     backbone.eval()
@@ -57,11 +58,7 @@ def draw_backbone(folder, backbone, images, augmentation):
             pixels = torch.stack([transform(image) for image in gallery])  # (n, 3, S, S)
             if is_vit(backbone):
                 shown = pixels[spread(len(pixels), SHOWN)]
-                photographs = tiles(
-                    torch.stack(
-                        [torch.tensor(plots.displayable(view, mean, std)) for view in shown]
-                    ).permute(0, 3, 1, 2)
-                )
+                photographs = photographs_of(shown, augmentation)
                 maps = [attention_of_pixels(backbone, view).cpu() for view in shown]
                 columns = [tiles(color_maps(heads_and_mean(heads))) for heads in maps]
                 save_grid(folder, ATTENTION, photographs, columns)
@@ -72,6 +69,25 @@ def draw_backbone(folder, backbone, images, augmentation):
     finally:
         backbone.train(training)
     save_neighbours(Path(folder) / NEAREST, torch.cat(features).float(), gallery)
+
+
+def transform_of(augmentation):
+    """That of the k-NN: a central crop of the size of a global view."""
+    return eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
+
+
+def shown_pixels(images, augmentation):
+    """The SHOWN images of which `draw_backbone` draws maps: normalised (n, 3, S, S)."""
+    gallery, transform = spread(len(images), GALLERY), transform_of(augmentation)
+    numbers = [gallery[i] for i in spread(len(gallery), SHOWN)]
+    return torch.stack([transform(image_of(images[number], number)) for number in numbers])
+
+
+def photographs_of(pixels, augmentation):
+    """Normalised (n, 3, S, S) as they are drawn: (n, 3, TILE, TILE)."""
+    mean, std = augmentation.mean, augmentation.std
+    shown = [torch.tensor(plots.displayable(view, mean, std)) for view in pixels]
+    return tiles(torch.stack(shown).permute(0, 3, 1, 2))
 
 
 def heads_and_mean(maps):
@@ -115,7 +131,7 @@ def save_grid(folder, name, photographs, columns):
         torch.cat([photograph[None], row])
         for photograph, row in zip(photographs, columns, strict=True)
     ]
-    grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=4, pad_value=1.0)
+    grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=GAP, pad_value=1.0)
     with replacing(Path(folder) / name) as temporary:
         save_image(grid, temporary, format="png")
 

@@ -6,7 +6,6 @@ scripts and the network.
 """
 
 import base64
-import contextlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,24 @@ import matplotlib.pyplot as plt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dino.atomic import replacing
+from dino.backbones import canonical_name
 from dino.data.images import UnreadableImage, read_image
-from dino.distributed import is_main_process, print0
+from dino.distributed import is_main_process
 from dino.errors import UserError
 from dino.json_files import dumps, is_number, read_object
 from dino.printable import printable
 from dino.run_log import RunLog
-from dino.training.backbone_pictures import ATTENTION, NEAREST, PATCHES, draw_backbone
+from dino.training.backbone_pictures import (
+    ATTENTION,
+    ATTENTION_EPOCHS,
+    NEAREST,
+    PATCHES,
+    draw_backbone,
+)
 from dino.training.comparison import COLUMNS, describe_run
 from dino.training.flags import get_args_parser
-from dino.training.plots import PANELS, LoggedRun, draw_panel
+from dino.training.plots import PANELS, LoggedRun, draw_panel, whatever_happens
+from vision_transformer import ARCHITECTURES
 
 TEMPLATE = "report.html.jinja"  # beside this file
 MOST_ROWS = 12  # of a table of measurements
@@ -49,6 +56,12 @@ PICTURES = (
         "Where the class token looks",
         "Attention of [CLS] to the patches in the last block of the trained backbone. Columns: the"
         " image, the mean of the heads, the first heads.",
+    ),
+    (
+        ATTENTION_EPOCHS,
+        "Attention over the epochs",
+        "The same for the teacher before training (epoch 0) and after some epochs: the mean of the"
+        " heads, each map from its lowest value to its highest.",
     ),
     (
         PATCHES,
@@ -82,6 +95,7 @@ class ReportedRun:
     bad_images: list  # texts
     measurements: list  # rows of texts, one for each of MEASURES after the epoch
     measured: int  # how often
+    undrawn: str  # why there are no attention maps, or ""
     pictures: dict = field(default_factory=dict)  # {file: Picture}
 
 
@@ -97,15 +111,6 @@ def report_run(folder, backbone, images, augmentation):
         draw_backbone(folder, backbone, images, augmentation)
     with whatever_happens(path):
         write_report(path, [folder])
-
-
-@contextlib.contextmanager
-def whatever_happens(what):
-    """Print a warning and continue: no picture is worth the end of a run."""
-    try:
-        yield
-    except Exception as error:  # a full disk, an unreadable image, a font
-        print0(printable(f"Warning: {what} could not be written ({error}); continuing."))
 
 
 def write_report(path, folders):
@@ -154,8 +159,16 @@ def read_run(folder, logged):
         ],
         [printable(line["text"]) for line in logged.bad_images],
         *describe_measurements(logged),
+        why_no_attention(log.flags().get("arch")),
         {file: picture for file, picture in pictures.items() if picture},
     )
+
+
+def why_no_attention(arch):
+    """A sentence for a network that is not a ViT of vision_transformer.py; "" for one that is."""
+    if not isinstance(arch, str) or canonical_name(arch) in ARCHITECTURES:
+        return ""
+    return f"There are no attention maps and no patch features: {printable(arch)} is not a ViT."
 
 
 def shown(values):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of a run: what the network sees, and its curves. Drawn without a screen."""
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -55,13 +56,22 @@ def displayable(view, mean, std):
     return as_rgb((view.permute(1, 2, 0) * std + mean).clamp(0, 1).numpy())
 
 
-def save(figure, path):
+def save(figure, path, dpi=90):
     """Write `figure` atomically, since somebody may be viewing the file, and close it."""
     try:
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=90)
+            figure.savefig(temporary, format="png", dpi=dpi)
     finally:
         plt.close(figure)
+
+
+@contextlib.contextmanager
+def whatever_happens(what):
+    """Print a warning and continue: no picture is worth the end of a run."""
+    try:
+        yield
+    except Exception as error:  # a full disk, an unreadable image, a font
+        print0(printable(f"Warning: {what} could not be written ({error}); continuing."))
 
 
 def draw_first_views(path, loader, augmentation, images=4):

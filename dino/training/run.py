@@ -20,6 +20,7 @@ from dino.printable import printable
 from dino.randomness import random_state
 from dino.signals import Interruption
 from dino.training.agreement import Agreement
+from dino.training.attention_history import AttentionHistory
 from dino.training.checkpoint import (
     Progress,
     check_same_run,
@@ -54,6 +55,7 @@ class Probes:
 
     knn: KnnProbe | None  # None without labels
     sample: SampleProbe
+    attention: AttentionHistory | None  # None without --report
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Run:
         self.recorder.log.start(vars(self.args))
         draw_first_views(self.saver.folder / "augmentations.png", loader, self.augmentation)
         self.measure(state, probes)
+        self.keep_attention(state, probes)
 
     def resume(self, state, images, path, checkpoint):
         """Resume an interrupted run, on so many images: everything as saved, or a UserError."""
@@ -136,11 +139,14 @@ class Run:
             progress.student_ahead = int(ahead)
             means = means | measured
             self.recorder.judge_measurements(progress, probes.knn)
+        self.keep_attention(state, probes)
         self.recorder.log.epoch(means)  # before the save: a resumed run drops a line, adds none
         progress.unlogged = {}
         self.save(state, names)
         if progress.epoch == args.epochs or time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
             draw_run(self.saver.folder)
+            if probes.attention:
+                probes.attention.draw()
             self.drawn = time.monotonic()
 
     def is_measurement_due(self):
@@ -162,6 +168,10 @@ class Run:
             measured |= probes.sample.measure(unwrap(state.teacher).backbone, until_asked)
         self.recorder.log.measurement(self.progress, measured)
         return measured
+
+    def keep_attention(self, state, probes):
+        if probes.attention:
+            probes.attention.after_epoch(unwrap(state.teacher).backbone, self.progress.epoch)
 
     def best_of(self, measured):
         """The names of the checkpoints for which this teacher is the best so far."""

@@ -12,7 +12,13 @@ import torch
 from conftest import SMALL_RUN, run_script
 from PIL import Image
 
-from dino.training.backbone_pictures import ATTENTION, NEAREST, PATCHES, principal_colors
+from dino.training.backbone_pictures import (
+    ATTENTION,
+    ATTENTION_EPOCHS,
+    NEAREST,
+    PATCHES,
+    principal_colors,
+)
 
 VOID = {"meta", "img", "br", "link"}  # elements without an end
 
@@ -84,7 +90,7 @@ def test_the_report_shows_the_views_of_the_run(run):
 def test_the_report_shows_what_the_backbone_makes_of_the_images(run):
     page = Page(run / "report.html")
     shown = [image.convert("RGB").tobytes() for image in page.images]
-    for name in (ATTENTION, PATCHES, NEAREST):
+    for name in (ATTENTION, ATTENTION_EPOCHS, PATCHES, NEAREST):
         assert Image.open(run / name).convert("RGB").tobytes() in shown
     columns = 2 + 3  # image, mean, and the 3 heads of a vit_nano
     assert Image.open(run / ATTENTION).size == (columns * 132 + 4, 8 * 132 + 4)
@@ -112,7 +118,9 @@ def test_a_network_without_patches_has_neighbours_alone(class_folders, tmp_path)
     train(class_folders / "train", tmp_path, "--epochs", 1, "--arch", "resnet_nano")
     page = Page(tmp_path / "report.html")
     assert "Nearest neighbours" in page.texts
-    assert "Where the class token looks" not in page.texts
+    assert not {"Where the class token looks", "Attention over the epochs"} & set(page.texts)
+    assert "no attention maps and no patch features: resnet_nano is not a ViT." in page.text
+    assert not (tmp_path / "attention_history").exists()
 
 
 def test_the_report_needs_no_network_and_no_script(run):

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention maps of the same images over the epochs of a run.
+
+Seven times in a run the teacher's maps of eight images are kept, in files of R x C numbers each:
+the cost does not grow with the length of the run. n images, R x C patches.
+"""
+
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torchvision.utils import make_grid
+
+from dino.atomic import replacing
+from dino.backbones import is_vit
+from dino.data.channels import RGB
+from dino.distributed import is_main_process
+from dino.evaluation.attention import attention_of_pixels
+from dino.spread import spread
+from dino.training import plots
+from dino.training.backbone_pictures import (
+    ATTENTION_EPOCHS,
+    GAP,
+    TILE,
+    color_maps,
+    photographs_of,
+    shown_pixels,
+    tiles,
+)
+
+FOLDER = "attention_history"  # of a run's folder; a file for each epoch
+COLUMNS = 7  # epochs, with that before training
+DPI, TITLE = 100, 24  # pixels per inch, and of the line above the columns
+
+
+class AttentionHistory:
+    """Keeps the maps of a run of so many `epochs`, and draws them. Rank 0 works, of a ViT and RGB.
+
+    `images` and `augmentation`: as for `draw_backbone`, whose eight images these are. Nothing here
+    draws random numbers. A failure is a warning.
+    """
+
+    def __init__(self, folder, images, augmentation, epochs):
+        self.folder, self.images, self.augmentation = Path(folder), images, augmentation
+        self.due = {round(i * epochs / (COLUMNS - 1)) for i in range(COLUMNS)}
+        self.pixels = None  # (n, 3, S, S), read when they are first needed
+
+    def after_epoch(self, backbone, epochs):
+        """Keep the maps if they are due after so many epochs; drop those of later ones.
+
+        A run that went back to an older checkpoint has those.
+        """
+        if not (is_main_process() and is_vit(backbone) and len(self.augmentation.mean) == RGB):
+            return
+        with plots.whatever_happens("the attention maps of this epoch"):
+            for later in [epoch for epoch in self.kept() if epoch > epochs]:
+                self.path(later).unlink()
+            if epochs in self.due:
+                maps = self.maps(backbone)
+                self.path(epochs).parent.mkdir(exist_ok=True)
+                with replacing(self.path(epochs)) as temporary, open(temporary, "wb") as file:
+                    np.save(file, maps)
+
+    @torch.no_grad()
+    def maps(self, backbone):
+        """The mean over the heads of each image's attention: float16 (n, R, C)."""
+        if self.pixels is None:
+            self.pixels = shown_pixels(self.images, self.augmentation)
+        training = backbone.training
+        backbone.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
+                maps = [attention_of_pixels(backbone, view).mean(dim=0) for view in self.pixels]
+        finally:
+            backbone.train(training)
+        return torch.stack(maps).half().cpu().numpy()
+
+    def path(self, epochs):
+        return self.folder / FOLDER / f"epoch{epochs:04}.npy"
+
+    def kept(self):
+        """The epochs of which there are maps, in order."""
+        found = (
+            re.fullmatch(r"epoch(\d+)\.npy", path.name)
+            for path in (self.folder / FOLDER).glob("epoch*.npy")
+        )
+        return sorted(int(match[1]) for match in found if match)
+
+    def draw(self):
+        """A row for each image: itself, then its map after some epochs, at most COLUMNS of them.
+
+        Each map reaches from its own lowest value to its highest.
+        """
+        if not is_main_process() or not (epochs := self.kept()):
+            return
+        with plots.whatever_happens(ATTENTION_EPOCHS):
+            if self.pixels is None:
+                self.pixels = shown_pixels(self.images, self.augmentation)
+            columns = {"image": photographs_of(self.pixels, self.augmentation)}
+            last = len(epochs) - 1
+            for number in sorted({*spread(last, COLUMNS - 1), last}):
+                maps = torch.tensor(np.load(self.path(epochs[number]), allow_pickle=False)).float()
+                columns[f"epoch {epochs[number]}"] = tiles(color_maps(maps))
+            rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+            grid = make_grid(rows, nrow=len(columns), padding=GAP, pad_value=1.0)
+            save_with_titles(grid, list(columns), self.folder / ATTENTION_EPOCHS)
+
+
+def save_with_titles(grid, titles, path):
+    """A PNG of a `grid` (3, H, W) at its own size, below a title for each of its columns."""
+    height, width = grid.shape[1] + TITLE, grid.shape[2]
+    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure.figimage(grid.permute(1, 2, 0).numpy(), 0, 0, origin="upper")
+    for number, title in enumerate(titles):
+        middle = GAP + number * (TILE + GAP) + TILE / 2
+        position = middle / width, 1 - TITLE / 2 / height
+        figure.text(*position, title, ha="center", va="center", fontsize=9)
+    plots.save(figure, path, dpi=DPI)
