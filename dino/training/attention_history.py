@@ -46,6 +46,7 @@ class AttentionHistory:
         self.folder, self.images, self.augmentation = Path(folder), images, augmentation
         self.due = {round(i * epochs / (COLUMNS - 1)) for i in range(COLUMNS)}
         self.pixels = None  # (n, 3, S, S), read when they are first needed
+        self.drawn = []  # the epochs in the picture
 
     def after_epoch(self, backbone, epochs):
         """Keep the maps if they are due after so many epochs; drop those of later ones.
@@ -93,7 +94,7 @@ class AttentionHistory:
 
         Each map reaches from its own lowest value to its highest.
         """
-        if not is_main_process() or not (epochs := self.kept()):
+        if not is_main_process() or (epochs := self.kept()) == self.drawn:
             return
         with plots.whatever_happens(ATTENTION_EPOCHS):
             if self.pixels is None:
@@ -106,6 +107,7 @@ class AttentionHistory:
             rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
             grid = make_grid(rows, nrow=len(columns), padding=GAP, pad_value=1.0)
             save_with_titles(grid, list(columns), self.folder / ATTENTION_EPOCHS)
+            self.drawn = epochs
 
 
 def save_with_titles(grid, titles, path):
