@@ -327,7 +327,12 @@ def add_run_arguments(group):
         action="store_true",
         help="log the figures to Weights & Biases too, set up by variables such as WANDB_PROJECT",
     )
-    add("--report", default=True, type=bool_flag, help="write report.html at the end")
+    add(
+        "--report",
+        default=True,
+        type=bool_flag,
+        help="write report.html at the end, for which attention maps are kept over the epochs",
+    )
 
 
 def parse_args(argv=None):

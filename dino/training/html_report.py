@@ -60,8 +60,9 @@ PICTURES = (
     (
         ATTENTION_EPOCHS,
         "Attention over the epochs",
-        "The same for the teacher before training (epoch 0) and after some epochs: the mean of the"
-        " heads, each map from its lowest value to its highest.",
+        "Attention of [CLS] to the patches in the last block of the teacher, before training (epoch"
+        " 0) and after some epochs: the mean of the heads, each map from its lowest value to its"
+        " highest.",
     ),
     (
         PATCHES,
