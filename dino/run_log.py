@@ -145,7 +145,7 @@ class RunLog:
                 file.write(dumps(record) + "\n")
 
     def to_boards(self, group, record, step):
-        """The numbers of a record, to those viewers that the flags ask for."""
+        """The numbers of a record, to the boards that the flags ask for."""
         figures = {name: value for name, value in record.items() if is_number(value)}
         for board in self.boards if is_main_process() else ():
             with best_effort(board.folder):

@@ -25,7 +25,7 @@ def require_wandb():
 class WandbLog:
     """A run of Weights & Biases, whose files are in `folder`/wandb; a run that resumes keeps it.
 
-    Project, user and mode are those of the library's own variables, such as WANDB_PROJECT and
+    Project, name, user and mode are those of the library's own variables, such as WANDB_PROJECT and
     WANDB_MODE=offline. Each group of figures has its own axis, so that a resumed run may repeat
     steps. Without credentials or a network the figures go to files that `wandb sync` uploads; any
     other failure is a warning, and the rest of the figures is not sent.
@@ -60,7 +60,7 @@ class WandbLog:
         options = dict(
             dir=self.folder,
             id=identity,
-            name=self.folder.name,
+            name=os.environ.get("WANDB_NAME", self.folder.name),
             config=flags,
             resume="allow",
             settings=wandb.Settings(
