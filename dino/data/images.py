@@ -18,11 +18,12 @@ from dino.printable import printable
 
 # Formats that are opened, whatever a file is called. Of Pillow's others, EPS runs a program.
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF")
-# What a run draws into its folder, which is data where --data_path and --output_dir are one.
+# What a run writes into its folder, which is data where --data_path and --output_dir are one.
 PICTURES_OF_A_RUN = {
-    *("augmentations.png", "curves.png"),
+    *("augmentations.png", "curves.png", "attention_over_epochs.png"),
     *("attention_maps.png", "patch_features.png", "neighbours.png"),
 }
+FOLDERS_OF_A_RUN = {"attention_history", "tensorboard", "wandb"}
 SIGN_OF_A_RUN = "args.json"
 ARRAYS = (".npy",)  # count as images in a folder without any of torchvision's extensions
 
@@ -33,19 +34,20 @@ def find_images(folder, endings=IMG_EXTENSIONS):
     Images are files whose names end as one of `endings`.
 
     Links are followed, once. Hidden files and folders (.ipynb_checkpoints, ._name.jpg), which the
-    official code takes for data, and pictures that a run drew are left out. UserError for a folder
+    official code takes for data, and what a run wrote is left out. UserError for a folder
     that may not be listed.
     """
     found, visited = [], set()
     for directory, subdirectories, names in os.walk(folder, followlinks=True, onerror=refuse):
         visited.add(os.path.realpath(directory))
+        is_run = SIGN_OF_A_RUN in names
         subdirectories[:] = sorted(
             name
             for name in subdirectories
-            if not name.startswith(".")
+            if not (name.startswith(".") or (is_run and name in FOLDERS_OF_A_RUN))
             and os.path.realpath(os.path.join(directory, name)) not in visited
         )
-        drawn = PICTURES_OF_A_RUN if SIGN_OF_A_RUN in names else ()
+        drawn = PICTURES_OF_A_RUN if is_run else ()
         found += [
             os.path.join(directory, name)
             for name in sorted(names)

@@ -198,6 +198,9 @@ def test_a_resumed_run_in_its_own_data_folder_does_not_train_on_its_pictures(
     assert (tmp_path / "augmentations.png").exists()
     assert (tmp_path / "curves.png").exists()
     assert (tmp_path / "neighbours.png").exists()
+    assert (tmp_path / "attention_over_epochs.png").exists()
+    assert list((tmp_path / "attention_history").iterdir())
+    assert len(find_images(tmp_path, (".png", ".npy"))) == 8
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
