@@ -185,9 +185,9 @@ VERDICTS = {
     " than 10 outputs and the student agrees, so that the loss is 0 and nothing is left to learn."
     " Try a higher --teacher_temp (0.04 to 0.07), a lower --lr, a lower --clip_grad.",
     "worse than untrained": "The k-NN accuracy, {now[knn_teacher]:.1f} % of the teacher and"
-    " {now[knn_student]:.1f} % of the student, is below that of the untrained backbone,"
-    " {before[knn_teacher]:.1f} %: the features get worse, whatever the loss does. Try crops"
-    " with more in common (--global_crops_scale 0.5 1, --local_crops_scale 0.2 0.4 for small"
+    " {now[knn_student]:.1f} % of the student, is below that of the backbone before"
+    " training, {before[knn_teacher]:.1f} %: the features get worse, whatever the loss does. Try"
+    " crops with more in common (--global_crops_scale 0.5 1, --local_crops_scale 0.2 0.4 for small"
     " images), a lower --lr, a smaller --out_dim, --use_bn_in_head false.",
     "features lose rank": "RankMe, the effective rank of the features, fell from"
     " {before[rank_me]:.1f} before training to {now[rank_me]:.1f}: the images become alike to the"

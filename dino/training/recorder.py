@@ -190,10 +190,11 @@ def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
         print0(f"1 of {gpus} GPUs is used; for all of them: {command} ...")
 
 
-def report_end(probe, log):
+def report_end(probe, log, init_from):
     """The k-NN accuracy before and after training, and that of raw pixels.
 
-    After training: of the better of teacher and student, which is in backbone.pth.
+    Before: of random weights, or of those of `init_from`. After: of the better of teacher and
+    student, which is in backbone.pth.
     """
     if probe is None:
         return
@@ -202,11 +203,13 @@ def report_end(probe, log):
     accuracy, network = max(
         (measured[-1][f"knn_{network}"], network) for network in ("student", "teacher")
     )
+    before = "--init_from's backbone" if init_from else "untrained backbone"
+    rows = {"raw pixels": raw, before: measured[0]["knn_teacher"], "trained backbone": accuracy}
     if is_main_process():
         print0(
             f"k-NN accuracy (k = {probe.k}) on the held-out images of"
-            f" {printable(probe.data_path)}:\n"
-            f"  raw pixels         {raw:5.1f} %\n"
-            f"  untrained backbone {measured[0]['knn_teacher']:5.1f} %\n"
-            f"  trained backbone   {accuracy:5.1f} % (the {network}'s, in backbone.pth)"
+            f" {printable(probe.data_path)}:",
+            *[f"  {name:{len(before)}} {value:5.1f} %" for name, value in rows.items()],
+            sep="\n",
+            end=f" (the {network}'s, in backbone.pth)\n",
         )

@@ -66,6 +66,17 @@ def test_a_head_of_other_widths_starts_afresh_and_learns_alone_first(trained, tm
     assert flags["freeze_backbone"] == 1
 
 
+def test_the_accuracy_before_training_is_said_to_be_that_of_the_weights(
+    trained, class_folders, tmp_path, capsys
+):
+    continue_from(
+        trained / "backbone.pth", tmp_path, "--epochs", 1, "--knn_data_path", class_folders
+    )
+    output = capsys.readouterr().out
+    assert "--init_from's backbone" in output
+    assert "untrained backbone" not in output
+
+
 def test_a_resumed_run_needs_the_weights_no_more(trained, tmp_path, capsys):
     weights = tmp_path / "weights.pth"
     weights.write_bytes((trained / "backbone.pth").read_bytes())

@@ -141,7 +141,7 @@ def test_digits_whose_features_get_worse_behind_a_sound_loss_are_called(tmp_path
     assert names == ["worse than untrained"]
     before, after = [line["knn_student"] for line in lines if "knn_student" in line]
     assert after < before - 8
-    assert "below that of the untrained backbone" in result.stdout
+    assert "below that of the backbone before training" in result.stdout
 
 
 def train_in_this_process(folder, data, *flags):
