@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from dino.backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
 from dino.command_line import (
     LARGEST_SEED,
     Parser,
@@ -29,6 +30,7 @@ from dino.command_line import (
     loader_options,
     number,
 )
+from dino.data.channels import RGB
 from dino.data.images import ImageFiles, limit_pixels, list_labelled_images
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, print0, shut_down
@@ -59,7 +61,7 @@ from dino.training.finetuning import (
 from dino.training.finetuning_run import BEST, FineTuningRun
 from dino.training.saver import Saver
 from dino.weights.layouts import read_weights
-from dino.weights.pretrained import open_backbone
+from dino.weights.pretrained import Pretrained, open_backbone
 
 WARMUP_LR = 1e-6  # DeiT's
 
@@ -219,12 +221,24 @@ def evaluate(args, device):
     return result["acc1"]
 
 
+def open_network(args):
+    """The Pretrained to fine-tune: --from_scratch without weights takes --arch as it begins."""
+    if args.pretrained_weights or not args.from_scratch:
+        return open_backbone(args, args.image_size)
+    check_arch(args.arch)
+    size = args.image_size or Pretrained.image_size
+    fix_random_seeds(args.seed)  # a run that resumes must find the same weights
+    backbone, embed_dim = build_backbone(args.arch, args.patch_size, img_size=size)
+    check_takes_sizes(backbone, args.arch, [size], RGB, f"--image_size {size}: {args.arch}")
+    return Pretrained(backbone, embed_dim, canonical_name(args.arch), args.patch_size, size)
+
+
 def train(args, device, interruption):
     """The whole job, in the order of the work; best top-1 in percent."""
     # ---- data and backbone ----
     paths, labels, classes = list_labelled_images(args.data_path, "train")
     val_paths, val_labels, _ = list_labelled_images(args.data_path, "val", classes)
-    pretrained = open_backbone(args, args.image_size)
+    pretrained = open_network(args)
     pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
     args.layer_decay = layer_decay_for(pretrained, args)
     options = loader_options(args, device)

@@ -164,6 +164,16 @@ def test_a_resnet_is_finetuned_from_scratch_too(class_folders, tmp_path):
     assert run(*flags, "--epochs", 1, "--warmup_epochs", 0, "--from_scratch") >= 0
 
 
+def test_from_scratch_needs_no_weights_and_resumes(class_folders, tmp_path):
+    folder, network = tmp_path / "run", ("--arch", "vit_nano", "--patch_size", 8)
+    scratch = ("--from_scratch", *network, "--image_size", 32)
+    flags = flags_of("", class_folders, folder)
+    assert run(*flags, *scratch, "--epochs", 1, "--warmup_epochs", 0) >= 0
+    found = content(folder / "best_finetuned.pth")
+    assert (found["arch"], found["image_size"], found["from_scratch"]) == ("vit_nano", 32, True)
+    assert run(*flags, *scratch, "--epochs", 1, "--warmup_epochs", 0) >= 0, "the same run again"
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
