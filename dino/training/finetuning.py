@@ -52,19 +52,21 @@ RECIPES = {
     # DeiT's defaults, which the authors fine-tune with on ImageNet at 5e-4 for 512 images a step
     # (issue 31 of the official repository), but for repeated augmentation.
     "imagenet": DEIT,
-    # The same with what a few thousand images need: fewer passes, lower layers that move less,
-    # and weaker regularisation.
+    # The same with what a few thousand images and a few hundred steps need: a higher rate, lower
+    # layers that move less, and hardly any regularisation. With mixup, cutmix, erasing, crops from
+    # 0.35 and a third of the rate the demo's backbone ended below the linear probe: 60 and 71 % on
+    # tiles; so it has 76.
     "small": DEIT
     | dict(
         epochs=50,
-        lr=1e-3,
+        lr=3e-3,
         layer_decay=0.75,
         rand_augment="",
-        mixup=0.2,
-        cutmix=0.5,
-        erasing=0.1,
+        mixup=0.0,
+        cutmix=0.0,
+        erasing=0.0,
         ema_decay=0.999,
-        crop_scale=(0.35, 1.0),
+        crop_scale=(0.7, 1.0),
     ),
 }
 Average = ModelEmaV3
