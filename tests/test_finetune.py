@@ -19,6 +19,8 @@ from finetune import finetune, get_args_parser
 SMALL_RUN = (
     *("--batch_size_per_gpu", 6, "--epochs", 3, "--warmup_epochs", 1, "--num_workers", 0),
     *("--rand_augment", "rand-m9-mstd0.5-inc1", "--device", "cpu"),
+    # everything that draws random numbers: a run that resumes must draw the same
+    *("--mixup", 0.2, "--cutmix", 0.5, "--erasing", 0.1, "--crop_scale", 0.35, 1),
 )
 
 
@@ -177,7 +179,7 @@ def test_from_scratch_needs_no_weights_and_resumes(class_folders, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--batch_size_per_gpu 7", "pair the images"),
+        ("--mixup 0.2 --batch_size_per_gpu 7", "pair the images"),
         ("--crop_scale 0.9 0.2", "--crop_scale 0.9 0.2"),
         ("--epochs 3 --warmup_epochs 4", "--warmup_epochs 4"),
         ("--rand_augment nonsense", "--rand_augment nonsense"),
