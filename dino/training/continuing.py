@@ -27,7 +27,7 @@ def keep_networks(settings, weights):
 
 
 def fit_continuation(settings, weights):
-    """Decide for small steps from good features what a run from scratch would have otherwise."""
+    """Small steps from good features: the rate, the teacher, and the time for a new head."""
     settings.decide("lr", LR, "a tenth of the official one: small steps from good features")
     settings.decide("momentum_teacher", OFFICIAL_MOMENTUM, "the teacher keeps the features longer")
     settings.decide("momentum_teacher_end", 1.0, "the official one")

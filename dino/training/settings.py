@@ -46,7 +46,7 @@ class Settings:
             self.flags[name], self.reasons[name] = value, reason
 
     def fix(self, name, value, reason):
-        """Decide, against all later decisions."""
+        """Decide for good: later decisions about `name` change nothing."""
         self.decide(name, value, reason)
         self.given.add(name)
 
