@@ -70,6 +70,7 @@ class CropStage:
 def resize_as_pillow(pixels, size):
     """(1, C, H, W) uint8 -> (1, C, size, size), bicubic, to one level of Pillow's.
 
+    To two in 53 of 136 million values: 2,600 official crops of 26 photographs to 224 and 96 pixels.
     Both round to whole levels between the pass along the rows and the one along the columns, so
     that the order of the passes moves some pixels by up to 12 levels. torch takes the rows first.
     """
