@@ -162,6 +162,7 @@ class ImageLoader(DataLoader):
     def __init__(self, dataset, finish=None, **options):
         """`finish` is what this process still does to a batch, such as DeviceStage."""
         self.skipped, self.new_skipped = set(), set()
+        self.workers = []  # the processes of the latest pass
         self.finish = finish or (lambda batch: batch)
         super().__init__(
             dataset,
@@ -190,9 +191,11 @@ class ImageLoader(DataLoader):
         """An iterator over the batches of a pass after the first `delivered` ones."""
         if delivered and isinstance(self.sampler, EpochSampler):
             with self.sampler.further(delivered * self.batch_size):
-                iterator = super().__iter__()
+                iterator = whole = super().__iter__()
         else:
-            iterator = itertools.islice(super().__iter__(), delivered, None)
+            whole = super().__iter__()
+            iterator = itertools.islice(whole, delivered, None)
+        self.workers = getattr(whole, "_workers", [])
         # torch raises from this signal wherever the main thread is, in the middle of a step too;
         # without it the loader finds out by itself, when it waits for a batch
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -201,7 +204,8 @@ class ImageLoader(DataLoader):
     def after_death(self, error, deaths):
         """Report a killed worker and have a new iterator made; UserError the third time."""
         self._iterator = None  # of persistent workers
-        if "Terminated" in str(error) and deaths <= 2:  # by somebody's signal, as scancel sends
+        codes = {worker.exitcode for worker in self.workers} - {None, 0}
+        if codes == {-signal.SIGTERM} and deaths <= 2:  # somebody's signal, as scancel sends
             print("A loader process was terminated, and is replaced.", flush=True)
             return
         advice = (

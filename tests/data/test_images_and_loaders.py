@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images on disk: which are found, how they are served, what a wrong --data_path is told."""
 
+import multiprocessing
 import os
 
 import pytest
 import torch
 from conftest import photograph
+from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.datasets import ImageFolder
 
 from dino.data.augmentations import DataAugmentationDINO
@@ -16,7 +18,14 @@ from dino.data.images import (
     list_training_images,
     read_image,
 )
-from dino.data.loaders import EpochSampler, LabelledImages, TrainingImages, training_loader
+from dino.data.loaders import (
+    EpochSampler,
+    LabelledImages,
+    Replaced,
+    TrainingImages,
+    collate_readable,
+    training_loader,
+)
 from dino.errors import UserError
 
 
@@ -132,11 +141,15 @@ def test_every_mode_of_pillow_becomes_three_channels(tmp_path, mode):
     assert read_image(tmp_path / f"image{suffix}").mode == "RGB"
 
 
-def batches(paths, workers, epoch):
+def loader_of(paths, workers):
     augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 16, 8)
-    loader = training_loader(
+    return training_loader(
         ImageFiles(paths), augmentation, batch_size=5, num_workers=workers, seed=3, pin_memory=False
     )
+
+
+def batches(paths, workers, epoch):
+    loader = loader_of(paths, workers)
     loader.sampler.set_epoch(epoch)
     return list(loader)
 
@@ -150,6 +163,34 @@ def test_views_do_not_depend_on_the_number_of_workers_or_on_what_ran_before(clas
     for batch, same, other in zip(alone, with_workers, other_epoch, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
         assert not torch.equal(batch[0], other[0])
+
+
+def test_a_terminated_loader_process_is_replaced_and_memory_is_not_blamed(class_folders, capsys):
+    """As by scancel, which signals every process of a job."""
+    paths = list_training_images(class_folders / "train")
+    loader = loader_of(paths, workers=1)
+    found = []
+    for batch in loader:
+        found.append(batch)
+        if len(found) == 1:
+            (worker,) = multiprocessing.active_children()
+            worker.terminate()
+            worker.join()
+            loader._iterator._timeout = 0.1  # else the loader looks for the dead after 5 seconds
+    for batch, same in zip(loader_of(paths, workers=0), found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+    said = capsys.readouterr().out
+    assert "A loader process was terminated, and is replaced." in said
+    assert "memory" not in said
+
+
+def test_a_batch_with_a_replaced_image_is_copied_to_pinned_memory_like_others(monkeypatch):
+    """So that its copy to a GPU does not wait. Only the call that needs a GPU is replaced."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: tensor + 1)
+    bad = [UnreadableImage("a.png", "a reason")]
+    batch = pin_memory(collate_readable([Replaced([torch.zeros(2)], bad), [torch.zeros(2)]]))
+    assert batch.bad == bad
+    assert batch.item[0].tolist() == [[1, 1], [1, 1]]
 
 
 def test_ranks_share_the_global_batch_that_one_process_would_see():

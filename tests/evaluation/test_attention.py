@@ -153,7 +153,7 @@ def test_pictures_have_official_names_and_the_size_of_the_whole_patches(
 
 
 def test_without_a_file_the_network_of_the_papers_pictures_is_asked_for(tmp_path, monkeypatch):
-    """As by the official script: the ViT-S/8 of 300 epochs, not the one of 800 that is evaluated."""
+    """As by the official script: ViT-S/8 of 300 epochs, not the one of 800 that is evaluated."""
     asked = []
 
     def no_network(request, **_):

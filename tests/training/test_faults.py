@@ -33,6 +33,7 @@ def start(data, folder, *flags, **environ):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -98,16 +99,19 @@ def test_a_signal_saves_within_the_epoch_and_exits_with_its_code(
 ):
     process = start(class_folders / "train", tmp_path, "--saveckp_iters", 0)
     wait_for(lambda: iterations(tmp_path) > 15)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # the loader's process too, as by scancel or a terminal
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code, output
     assert f"Stopped by {number.name}" in output
     assert "Traceback" not in output
+    assert "--shm-size" not in output, "no memory ran out"
     saved = torch.load(tmp_path / NEWEST, weights_only=True)
     assert saved["iteration"] > 15
     if number == signal.SIGTERM:  # once is enough: the checkpoint does not know the signal
         start(class_folders / "train", tmp_path).communicate(timeout=300)
         assert_equal_states(final_state(unbroken), final_state(tmp_path))
+        for name in ("log.txt", "metrics.jsonl"):
+            assert figures(unbroken / name) == figures(tmp_path / name), "means of the same steps"
 
 
 def test_no_process_outlives_a_run_that_ctrl_c_ends(class_folders, tmp_path):
@@ -202,12 +206,16 @@ def test_a_folder_with_damaged_checkpoints_only_is_an_error(tmp_path):
 
 
 def test_only_the_newest_numbered_checkpoints_are_kept(tmp_path):
+    theirs = ["checkpoint0001_keep_this.pth", "checkpoint1.pth", "checkpoint_best.pth"]
+    for name in theirs:
+        (tmp_path / name).write_text("junk, or what a user keeps")
+    assert find_checkpoint("auto", tmp_path) is None, "a run can begin here"
     saver = Saver(tmp_path, keep=2)
     for epoch in range(4):
         saver.save({NEWEST: {"epoch": epoch}, f"checkpoint{epoch:04}.pth": {"epoch": epoch}})
     saver.finish()
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint.pth", "checkpoint0002.pth", "checkpoint0003.pth", PREVIOUS]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {NEWEST, PREVIOUS, "checkpoint0002.pth", "checkpoint0003.pth", *theirs}
     assert read(tmp_path / NEWEST)["epoch"] == 3
     assert read(tmp_path / PREVIOUS)["epoch"] == 2
 

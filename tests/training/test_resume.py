@@ -2,6 +2,7 @@
 """Going on with a run on purpose: from which checkpoint, with what changed, from whose weights."""
 
 import argparse
+import itertools
 import json
 import shutil
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from conftest import SMALL_RUN
 from helpers import assert_equal_states, final_state
+from PIL import Image
 
+from dino.data.loaders import training_loader
 from dino.errors import UserError
+from dino.training.checkpoint import Progress, restore_progress
 from dino.training.flags import parse_args
 from dino.training.saver import NEWEST, find_checkpoint
 from dino.weights.files import write_atomically
@@ -120,6 +124,32 @@ def test_another_global_batch_goes_on_at_the_same_share_of_the_schedules(
     assert "An epoch had 6 iterations of 4 images, and has 12 of 2 now" in said
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert first["iteration"] == 1 * 12 + 6
+
+
+@pytest.mark.parametrize(("before", "steps", "now"), [(4, 3, 10), (4, 3, 2), (3, 5, 8), (8, 3, 3)])
+def test_the_rest_of_an_epoch_is_the_rest_of_its_images_whatever_the_batch(before, steps, now):
+    """Of 32 images, so many steps in batches of `before` and then the epoch's end in others."""
+
+    def epoch(batch, used):
+        loader = training_loader(
+            [Image.new("RGB", (8, 8))] * 32,
+            lambda image, key: key[2],  # its number
+            **dict(batch_size=batch, num_workers=0, seed=0, pin_memory=False),
+        )
+        loader.sampler.set_position(1, used)
+        return [numbers.tolist() for numbers in loader]
+
+    progress = Progress(epoch=1, iterations_per_epoch=32 // before, global_batch=before)
+    progress.iteration = progress.iterations_per_epoch
+    for _ in range(steps):
+        progress.count_step()
+    resumed = Progress(iterations_per_epoch=32 // now, global_batch=now)
+    restore_progress(resumed, vars(progress), "checkpoint.pth", images=32)
+    rest = epoch(now, resumed.images)
+    seen = [*itertools.chain(*epoch(before, 0)[:steps], *rest)]
+    assert len(set(seen)) == len(seen), "none twice"
+    assert 32 - len(seen) < now, "only the last, smaller batch is left out"
+    assert resumed.steps + len(rest) == resumed.iterations_per_epoch
 
 
 def test_a_run_of_the_official_code_is_resumed_at_its_epoch(data, unbroken, tmp_path, capsys):
