@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -99,13 +100,18 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def run_script(*command, timeout=300, cwd=ROOT, **environ):
-    """`python command ...`, by default in the project's folder, as a user would; see zygote.py."""
-    request = {
+def request_for(command, cwd, environ):
+    """What zygote.py is sent."""
+    return {
         "command": [str(part) for part in command],
         "cwd": str(cwd),
         "environ": {**os.environ, "OMP_NUM_THREADS": "1", **environ},
     }
+
+
+def run_script(*command, timeout=300, cwd=ROOT, **environ):
+    """`python command ...`, by default in the project's folder, as a user would; see zygote.py."""
+    request = request_for(command, cwd, environ)
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         connection, replies = zygote()
         files = [stdout.fileno(), stderr.fileno()]
@@ -125,6 +131,50 @@ def run_script(*command, timeout=300, cwd=ROOT, **environ):
     if killed:
         raise subprocess.TimeoutExpired(command, timeout, *texts)
     return subprocess.CompletedProcess(command, returncode, *texts)
+
+
+class Started:
+    """run_script without its wait, for a test that interferes: as subprocess.Popen, what it uses.
+
+    The process leads a group of its own. stderr goes to stdout.
+    """
+
+    def __init__(self, *command, cwd=ROOT, **environ):
+        self.connection, theirs = socket.socketpair()
+        connection, replies = zygote()
+        with theirs:  # to a fork of the zygote that serves this process alone
+            socket.send_fds(connection, [b"another"], [theirs.fileno()])
+            replies.readline()
+        self.output, self.returncode = tempfile.TemporaryFile(), None  # noqa: SIM115
+        request = request_for(command, cwd, environ) | {"own_group": True}
+        files = [self.output.fileno()] * 2
+        socket.send_fds(self.connection, [json.dumps(request).encode()], files)
+        self.replies = self.connection.makefile()
+        self.pid = json.loads(self.replies.readline())["pid"]
+
+    def poll(self):
+        """The exit code, or None while it runs."""
+        if self.returncode is None and select.select([self.connection], [], [], 0)[0]:
+            self.returncode = json.loads(self.replies.readline())["returncode"]
+            self.connection.close()
+        return self.returncode
+
+    def wait(self, timeout=300):
+        if self.returncode is None and not select.select([self.connection], [], [], timeout)[0]:
+            self.kill()
+            raise subprocess.TimeoutExpired("", timeout, read_from_start(self.output))
+        return self.poll()
+
+    def communicate(self, timeout=300):
+        """(all that it said, None), once it has ended."""
+        self.wait(timeout)
+        return read_from_start(self.output), None
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
 
 
 @functools.cache

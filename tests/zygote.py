@@ -6,6 +6,7 @@ is as real a process, with its own memory, files, signals and exit code, and beg
 
 Over the socket whose number is the first argument come JSON requests with two files, for stdout and
 stderr; back go {"pid": ...} when the process begins and {"returncode": ...} when it has ended.
+`another` in place of a request makes a fork of this process serve the socket that comes with it.
 """
 
 import atexit
@@ -34,6 +35,15 @@ def serve(connection):
         request, files, _, _ = socket.recv_fds(connection, 2**20, 2)
         if not request:
             return
+        if request == b"another":
+            pid = os.fork()
+            if pid == 0:
+                connection.close()
+                connection = socket.socket(fileno=files[0])
+            else:
+                os.close(files[0])
+                send(connection, {"pid": pid})
+            continue
         pid = os.fork()
         if pid == 0:
             connection.close()
@@ -50,6 +60,8 @@ def send(connection, message):
 
 def become(request, stdout, stderr):
     """Be `python command`, in its folder and environment, and end."""
+    if request.get("own_group"):
+        os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environ"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, run_torchrun
+from conftest import ROOT, SMALL_RUN, Started, run_torchrun
 from helpers import assert_equal_states, final_state
 
 from dino.training.saver import NEWEST, PREVIOUS, Saver, find_checkpoint
@@ -24,17 +24,8 @@ LONG_RUN = (*SMALL_RUN, "--epochs", 15, "--saveckp_iters", 2, "--log_freq", 4, "
 
 
 def start(data, folder, *flags, **environ):
-    command = [sys.executable, "main_dino.py", *LONG_RUN, "--data_path", data]
-    command += ["--output_dir", folder, *flags]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    command = ("main_dino.py", *LONG_RUN, "--data_path", data, "--output_dir", folder, *flags)
+    return Started(*command, **environ)
 
 
 def wait_for(condition, seconds=120):
