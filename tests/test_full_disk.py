@@ -77,6 +77,19 @@ def test_a_run_without_room_for_anything_trains_to_its_end_and_says_what_is_lost
     assert "Traceback" not in result.stdout + result.stderr
 
 
+def test_tensorboard_without_room_is_one_warning(disk, class_folders):
+    """Its writer has a thread of its own, which would print a traceback."""
+    (disk / "rest").write_bytes(bytes(16_384))
+    command = ("main_dino.py", *SMALL_RUN, "--data_path", class_folders / "train", "--tensorboard")
+    result = run_script(*command, "--log_freq", 1, "--output_dir", disk / "run")
+    assert result.returncode == 2
+    assert "Epoch: [1/2]" in result.stdout
+    assert result.stderr.startswith("main_dino.py: error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    warning = f"Warning: {disk}/run/tensorboard could not be written (No space left on device)"
+    assert result.stdout.count(warning) == 1
+
+
 def test_weights_that_do_not_fit_leave_no_tiles_of_the_demo_behind(tmp_path, class_folders):
     (tmp_path / "bad.pth").write_bytes(b"not weights")
     flags = ("--preset", "demo", "--device", "cpu", "--init_from", tmp_path / "bad.pth")
@@ -89,8 +102,9 @@ def test_weights_that_do_not_fit_leave_no_tiles_of_the_demo_behind(tmp_path, cla
 # ---- standard streams ----
 
 UNREAD = {
-    "a full device": "exec > /dev/full",
-    "no stream at all": "exec <&- >&- 2>&-",
+    "a full device": 'exec "$@" > /dev/full',
+    "no stream at all": 'exec "$@" <&- >&- 2>&-',
+    "a reader that leaves": '"$@" | head -1; exit ${PIPESTATUS[0]}',
 }
 
 
@@ -99,7 +113,7 @@ def test_a_run_whose_output_nobody_reads_trains_to_its_end(how, class_folders, t
     flags = [*SMALL_RUN, "--epochs", 1, "--data_path", class_folders / "train"]
     command = [sys.executable, "main_dino.py", *flags, "--output_dir", tmp_path / "run"]
     run = subprocess.run(
-        ["bash", "-c", f'{UNREAD[how]}; exec "$@"', "bash", *map(str, command)],
+        ["bash", "-c", UNREAD[how], "bash", *map(str, command)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
