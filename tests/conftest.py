@@ -149,7 +149,7 @@ class Started:
         request = request_for(command, cwd, environ) | {"own_group": True}
         files = [self.output.fileno()] * 2
         socket.send_fds(self.connection, [json.dumps(request).encode()], files)
-        self.replies = self.connection.makefile()
+        self.replies = self.connection.makefile("rb", 0)  # no line may wait in a buffer
         self.pid = json.loads(self.replies.readline())["pid"]
 
     def poll(self):

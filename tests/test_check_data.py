@@ -118,6 +118,19 @@ def test_every_unreadable_file_is_named_with_the_reason_and_exit_code_1(tmp_path
     assert "good.png:" not in said
 
 
+def test_a_name_forges_no_line_of_the_report_and_reaches_no_terminal_raw(tmp_path, capsys):
+    folder = tmp_path / "cat\nunreadable: 0\x1b[2J"
+    folder.mkdir()
+    (folder / "\u202egnp.png\r\nunreadable: 0").with_suffix(".png").write_bytes(b"")
+    assert check(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert "cat\\nunreadable: 0\\x1b[2J" in said
+    assert [line for line in said.splitlines() if line.startswith("unreadable")] == [
+        "unreadable: 1"
+    ]
+    assert not set(said) & {"\x1b", "\r", "\u202e"}
+
+
 def test_a_long_list_of_unreadable_files_is_cut_with_the_count(tmp_path, capsys):
     for i in range(25):
         (tmp_path / f"{i:02}.png").write_bytes(b"")

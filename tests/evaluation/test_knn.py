@@ -14,6 +14,7 @@ from dino.backbones import build_backbone
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from dino.data.images import list_labelled_images
 from dino.data.loaders import evaluation_loader
+from dino.errors import UserError
 from dino.evaluation import knn
 from dino.evaluation.features import extract_features
 from dino.precision import choose_amp_dtype
@@ -217,6 +218,29 @@ def test_a_run_measures_in_float32_whatever_it_trains_in(class_folders, tmp_path
     probes.sample.measure(backbone)
     assert set(types) == {torch.float32}
     assert len(types) >= 3, "training images, held-out images, pairs of views"
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (torch.tensor([0, 1, 255, 1], dtype=torch.uint8), 3),
+        (torch.tensor([7, 2**40, 2**62, 7]), 3),  # not as many classes as the largest number
+        (torch.tensor([0, 1, 1, 0], dtype=torch.int16), 2),
+        (torch.tensor([True, False, True, True]), None),
+        (torch.tensor([0.0, 1.0, 1.0, 0.0]), None),
+    ],
+)
+def test_labels_of_any_whole_numbers_are_classes_and_others_are_refused(labels, classes, tmp_path):
+    features = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    for part in ("train", "test"):
+        torch.save(features, tmp_path / f"{part}feat.pth")
+        torch.save(labels, tmp_path / f"{part}labels.pth")
+    flags = ["--load_features", str(tmp_path), "--device", "cpu", "--nb_knn", "1"]
+    if classes is None:
+        with pytest.raises(UserError, match="not a 1-D tensor of class numbers"):
+            eval_knn(get_args_parser().parse_args(flags))
+    else:
+        assert eval_knn(get_args_parser().parse_args(flags))[1][0] == 100
 
 
 def test_script_refuses_flags_that_contradict_the_checkpoint(checkpoint, class_folders):
