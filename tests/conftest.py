@@ -136,16 +136,16 @@ def run_script(*command, timeout=300, cwd=ROOT, **environ):
 class Started:
     """run_script without its wait, for a test that interferes: as subprocess.Popen, what it uses.
 
-    The process leads a group of its own. stderr goes to stdout.
+    The process leads a group of its own. stderr goes to stdout, which is `output`, if given.
     """
 
-    def __init__(self, *command, cwd=ROOT, **environ):
+    def __init__(self, *command, cwd=ROOT, output=None, **environ):
         self.connection, theirs = socket.socketpair()
         connection, replies = zygote()
         with theirs:  # to a fork of the zygote that serves this process alone
             socket.send_fds(connection, [b"another"], [theirs.fileno()])
             replies.readline()
-        self.output, self.returncode = tempfile.TemporaryFile(), None  # noqa: SIM115
+        self.output, self.returncode = output or tempfile.TemporaryFile(), None  # noqa: SIM115
         request = request_for(command, cwd, environ) | {"own_group": True}
         files = [self.output.fileno()] * 2
         socket.send_fds(self.connection, [json.dumps(request).encode()], files)

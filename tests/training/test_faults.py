@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, Started, run_torchrun
+from conftest import ROOT, SMALL_RUN, Started
 from helpers import assert_equal_states, final_state
 
 from dino.training.saver import NEWEST, PREVIOUS, Saver, find_checkpoint
@@ -136,11 +136,21 @@ def test_a_killed_loader_worker_is_replaced_and_nothing_changes(class_folders, t
     assert_equal_states(final_state(unbroken), final_state(tmp_path))
 
 
+def start_two_ranks(data, folder, *flags):
+    """As Slurm starts them."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    return [
+        start(data, folder, *flags, SLURM_PROCID=rank, SLURM_LOCALID=rank, **slurm)
+        for rank in ("0", "1")
+    ]
+
+
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(class_folders, tmp_path):
     flags = (*LONG_RUN, "--data_path", class_folders / "train", "--batch_size_per_gpu", 2)
     flags += ("--epochs", 8)
-    expected = run_torchrun(2, "main_dino.py", *flags, "--output_dir", tmp_path / "unbroken")
-    assert expected.returncode == 0, expected.stderr
+    for rank in start_two_ranks(class_folders / "train", tmp_path / "unbroken", *flags):
+        output, _ = rank.communicate()
+        assert rank.returncode == 0, output
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts", 3]
     command += ["--nproc_per_node", 2, "main_dino.py", *flags, "--output_dir", tmp_path / "killed"]
     process = subprocess.Popen(
@@ -160,11 +170,7 @@ def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(class_folders
 
 
 def test_a_rank_that_dies_is_named_by_the_others_which_end(class_folders, tmp_path):
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
-    ranks = [
-        start(class_folders / "train", tmp_path, SLURM_PROCID=rank, SLURM_LOCALID=rank, **slurm)
-        for rank in ("0", "1")
-    ]
+    ranks = start_two_ranks(class_folders / "train", tmp_path)
     wait_for(lambda: iterations(tmp_path) > 5)
     ranks[1].kill()
     output, _ = ranks[0].communicate(timeout=60)
