@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.error
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -59,6 +60,20 @@ def pytest_runtest_setup(item):
 
 def photograph(name="astronaut.png"):
     return Image.open(PHOTOGRAPHS / name).convert("RGB")
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """The addresses that were asked for, where nothing is downloaded yet and no network answers."""
+    addresses = []
+
+    def no_network(request, **_):
+        addresses.append(request.full_url)
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    return addresses
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention maps and masks against the rule written out, and visualize_attention.py as used."""
 
-import urllib.error
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -152,16 +150,8 @@ def test_pictures_have_official_names_and_the_size_of_the_whole_patches(
             assert Image.open(path).size == pixels, path.name
 
 
-def test_without_a_file_the_network_of_the_papers_pictures_is_asked_for(tmp_path, monkeypatch):
+def test_without_a_file_the_network_of_the_papers_pictures_is_asked_for(tmp_path, asked):
     """As by the official script: ViT-S/8 of 300 epochs, not the one of 800 that is evaluated."""
-    asked = []
-
-    def no_network(request, **_):
-        asked.append(request.full_url)
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
     with pytest.raises(UserError, match="could not be downloaded"):
         visualize("", tmp_path / "maps")
     file = "dino_deitsmall8_300ep_pretrain"
