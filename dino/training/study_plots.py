@@ -156,10 +156,11 @@ def draw_bars(axis, summary, ours, theirs):
         lengths = [value(run, key, is_theirs) or 0.0 for run in summary["runs"]]
         bars = axis.barh([i + shift for i in range(len(names))], lengths, 0.4, color=color)
         bars.set_label(text)
-        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=8)
-    for i, run in enumerate(summary["runs"]):
-        accuracies = of_seeds(run, ours)
-        axis.plot(accuracies, [i - 0.2] * len(accuracies), "|", color="black", ms=7)
+        for i, run in enumerate(summary["runs"]):
+            seeds = [] if is_theirs else of_seeds(run, key)
+            axis.plot(seeds, [i + shift] * len(seeds), "|", color="black", ms=7)
+            place = max([lengths[i], *seeds]) + 3, i + shift
+            axis.text(*place, f"{lengths[i]:.1f}", fontsize=7, va="center")
     untrained = [value(run, "knn_untrained", False) for run in summary["runs"]]
     untrained = [accuracy for accuracy in untrained if accuracy is not None]
     if untrained:
