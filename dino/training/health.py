@@ -136,9 +136,10 @@ class Health:
         gains = [knn_gain(line, before, test_images) for line in last]
         if last and max(gains) < -2:
             verdicts.append("worse than untrained")
-        # RankMe falls in sound short runs too: where labels say more, it has no say.
+        # RankMe falls in sound short runs too: where labels say that the features got better, by
+        # one standard error, it has no say.
         lost = all(line["rank_me"] < LOST_RANK * before["rank_me"] for line in last)
-        if last and lost and min(gains) <= 2:
+        if last and lost and min(gains) <= 1:
             verdicts.append("features lose rank")
         values = dict(now=lines[-1], before=before) if lines else {}
         return self.new(verdicts, **values)
