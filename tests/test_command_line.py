@@ -12,7 +12,7 @@ from dino.command_line import Parser
 from dino.errors import UserError
 from dino.training.flag_checks import check_training_flags
 from dino.training.flags import parse_args
-from dino.training.presets import PRESETS
+from dino.training.presets import CONTINUE, PRESETS
 
 OFFICIAL_DEFAULTS = dict(
     arch="vit_small",
@@ -65,7 +65,8 @@ def test_a_preset_sets_defaults_and_a_given_flag_wins_even_at_its_default():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_consists_of_flags_that_go_together_and_says_its_source(name):
-    args = parse_args(["--preset", name])
+    needed = ["--init_from", "backbone.pth"] if name == CONTINUE else []
+    args = parse_args(["--preset", name, *needed])
     check_training_flags(args)
     preset = PRESETS[name]
     assert set(preset.flags) <= set(vars(args))
