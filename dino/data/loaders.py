@@ -6,6 +6,7 @@ import functools
 import itertools
 import signal
 from dataclasses import dataclass
+from multiprocessing import connection
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from dino.signals import leave_signals_to_parent
 
 # --on_bad_image skip tolerates this share of bad images, and so many replacements for one image.
 MOST_BAD, MOST_ATTEMPTS = 0.01, 10
+DYING = 5.0  # seconds that a process takes to die, at most
 
 
 class TrainingImages(Dataset):
@@ -204,8 +206,9 @@ class ImageLoader(DataLoader):
     def after_death(self, error, deaths):
         """Report a killed worker and have a new iterator made; UserError the third time."""
         self._iterator = None  # of persistent workers
-        codes = {worker.exitcode for worker in self.workers} - {None, 0}
-        if codes == {-signal.SIGTERM} and deaths <= 2:  # somebody's signal, as scancel sends
+        if (
+            exit_codes(self.workers) == {-signal.SIGTERM} and deaths <= 2
+        ):  # somebody's signal, as scancel sends
             print("A loader process was terminated, and is replaced.", flush=True)
             return
         advice = (
@@ -240,6 +243,18 @@ class ImageLoader(DataLoader):
         """[(path, reason)] of the images replaced since the last call."""
         taken, self.new_skipped = sorted(self.new_skipped), set()
         return taken
+
+
+def exit_codes(workers):
+    """Those of the `workers` that have failed.
+
+    A process that has let go of a tensor may still be dying, and has no exit code until it is dead:
+    the first one is waited for.
+    """
+    of_sentinels = {worker.sentinel: worker for worker in workers}
+    for sentinel in connection.wait(list(of_sentinels), timeout=DYING):
+        of_sentinels[sentinel].join()
+    return {worker.exitcode for worker in workers} - {None, 0}
 
 
 def start_worker(max_pixels, number):

@@ -3,6 +3,7 @@
 
 import multiprocessing
 import os
+import time
 
 import pytest
 import torch
@@ -182,6 +183,17 @@ def test_a_terminated_loader_process_is_replaced_and_memory_is_not_blamed(class_
     said = capsys.readouterr().out
     assert "A loader process was terminated, and is replaced." in said
     assert "memory" not in said
+
+
+def test_a_loader_process_that_is_still_dying_is_told_apart_too(class_folders, capsys):
+    """It has closed its connection, which is noticed, but has no exit code yet."""
+    loader = loader_of(list_training_images(class_folders / "train"), workers=1)
+    dying = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    dying.start()
+    loader.workers = [dying]
+    dying.terminate()
+    loader.after_death(ConnectionResetError("while a tensor was handed over"), deaths=1)
+    assert "was terminated, and is replaced" in capsys.readouterr().out
 
 
 def test_a_batch_with_a_replaced_image_is_copied_to_pinned_memory_like_others(monkeypatch):
