@@ -28,6 +28,7 @@ from dino.data.loaders import (
     training_loader,
 )
 from dino.errors import UserError
+from dino.signals import leave_signals_to_parent
 
 
 def test_class_folders_are_listed_in_the_order_of_image_folder(class_folders):
@@ -185,11 +186,21 @@ def test_a_terminated_loader_process_is_replaced_and_memory_is_not_blamed(class_
     assert "memory" not in said
 
 
+def wait_to_be_ended(ready):
+    """As a worker does: without the handlers of signals that its parent has."""
+    leave_signals_to_parent()
+    ready.set()
+    time.sleep(60)
+
+
 def test_a_loader_process_that_is_still_dying_is_told_apart_too(class_folders, capsys):
     """It has closed its connection, which is noticed, but has no exit code yet."""
     loader = loader_of(list_training_images(class_folders / "train"), workers=1)
-    dying = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    forks = multiprocessing.get_context("fork")
+    ready = forks.Event()
+    dying = forks.Process(target=wait_to_be_ended, args=(ready,))
     dying.start()
+    assert ready.wait(60)
     loader.workers = [dying]
     dying.terminate()
     loader.after_death(ConnectionResetError("while a tensor was handed over"), deaths=1)
