@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`--arch` -> (backbone, embed_dim). A backbone of your own is one more row of FAMILIES, below."""
 
+import contextlib
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -246,6 +247,17 @@ def has_batchnorms(model):
     return any(isinstance(module, batchnorms) for module in model.modules())
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """`model` in evaluation mode meanwhile, and then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def check_takes_sizes(backbone, arch, sizes, in_chans=3, source=None):
     """Raise UserError unless `backbone` makes one vector of a square image of each of `sizes`.
@@ -253,14 +265,12 @@ def check_takes_sizes(backbone, arch, sizes, in_chans=3, source=None):
     The error begins with `source`, or else with the arch as the flag that is to blame.
     """
     source = source or f"--arch {arch}"
-    training = backbone.training
-    backbone.eval()
     for size in sizes:
         try:
-            features = first_of(backbone(torch.zeros(1, in_chans, size, size)))
+            with evaluating(backbone):
+                features = first_of(backbone(torch.zeros(1, in_chans, size, size)))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"{source} does not take crops of {size} pixels: {error}") from None
         if features.ndim != 2:
             shape = tuple(features.shape)
             raise UserError(f"{source} makes {shape} of an image, not one vector.")
-    backbone.train(training)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dino.backbones import first_of, is_vit
+from dino.backbones import evaluating, first_of, is_vit
 from dino.data.loaders import equal_size_loader, evaluation_loader
 from dino.distributed import gather_interleaved
 from dino.errors import UserError
@@ -61,16 +61,14 @@ def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, k
     `loader` gives this rank's share of the `total` images: see loaders.evaluation_loader. `model`
     is in evaluation mode meanwhile. The result is on the device, or else on the CPU.
     """
-    training = model.training
-    model.eval()
     features, labels = [], []
-    for images, targets in loader:
-        with autocast(device, amp_dtype):
-            output = first_of(model(images.to(device, non_blocking=True)))
-        output = F.normalize(output.float(), dim=1)
-        features.append(output if keep_on_device else output.cpu())
-        labels.append(targets.to(features[-1].device))
-    model.train(training)
+    with evaluating(model):
+        for images, targets in loader:
+            with autocast(device, amp_dtype):
+                output = first_of(model(images.to(device, non_blocking=True)))
+            output = F.normalize(output.float(), dim=1)
+            features.append(output if keep_on_device else output.cpu())
+            labels.append(targets.to(features[-1].device))
     return [
         gather_interleaved(torch.cat(rows) if rows else None, total) for rows in (features, labels)
     ]

@@ -10,7 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from dino.backbones import first_of
+from dino.backbones import evaluating, first_of
 from dino.data.augmentations_on_device import BothStages
 from dino.data.channels import RGB
 from dino.data.loaders import sample_loader
@@ -66,13 +66,11 @@ class SampleProbe:
     @torch.no_grad()
     def measure(self, backbone, wrap=iter):
         """{"rank_me", "alignment", "uniformity"}. `wrap` goes around the loader, and may raise."""
-        training = backbone.training
-        backbone.eval()
         pairs = []
-        for views in wrap(self.loader):
-            features = first_of(backbone(torch.cat(views).to(self.device)))
-            pairs.append(F.normalize(features.float(), dim=1).cpu().chunk(2))
-        backbone.train(training)
+        with evaluating(backbone):
+            for views in wrap(self.loader):
+                features = first_of(backbone(torch.cat(views).to(self.device)))
+                pairs.append(F.normalize(features.float(), dim=1).cpu().chunk(2))
         parts = [torch.cat(part) for part in zip(*pairs, strict=True)] or [None, None]
         first, second = (gather_interleaved(part, self.count) for part in parts)
         return {

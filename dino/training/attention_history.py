@@ -14,11 +14,11 @@ import torch
 from torchvision.utils import make_grid
 
 from dino.atomic import replacing
-from dino.backbones import is_vit
+from dino.backbones import evaluating, is_vit
 from dino.data.channels import RGB
 from dino.distributed import is_main_process
 from dino.evaluation.attention import attention_of_pixels
-from dino.spread import spread
+from dino.spread import spread_to_end
 from dino.training import plots
 from dino.training.backbone_pictures import (
     ATTENTION_EPOCHS,
@@ -44,7 +44,7 @@ class AttentionHistory:
 
     def __init__(self, folder, images, augmentation, epochs):
         self.folder, self.images, self.augmentation = Path(folder), images, augmentation
-        self.due = {round(i * epochs / (COLUMNS - 1)) for i in range(COLUMNS)}
+        self.due = spread_to_end(epochs, COLUMNS)
         self.pixels = None  # (n, 3, S, S), read when they are first needed
         self.drawn = []  # the epochs in the picture
 
@@ -69,13 +69,9 @@ class AttentionHistory:
         """The mean over the heads of each image's attention: float16 (n, R, C)."""
         if self.pixels is None:
             self.pixels = shown_pixels(self.images, self.augmentation)
-        training = backbone.training
-        backbone.eval()
-        try:
-            with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
-                maps = [attention_of_pixels(backbone, view).mean(dim=0) for view in self.pixels]
-        finally:
-            backbone.train(training)
+        eager = torch.compiler.set_stance("force_eager")  # other shapes would be compiled anew
+        with eager, evaluating(backbone):
+            maps = [attention_of_pixels(backbone, view).mean(dim=0) for view in self.pixels]
         return torch.stack(maps).half().cpu().numpy()
 
     def path(self, epochs):
@@ -101,7 +97,7 @@ class AttentionHistory:
                 self.pixels = shown_pixels(self.images, self.augmentation)
             columns = {"image": photographs_of(self.pixels, self.augmentation)}
             last = len(epochs) - 1
-            for number in sorted({*spread(last, COLUMNS - 1), last}):
+            for number in spread_to_end(last, COLUMNS):
                 maps = torch.tensor(np.load(self.path(epochs[number]), allow_pickle=False)).float()
                 columns[f"epoch {epochs[number]}"] = tiles(color_maps(maps))
             rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchvision.utils import make_grid, save_image
 
 from dino.atomic import replacing
-from dino.backbones import first_of, is_vit
+from dino.backbones import evaluating, first_of, is_vit
 from dino.data.augmentations import eval_transform
 from dino.data.channels import RGB
 from dino.data.loaders import image_of
@@ -51,23 +51,20 @@ def draw_backbone(folder, backbone, images, augmentation):
         return
     transform = transform_of(augmentation)
     gallery = [image_of(images[number], number) for number in spread(len(images), GALLERY)]
-    training, device = backbone.training, next(backbone.parameters()).device
-    backbone.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
-            pixels = torch.stack([transform(image) for image in gallery])  # (n, 3, S, S)
-            if is_vit(backbone):
-                shown = pixels[spread(len(pixels), SHOWN)]
-                photographs = photographs_of(shown, augmentation)
-                maps = [attention_of_pixels(backbone, view).cpu() for view in shown]
-                columns = [tiles(color_maps(heads_and_mean(heads))) for heads in maps]
-                save_grid(folder, ATTENTION, photographs, columns)
-                tokens = backbone.get_intermediate_layers(shown.to(device), 1)[-1][:, 1:].cpu()
-                colors = principal_colors(tokens).unflatten(1, maps[0].shape[1:])
-                save_grid(folder, PATCHES, photographs, tiles(colors.permute(0, 3, 1, 2))[:, None])
-            features = [first_of(backbone(part.to(device))).cpu() for part in pixels.split(BATCH)]
-    finally:
-        backbone.train(training)
+    device = next(backbone.parameters()).device
+    eager = torch.compiler.set_stance("force_eager")  # other shapes would be compiled anew
+    with eager, evaluating(backbone):
+        pixels = torch.stack([transform(image) for image in gallery])  # (n, 3, S, S)
+        if is_vit(backbone):
+            shown = pixels[spread(len(pixels), SHOWN)]
+            photographs = photographs_of(shown, augmentation)
+            maps = [attention_of_pixels(backbone, view).cpu() for view in shown]
+            columns = [tiles(color_maps(heads_and_mean(heads))) for heads in maps]
+            save_grid(folder, ATTENTION, photographs, columns)
+            tokens = backbone.get_intermediate_layers(shown.to(device), 1)[-1][:, 1:].cpu()
+            colors = principal_colors(tokens).unflatten(1, maps[0].shape[1:])
+            save_grid(folder, PATCHES, photographs, tiles(colors.permute(0, 3, 1, 2))[:, None])
+        features = [first_of(backbone(part.to(device))).cpu() for part in pixels.split(BATCH)]
     save_neighbours(Path(folder) / NEAREST, torch.cat(features).float(), gallery)
 
 

@@ -21,6 +21,7 @@ from dino.errors import UserError
 from dino.json_files import dumps, is_number, read_object
 from dino.printable import printable
 from dino.run_log import RunLog
+from dino.spread import spread_to_end
 from dino.training.backbone_pictures import (
     ATTENTION,
     ATTENTION_EPOCHS,
@@ -204,13 +205,13 @@ def describe_measurements(run):
         )
     lines = [by_epoch[epoch] for epoch in sorted(by_epoch)]
     last = len(lines) - 1
-    spread = {round(i * last / (MOST_ROWS - 1)) for i in range(MOST_ROWS)} if lines else set()
+    shown_rows = set(spread_to_end(last, MOST_ROWS)) if lines else set()
     if run.knn:
-        spread.add(max(range(len(lines)), key=lambda i: lines[i].get("knn_teacher", -1)))
+        shown_rows.add(max(range(len(lines)), key=lambda i: lines[i].get("knn_teacher", -1)))
     rows = [
         [f"{lines[i]['epoch']:g}"]
         + [f"{lines[i][key]:.{n}f}" if key in lines[i] else "-" for _, key, n in MEASURES]
-        for i in sorted(spread)
+        for i in sorted(shown_rows)
     ]
     return rows, len(lines)
 
