@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
-from dino.backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
+from dino.backbones import build_backbone, canonical_name, check_arch, check_takes_sizes, is_vit
 from dino.command_line import (
     LARGEST_SEED,
     Parser,
     add_image_arguments,
     add_launch_arguments,
+    add_minutes_argument,
     add_precision_argument,
     add_weights_arguments,
     check_output_folder,
@@ -56,7 +57,6 @@ from dino.training.finetuning import (
     build_finetuning,
     build_model,
     build_rand_augment,
-    takes_layer_decay,
 )
 from dino.training.finetuning_run import BEST, FineTuningRun
 from dino.training.saver import Saver
@@ -80,7 +80,8 @@ def get_args_parser():
     )
     add_precision_argument(group)
     add_recipe_arguments(parser.add_argument_group("recipe"))
-    add = parser.add_argument_group("run").add_argument
+    run = parser.add_argument_group("run")
+    add = run.add_argument
     add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per process, step")
     add("--seed", default=0, type=number(int, 0, LARGEST_SEED), help="of everything random")
     add(
@@ -90,12 +91,7 @@ def get_args_parser():
     )
     add("--val_freq", default=1, type=number(int, 1), help="epochs between two validations")
     add("--output_dir", default=".", help="for checkpoints and log; a run that is there is resumed")
-    add(
-        "--saveckp_minutes",
-        default=0.0,
-        type=number(float, 0),
-        help="minutes between two saves inside epochs; 0 for no such saves",
-    )
+    add_minutes_argument(run)
     add(
         "--evaluate",
         action="store_true",
@@ -308,7 +304,7 @@ def train(args, device, interruption):
 
 def layer_decay_for(pretrained, args):
     """--layer_decay, or 1 for a network whose layers are not known; UserError if it was given."""
-    if takes_layer_decay(pretrained.backbone):
+    if is_vit(pretrained.backbone):  # which alone says what layer a parameter is of
         return args.layer_decay
     if args.given.get("layer_decay", 1) != 1:
         raise UserError(

@@ -184,6 +184,16 @@ def add_image_arguments(group):
     )
 
 
+def add_minutes_argument(group):
+    """When a run saves inside its epochs, see Saver."""
+    group.add_argument(
+        "--saveckp_minutes",
+        default=0.0,
+        type=number(float, 0),
+        help="minutes between two saves inside epochs; 0 for no such saves",
+    )
+
+
 def add_precision_argument(group, default="auto"):
     """Which type autocast computes in."""
     group.add_argument(

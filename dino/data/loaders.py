@@ -206,9 +206,8 @@ class ImageLoader(DataLoader):
     def after_death(self, error, deaths):
         """Report a killed worker and have a new iterator made; UserError the third time."""
         self._iterator = None  # of persistent workers
-        if (
-            exit_codes(self.workers) == {-signal.SIGTERM} and deaths <= 2
-        ):  # somebody's signal, as scancel sends
+        terminated = exit_codes(self.workers) == {-signal.SIGTERM}  # by somebody, such as scancel
+        if terminated and deaths <= 2:
             print("A loader process was terminated, and is replaced.", flush=True)
             return
         advice = (

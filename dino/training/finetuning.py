@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as images_as
 
-from dino.backbones import build_backbone, first_of, has_batchnorms, is_vit
+from dino.backbones import build_backbone, first_of, has_batchnorms
 from dino.data.augmentations import View, box_and_flip
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
@@ -69,7 +69,6 @@ RECIPES = {
         crop_scale=(0.7, 1.0),
     ),
 }
-Average = ModelEmaV3
 HEAD_SCALE = 0.1  # the authors start the head, which alone is random, from smaller weights (31)
 
 
@@ -125,7 +124,7 @@ def build_finetuning(model, device, *, weight_decay, layer_decay, ema_decay, amp
     the factor from each layer's rate to that of the one below it; for ViTs only.
     """
     model = model.to(device)
-    average = Average(model, decay=ema_decay, use_warmup=True)
+    average = ModelEmaV3(model, decay=ema_decay, use_warmup=True)
     options = dict(
         weight_decay=weight_decay,
         no_weight_decay_list=("backbone.cls_token", "backbone.pos_embed"),
@@ -141,11 +140,6 @@ def build_finetuning(model, device, *, weight_decay, layer_decay, ema_decay, amp
         model = data_parallel(model, device)
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     return FineTuningState(model, average.module, optimizer, scaler), average
-
-
-def takes_layer_decay(backbone):
-    """Only our ViTs say which layer a parameter is of."""
-    return is_vit(backbone)
 
 
 # ---- images ----

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from timm.utils import ModelEmaV3
 
 from dino.distributed import all_reduce_sum, get_world_size, is_main_process, print0, shut_down
 from dino.errors import Diverged, UserError
@@ -23,7 +24,7 @@ from dino.printable import brief, printable
 from dino.run_log import RunLog
 from dino.signals import Interruption, StopRequested
 from dino.training.agreement import Agreement
-from dino.training.finetuning import Average, FineTuningState, Regularisation, finetuning_step
+from dino.training.finetuning import FineTuningState, Regularisation, finetuning_step
 from dino.training.saver import NEWEST, Saver, newest_whole, own_checkpoints
 from dino.weights.files import backbone_payload
 from dino.weights.loading import check_described, restore
@@ -49,7 +50,7 @@ class FineTuningRun:
     """Everything a run needs; `train` does it."""
 
     state: FineTuningState
-    average: Average
+    average: ModelEmaV3
     regularisation: Regularisation
     schedule: list  # the head's learning rate at each step
     loader: object

@@ -8,6 +8,7 @@ from dino.command_line import (
     Parser,
     add_image_arguments,
     add_launch_arguments,
+    add_minutes_argument,
     add_precision_argument,
     bool_flag,
     number,
@@ -284,12 +285,7 @@ def add_run_arguments(group):
         type=number(int, 0),
         help="iterations between two saves inside epochs; 0 saves at their ends only",
     )
-    add(
-        "--saveckp_minutes",
-        default=0.0,
-        type=number(float, 0),
-        help="minutes between two saves inside epochs; 0 for no such saves",
-    )
+    add_minutes_argument(group)
     add(
         "--keep_checkpoints",
         default=0,
