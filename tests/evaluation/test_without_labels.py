@@ -10,6 +10,7 @@ from conftest import photograph, run_processes
 from torch import nn
 
 from dino.data.augmentations import DataAugmentationDINO
+from dino.evaluation import without_labels
 from dino.evaluation.without_labels import SampleProbe, alignment, rank_me, uniformity
 
 
@@ -42,16 +43,26 @@ def test_alignment_and_uniformity_are_those_of_wang_and_isola():
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "cat.png")
 
 
-def measures():
-    images = [photograph(name).resize((64, 48)) for name in PHOTOGRAPHS[:4]] * 3
+def some_images():
+    return [photograph(name).resize((64, 48)) for name in PHOTOGRAPHS[:4]] * 3
+
+
+def probe_of(images):
     augmentation = DataAugmentationDINO((0.4, 1), (0.05, 0.4), 2, 32, 16)
-    probe = SampleProbe(
+    return SampleProbe(
         *(images, augmentation, torch.device("cpu")),
         **dict(seed=0, skip_bad=False, batch_size=2, num_workers=0),
     )
+
+
+def random_network():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16))
-    return probe.measure(network.train()), network.training
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 16))
+
+
+def measures():
+    network = random_network().train()
+    return probe_of(some_images()).measure(network), network.training
 
 
 def test_a_sample_gives_the_same_measures_again_and_leaves_the_network_as_it_was():
@@ -62,6 +73,23 @@ def test_a_sample_gives_the_same_measures_again_and_leaves_the_network_as_it_was
     assert 1 < first["rank_me"] <= 12
     assert 0 < first["alignment"] < 4 and first["uniformity"] < 0
     torch.set_rng_state(state)
+
+
+class Counted(list):
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("kept", "reads"), [(without_labels.KEPT, 12), (0, 24)])
+def test_a_sample_of_small_views_is_read_once(monkeypatch, kept, reads):
+    monkeypatch.setattr(without_labels, "KEPT", kept)
+    images = Counted(some_images())
+    probe, network = probe_of(images), random_network()
+    assert probe.measure(network) == probe.measure(network)
+    assert images.reads == reads
 
 
 def measured():
