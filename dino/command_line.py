@@ -4,6 +4,7 @@
 import argparse
 import math
 import os
+import stat
 from pathlib import Path
 
 from dino.distributed import environment_number, print0
@@ -87,6 +88,8 @@ def check_output_file(path, flag="--output"):
     """Raise UserError unless a file can be written to `path`, whose folder may not exist yet."""
     if os.path.isdir(path):
         raise UserError(f"{flag} {path} is a folder. Give the name of a file.")
+    if os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode):
+        raise UserError(f"{flag} {path} is a pipe, which may have no reader. Give a file.")
     check_can_be_made(Path(path).parent, f"{flag} {path}")
 
 

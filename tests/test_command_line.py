@@ -3,12 +3,13 @@
 
 import argparse
 import json
+import os
 
 import pytest
 from conftest import ROOT, run_python
 
 import main_dino
-from dino.command_line import Parser
+from dino.command_line import Parser, check_output_file
 from dino.errors import UserError
 from dino.training.flag_checks import check_training_flags
 from dino.training.flags import parse_args
@@ -128,6 +129,13 @@ for script in sys.argv[1:]:
     said[script] = [end, text.getvalue()]
 print(json.dumps(said))
 """
+
+
+def test_a_pipe_is_no_output_file_as_writing_to_it_waits_for_a_reader(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"--output .*pipe is a pipe"):
+        check_output_file(tmp_path / "pipe")
+    check_output_file("/dev/null")
 
 
 @pytest.fixture(scope="module")
