@@ -2,6 +2,7 @@
 """Video files: frames in and frames out, one at a time. Needs PyAV."""
 
 import contextlib
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -27,13 +28,18 @@ def import_av():
     return av
 
 
+def file_name(path):
+    """The absolute path: of `a:b.mp4` FFmpeg would take `a` for a protocol."""
+    return os.path.abspath(path)
+
+
 @contextlib.contextmanager
 def opened(path):
     """Yield (container, video stream) of a file; UserError where it is not a video."""
     av = import_av()
     try:
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        with av.open(str(path), options=options) as container:
+        with av.open(file_name(path), options=options) as container:
             if not container.streams.video:
                 raise UserError(f"{path}: there is no picture in this file, only sound or text.")
             stream = container.streams.video[0]
@@ -87,7 +93,10 @@ def writing(path, fps, width, height):
     av = import_av()
     suffix = path.suffix.removeprefix(".")
     encoder = next(name for name in ENCODERS[suffix] if name in av.codecs_available)
-    with replacing(path) as temporary, av.open(str(temporary), "w", format=suffix) as container:
+    with (
+        replacing(path) as temporary,
+        av.open(file_name(temporary), "w", format=suffix) as container,
+    ):
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(encoder, rate=rate, options=GOOD_QUALITY[encoder])
         stream.pix_fmt = "yuv420p"

@@ -2,6 +2,7 @@
 """Video files: what is written is read again, and what is not a video is refused."""
 
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,13 @@ def test_frames_come_back_in_order_and_at_their_rate(suffix, tmp_path):
         np.testing.assert_allclose(pixels[16, 8 * i + 8], [200, 0, 0], atol=12)
         np.testing.assert_allclose(pixels[4, 8 * i + 8], [0, 0, 200], atol=12)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("take:2")
+    folder.mkdir()
+    assert len(list(read_frames(write(folder / "a:b.mp4")))) == 6
 
 
 def test_a_video_that_is_not_finished_is_not_there(tmp_path):
