@@ -2,10 +2,29 @@
 """A user's own Python by its name on the command line: `my_module:build`."""
 
 import importlib
+import inspect
 import os
 import sys
 
 from dino.errors import UserError
+
+
+def call_by_path(path, flag):
+    """What the function or class at `path`, MODULE:NAME, returns when called without arguments.
+
+    UserError if it needs some, or if there is none. What it raises itself is not caught.
+    """
+    function = import_by_path(path, flag)
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise UserError(
+            f"{flag} {path}: it is called without arguments: {error}. Give a function that"
+            " needs none."
+        ) from None
+    except ValueError:
+        pass  # some built-in ones do not say what they take
+    return function()
 
 
 def import_by_path(path, flag):

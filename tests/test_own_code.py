@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, SMALL_RUN, run_script
 
 from dino.errors import UserError
-from dino.own_code import import_by_path
+from dino.own_code import call_by_path
 
 OWN_VIEWS = """
 from dino.data.augmentations import MultiCrop, View
@@ -29,18 +29,19 @@ def wrong():
         ("no_such_module:build", "no module 'no_such_module'"),
         ("json:no_such_name", "json has no function or class 'no_such_name'"),
         ("json:__doc__", "has no function or class"),
+        ("os:system", "without arguments: missing a required argument: 'command'"),
     ],
 )
-def test_a_path_that_names_nothing_says_why(path, why):
+def test_a_path_that_names_no_function_without_arguments_says_why(path, why):
     with pytest.raises(UserError, match=why):
-        import_by_path(path, "--augmentation")
+        call_by_path(path, "--augmentation")
 
 
 def test_a_module_with_a_mistake_of_its_own_shows_it(tmp_path, monkeypatch):
     (tmp_path / "needs_another.py").write_text("import no_such_library\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
-        import_by_path("needs_another:build", "--augmentation")
+        call_by_path("needs_another:build", "--augmentation")
 
 
 def test_a_run_takes_the_views_of_ones_own_module(tmp_path, class_folders):

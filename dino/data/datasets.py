@@ -6,7 +6,7 @@ import inspect
 import torchvision.datasets
 
 from dino.errors import UserError
-from dino.own_code import import_by_path
+from dino.own_code import call_by_path
 
 
 def open_dataset(name, root, download=False):
@@ -16,7 +16,7 @@ def open_dataset(name, root, download=False):
     function or class that takes no arguments. Raises UserError where there is none, or no files.
     """
     if ":" in name:
-        dataset = import_by_path(name, "--dataset")()
+        dataset = call_by_path(name, "--dataset")
     else:
         dataset = open_of_torchvision(name, root, download)
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):

@@ -8,7 +8,7 @@ from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_image
 from dino.data.images import ImageFiles, list_training_images
 from dino.distributed import get_world_size
 from dino.errors import UserError
-from dino.own_code import import_by_path
+from dino.own_code import call_by_path
 from dino.training.presets import DECIDED
 
 
@@ -70,7 +70,7 @@ def colours(args):
 
 def own_augmentation(path):
     """What the function at `path`, MODULE:FUNCTION, returns; UserError if it is not a MultiCrop."""
-    augmentation = import_by_path(path, "--augmentation")()
+    augmentation = call_by_path(path, "--augmentation")
     if not isinstance(augmentation, MultiCrop):
         kind = type(augmentation).__name__
         raise UserError(
