@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 
 import vision_transformer as vits
 from dino.errors import UserError
-from dino.small_resnet import WIDTHS, ResNetNano, use_small_stem
+from dino.small_resnet import CELLS, ResNetNano, use_small_stem
 
 # The official names, which are those of torch.hub facebookresearch/xcit; timm has the networks.
 XCIT_NAMES = [
@@ -52,10 +52,10 @@ def build_backbone(
 ):
     """(backbone, embed_dim): a module (B, C, H, W) -> (B, embed_dim) with random weights.
 
-    `arch` is one of vision_transformer's, `deit_*` for these by their old name, resnet_nano, a
-    classifier of torchvision, an official `xcit_*`, or `timm:NAME`. `patch_size` and `img_size`
-    matter to our ViTs only. `stem`, of ResNets, is imagenet, small, or auto for the network's own.
-    Raises UserError for any other name.
+    `arch` is one of vision_transformer's, `deit_*` for these by their old name, resnet_nano,
+    resnet_nano_2x2, a    classifier of torchvision, an official `xcit_*`, or `timm:NAME`.
+    `patch_size` and `img_size` matter to our ViTs only. `stem`, of ResNets, is imagenet, small, or
+    auto for the network's own. Raises UserError for any other name.
     """
     check_arch(arch, stem)
     arch = canonical_name(arch)
@@ -88,7 +88,7 @@ def family_of(arch):
     for family in FAMILIES:
         if family.has(arch):
             return family
-    close = close_names(arch, [*vits.ARCHITECTURES, NANO, *XCIT_NAMES, *torchvision_names()])
+    close = close_names(arch, [*vits.ARCHITECTURES, *CELLS, *XCIT_NAMES, *torchvision_names()])
     raise UserError(f"--arch {arch}: unknown. {close} Any model of timm is --arch timm:NAME.")
 
 
@@ -114,11 +114,10 @@ def build_vit(arch, *, patch_size, stem, **options):
 
 # ---- our ResNet ----
 
-NANO = "resnet_nano"
-
 
 def build_nano(arch, *, in_chans, stem, **_):
-    return ResNetNano(in_chans, stem), WIDTHS[-1]
+    backbone = ResNetNano(in_chans, stem, CELLS[arch])
+    return backbone, backbone.embed_dim
 
 
 # ---- timm, which has the official XCiT too ----
@@ -217,7 +216,7 @@ def set_dropout_rates(backbone, drop_path_rate):
 
 FAMILIES = [  # the first that has a name builds it
     Family(vits.ARCHITECTURES.__contains__, build_vit),
-    Family(NANO.__eq__, build_nano, has_stem=NANO.__eq__),
+    Family(CELLS.__contains__, build_nano, has_stem=CELLS.__contains__),
     Family(is_timm, build_timm, check_timm),
     Family(
         lambda arch: arch in torchvision_names(),

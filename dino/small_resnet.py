@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ResNets for small images: a stem that keeps the resolution, and a network a CPU can train.
+"""ResNets for small images: a stem that keeps the resolution, and networks a CPU can train.
 
 Shapes: B images, C channels.
 """
 
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 STEMS = ("auto", "imagenet", "small")
 # Of resnet_nano's four stages, one block each. ResNet-18 has two blocks of 64, 128, 256 and 512.
 WIDTHS = (32, 64, 128, 256)
+# --arch: cells a side over which it averages. Pooled over four quarters, as by Coates et al. (2011,
+# Sec. 3.2), features still tell where something is; over the whole image they do not.
+CELLS = {"resnet_nano": 1, "resnet_nano_2x2": 2}
 
 
 class ResNetNano(nn.Module):
-    """(B, C, H, W) -> (B, 256): four basic blocks, 1.2M parameters, names as in torchvision.
+    """(B, C, H, W) -> (B, 256 cells^2): four basic blocks, 1.2M parameters, torchvision's names.
 
-    Made for runs on a CPU and for small images: its own stem is the small one. It is not a size of
-    the ResNet paper.
+    The features of `cells` x `cells` parts of the image lie side by side. Made for runs on a CPU
+    and for small images: its own stem is the small one. It is not a size of the ResNet paper.
     """
 
-    def __init__(self, in_chans=3, stem="auto"):
+    def __init__(self, in_chans=3, stem="auto", cells=1):
         super().__init__()
+        self.cells, self.embed_dim = cells, cells**2 * WIDTHS[-1]
         self.conv1 = nn.Conv2d(in_chans, WIDTHS[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         self.relu = nn.ReLU(inplace=True)
@@ -37,7 +42,9 @@ class ResNetNano(nn.Module):
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean(dim=(-2, -1))
+        if self.cells == 1:
+            return x.mean(dim=(-2, -1))
+        return F.adaptive_avg_pool2d(x, self.cells).flatten(1)
 
 
 def basic_stage(narrow, wide):

@@ -14,6 +14,7 @@ SMALL_ONE_OF_EACH_FAMILY = [
     ("vit_tiny", 192),
     ("deit_tiny", 192),
     ("resnet_nano", 256),
+    ("resnet_nano_2x2", 1024),
     ("xcit_nano_12_p16", 128),
     ("resnet18", 512),
     ("densenet121", 1024),
@@ -81,6 +82,21 @@ def test_resnet_nano_has_the_layers_of_torchvisions_resnet():
     assert list(ours.state_dict()) == list(theirs.state_dict())
     parameters = sum(p.numel() for p in ours.parameters())
     assert parameters == pytest.approx(1.2e6, rel=0.03)
+
+
+def test_resnet_nano_2x2_has_the_features_of_the_quarters_side_by_side():
+    """Those of resnet_nano's last map, which is 4 x 4 for 32 pixels, averaged by hand."""
+    (whole, _), (quarters, _) = map(build_backbone, ("resnet_nano", "resnet_nano_2x2"))
+    quarters.load_state_dict(whole.state_dict())
+    maps = []
+    whole.layer4.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    images = torch.randn(2, 3, 32, 32)
+    mean, features = whole.eval()(images), quarters.eval()(images).view(2, 256, 2, 2)
+    for row in (0, 1):
+        for column in (0, 1):
+            part = maps[0][:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            torch.testing.assert_close(features[:, :, row, column], part.mean(dim=(2, 3)))
+    torch.testing.assert_close(features.mean(dim=(2, 3)), mean)
 
 
 def test_a_stem_for_a_network_without_one_is_refused():

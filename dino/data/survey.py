@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a data set is like, from a sample of its images: sizes, colours, mean and deviation.
+"""What a data set is like, from a sample of its images: sizes, colours, layout, mean, deviation.
 
 n images in the sample.
 """
@@ -7,6 +7,8 @@ n images in the sample.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from dino.data.channels import size_of
 from dino.data.images import UnreadableImage
@@ -14,6 +16,9 @@ from dino.data.loaders import image_of
 
 SAMPLE = 256  # images looked at
 PIXELS = 64  # per side, at most, of those that count for mean and deviation: every so-many-th
+PLACES = 8  # per side, over which brightness is averaged to see whether its place matters
+# Tiles cut at random have at most 0.0007 in samples of 256, clothes on hangers 0.022 to 0.066.
+LAYOUT = 0.005
 GREY = 3.0  # mean distance of a pixel's highest and lowest channel, of 255, below which it is grey
 
 
@@ -27,6 +32,12 @@ class Survey:
     grey: float  # share of the images that are grey or nearly so
     mean: tuple  # of each channel, of 1
     std: tuple
+    layout: float = 0.0  # share of the brightness' variance that the place in the image explains
+
+    @property
+    def has_layout(self):
+        """True if it matters where something is: sky above, the object in the middle."""
+        return self.layout > LAYOUT
 
     @property
     def is_grey(self):
@@ -39,6 +50,7 @@ class Survey:
         middle = "" if least == greatest else f", median {median}"
         return (
             f"{self.images} images, shorter side {size}{middle}, {self.grey:.0%} grey"
+            f", {self.layout:.1%} of the variance is due to the place in the image"
             f" (from a sample of {self.sample})"
         )
 
@@ -59,7 +71,7 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
                 raise
     if not looked_at:
         return Survey(len(images), 0, (1, 1, 1), 0.0, (0.5,) * in_chans, (0.25,) * in_chans)
-    sides, greys, means, squares = (np.array(column) for column in zip(*looked_at, strict=True))
+    sides, greys, means, squares, places = map(np.array, zip(*looked_at, strict=True))
     mean = means.mean(axis=0)
     # a channel that never changes must not be divided by 0
     std = np.maximum(np.sqrt(squares.mean(axis=0) - mean**2), 1e-3)
@@ -70,15 +82,33 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
         grey=float(greys.mean()),
         mean=tuple(mean.round(4).tolist()),
         std=tuple(std.round(4).tolist()),
+        layout=share_of_places(places),
     )
 
 
 def look_at(image):
-    """(shorter side, grey or not, mean of each channel, mean square of each channel)."""
+    """(shorter side, grey or not, mean and mean square of each channel, brightness by place)."""
     pixels = np.asarray(image)
     rows, columns = (-(-side // PIXELS) for side in pixels.shape[:2])
-    pixels = pixels[::rows, ::columns].reshape(-1, pixels.shape[-1]).astype(float)
+    pixels = pixels[::rows, ::columns].astype(float)
+    places = F.adaptive_avg_pool2d(torch.from_numpy(pixels.mean(axis=2))[None], PLACES).flatten()
+    pixels = pixels.reshape(-1, pixels.shape[-1])
     # of more channels than RGB none is a colour
     is_grey = pixels.shape[-1] <= 3 and (pixels.max(axis=1) - pixels.min(axis=1)).mean() < GREY
     pixels /= 255
-    return min(size_of(image)), is_grey, pixels.mean(axis=0), (pixels**2).mean(axis=0)
+    means, squares = pixels.mean(axis=0), (pixels**2).mean(axis=0)
+    return min(size_of(image)), is_grey, means, squares, places.numpy() / 255
+
+
+def share_of_places(brightness):
+    """Share in [0, 1] of the variance of (images, places) that belongs to the places.
+
+    By analysis of variance: what the means of the places differ by, less what they would differ by
+    if each were drawn from its image at random.
+    """
+    if len(brightness) < 2:
+        return 0.0
+    images, mean = brightness.mean(axis=1, keepdims=True), brightness.mean(axis=0)
+    rest = brightness - images - mean + brightness.mean()
+    excess = mean.var() - rest.var() / (len(brightness) - 1)
+    return float(max(0.0, excess) / max(brightness.var(), 1e-12))

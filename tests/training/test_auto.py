@@ -10,7 +10,7 @@ import torch
 from conftest import photograph
 from PIL import Image
 
-from dino.data.survey import Survey, survey
+from dino.data.survey import Survey, share_of_places, survey
 from dino.errors import UserError
 from dino.training.auto import fit_data, fit_hours, fit_length, soften_views
 from dino.training.correlation import view_correlation
@@ -21,8 +21,9 @@ from main_dino import train_dino
 COLOUR = dict(grey=0.1, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
 
 
-def decide(images, side, *, given="", device="cpu", grey=0.1, epochs=100, least=None):
-    seen = Survey(images, 256, (least or side, side, side), **(COLOUR | {"grey": grey}))
+def decide(images, side, *, given="", device="cpu", grey=0.1, epochs=100, least=None, layout=0.0):
+    colours = COLOUR | {"grey": grey}
+    seen = Survey(images, 256, (least or side, side, side), **colours, layout=layout)
     args = parse_args(["--preset", "auto", "--epochs", str(epochs), *given.split()])
     settings = Settings(vars(args), args.given)
     fit_data(settings, seen, device, 1)
@@ -59,6 +60,30 @@ def test_grey_images_are_seen_as_grey_however_they_are_stored():
     assert not survey([*images, *pictures((20, 20), (20, 20))]).is_grey
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3])
+def test_the_layout_is_the_share_of_the_variance_that_belongs_to_the_place(share):
+    """Of images that are the sum of one pattern and of noise that knows no place."""
+    rng = np.random.default_rng(0)
+    pattern = np.resize([1.0, -1.0, -1.0, 1.0, 1.0, -1.0], 64)
+    noise = rng.standard_normal((400, 64))
+    found = share_of_places(share**0.5 * pattern + (1 - share) ** 0.5 * noise)
+    assert found == pytest.approx(share, abs=0.004)
+
+
+def test_tiles_cut_at_random_have_no_layout_and_portraits_of_one_thing_have():
+    rng = np.random.default_rng(0)
+    image = photograph("astronaut.png")
+
+    def cut(left, top, side):
+        return image.crop((left, top, left + side, top + side)).resize((32, 32))
+
+    tiles = [cut(*rng.integers(0, 480, 2), 32) for _ in range(256)]
+    portraits = [cut(*rng.integers(80, 120, 2), 250) for _ in range(256)]
+    assert not survey(tiles).has_layout
+    assert survey(portraits).has_layout
+    assert survey(portraits[:1]).layout == 0
+
+
 def test_the_sample_is_drawn_by_the_seed():
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(600)]
@@ -84,6 +109,18 @@ def test_grey_data_gets_no_operation_on_colours():
     assert settings["jitter"][2:] == (0.0, 0.0)
     assert settings["grayscale_p"] == 0.0
     assert "jitter" not in decide(3000, 32, grey=0.5).reasons
+
+
+def test_where_the_place_matters_a_cpu_keeps_quarters_apart_and_crops_large():
+    usual, kept = decide(3000, 32), decide(3000, 32, layout=0.04)
+    assert (usual["arch"], kept["arch"]) == ("resnet_nano", "resnet_nano_2x2")
+    assert (usual["global_crops_scale"][0], kept["global_crops_scale"][0]) == (0.4, 0.6)
+    assert kept["local_crops_scale"] == (0.25, 0.6)
+    assert kept["jitter"][0] > usual["jitter"][0]
+    grey = decide(3000, 32, layout=0.04, grey=1.0)
+    assert grey["jitter"] == decide(3000, 32, grey=1.0)["jitter"]
+    on_gpu = decide(3000, 32, layout=0.04, device="cuda")
+    assert on_gpu.flags == decide(3000, 32, device="cuda").flags
 
 
 def test_what_was_given_stands_and_what_follows_from_it_follows():
@@ -129,7 +166,7 @@ def test_an_epoch_has_batches_whatever_the_number_of_images(images):
 
 def test_views_are_softened_until_they_have_something_in_common():
     args = parse_args(["--preset", "auto", "--flip_p", "0"])
-    found = iter([0.01, 0.05, 0.3])
+    found = iter([0.0, 0.01, 0.3])
     settings = Settings(vars(args), args.given)
     soften_views(settings, lambda: next(found))
     assert settings["jitter"] == pytest.approx((0.1, 0.1, 0.05, 0.025))
