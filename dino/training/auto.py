@@ -144,6 +144,7 @@ def keep_layout(settings, survey):
     settings.decide("global_crops_scale", (0.6, 1.0), layout)
     least, most = settings["local_crops_scale"]
     settings.decide("local_crops_scale", (max(0.25, least), max(0.6, most)), layout)
+    settings.decide("solarize_p", 0.0, "measured without")
     if not survey.is_grey and len(survey.mean) == RGB:
         shapes = "strong, so that shapes are learned and not colours, which are easier"
         settings.decide("jitter", (0.8, 0.8, 0.8, 0.2), shapes)

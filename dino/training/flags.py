@@ -40,15 +40,16 @@ def add_network_arguments(group):
         "--arch",
         default="vit_small",
         help="vit_tiny, vit_small, vit_base or vit_large; a classifier of torchvision, such as"
-        " resnet50; an XCiT, such as xcit_small_12_p16; timm:NAME; or vit_nano and resnet_nano, for"
-        " runs on a CPU",
+        " resnet50; an XCiT, such as xcit_small_12_p16; timm:NAME; or, for"
+        " runs on a CPU, vit_nano, resnet_nano, and resnet_nano_2x2, whose features keep the"
+        " quarters of the image apart",
     )
     add(
         "--stem",
         default="auto",
         choices=STEMS,
         help="of a ResNet; small, 3 x 3 of stride 1 without max-pool, is for crops below 64 pixels;"
-        " auto is small for resnet_nano and imagenet for the others",
+        " auto is small for resnet_nano's and imagenet for the others",
     )
     add(
         "--patch_size",
