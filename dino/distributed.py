@@ -7,6 +7,7 @@ A single process needs no process group: every function here then answers for a 
 import datetime
 import os
 import re
+import socket
 import time
 import uuid
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _hosts = None
 
 # A rank that waits longer than this for the others raises; gloo's own limit is 30 minutes.
 TIMEOUT = datetime.timedelta(minutes=10)
+SECONDS_FOR_A_NAME = 20  # for which the name of the host where all meet may be unknown
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,24 @@ def complete_environment(launch):
         raise UserError(
             f"environment variable MASTER_PORT={os.environ['MASTER_PORT']!r}: not a port."
         )
+    check_host(os.environ["MASTER_ADDR"])
+
+
+def check_host(name):
+    """UserError where no such host is known; in a cluster that starts, names may come late."""
+    end = time.monotonic() + SECONDS_FOR_A_NAME
+    while True:
+        try:
+            socket.getaddrinfo(name, None)
+            return
+        except (OSError, UnicodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+        if time.monotonic() > end:
+            raise UserError(
+                f"environment variable MASTER_ADDR={name!r:.80}: no such host was known within"
+                f" {SECONDS_FOR_A_NAME} s ({reason})."
+            )
+        time.sleep(0.5)
 
 
 def agree_on_store(store, rank, world_size):

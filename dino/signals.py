@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals that ask a run to stop: it finishes its step, saves, and exits with a code that says so.
 
-SIGTERM, SIGUSR1 and SIGUSR2 (spot machines, Slurm's --signal, submitit) exit with REQUEUE, Ctrl-C
-with 130. Before training has begun there is nothing to save, and the run exits at once. A second
-signal exits at once too, wherever the process is: a thread hears it, since Python's own handlers
-wait for a collective to return. Loader workers leave signals to their parent.
+SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP (spot machines, Slurm's --signal, submitit, a lost terminal)
+exit with REQUEUE, Ctrl-C with 130; nohup's SIGHUP stays ignored. Before training has begun there is
+nothing to save, and the run exits at once. A second signal exits at once too, wherever the process
+is: a thread hears it, since Python's own handlers wait for a collective to return. Loader workers
+leave signals to their parent.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to resume
 # torchrun passes signals on to processes that may have got them already, as with a terminal's
 # Ctrl-C: one more of them within so many seconds is not a second request.
@@ -74,7 +75,8 @@ def listen():
         theirs.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         for number in STOPPING:
-            signal.signal(number, interruption.receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, interruption.receive)
         watcher = threading.Thread(target=exit_on_second, args=(ours, theirs), daemon=True)
         watcher.start()
     return interruption
@@ -107,7 +109,6 @@ def exit_when_stopped(program):
 def leave_signals_to_parent():
     """What a loader worker does first."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the parent ends its workers

@@ -4,6 +4,9 @@
 import pytest
 from conftest import SMALL_RUN, run_script
 
+from dino import distributed
+from dino.errors import UserError
+
 WRONG = {
     "RANK=''": {"RANK": "", "WORLD_SIZE": ""},
     "WORLD_SIZE='two'": {"RANK": "0", "WORLD_SIZE": "two"},
@@ -26,6 +29,16 @@ def test_a_variable_of_a_launcher_that_cannot_be_is_named(said, class_folders, t
     assert result.stderr.startswith("main_dino.py: error: environment variable")
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_host_that_nobody_knows_is_named(monkeypatch):
+    """Else PyTorch asks for it for ten minutes, and hears no signal meanwhile."""
+    monkeypatch.setattr(distributed, "SECONDS_FOR_A_NAME", 0)
+    with pytest.raises(UserError, match=r"MASTER_ADDR=.gpu01\.invalid.: no such host"):
+        distributed.check_host("gpu01.invalid")
+    with pytest.raises(UserError, match="no such host"):
+        distributed.check_host("x" * 5000)
+    distributed.check_host("localhost")
 
 
 def test_a_single_process_needs_no_address(class_folders, tmp_path):

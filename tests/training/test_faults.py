@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What interrupts a run costs only the steps since the last checkpoint, and no exactness."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -103,6 +107,50 @@ def test_a_signal_saves_within_the_epoch_and_exits_with_its_code(
         assert_equal_states(final_state(unbroken), final_state(tmp_path))
         for name in ("log.txt", "metrics.jsonl"):
             assert figures(unbroken / name) == figures(tmp_path / name), "means of the same steps"
+
+
+def start_on_a_terminal(data, folder, *prefix):
+    """(process, the other end of its terminal), as after ssh."""
+    ours, theirs = pty.openpty()
+    os.set_blocking(ours, False)
+    flags = (*LONG_RUN, "--saveckp_iters", 0, "--data_path", data, "--output_dir", folder)
+    command = [*prefix, sys.executable, ROOT / "main_dino.py", *flags]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    return process, ours
+
+
+def lose_terminal(terminal, folder):
+    """Close it in the middle of a run; until then read what the run prints, or it would wait."""
+
+    def in_the_middle():
+        with contextlib.suppress(OSError):  # nothing to read; or nobody writes, as under nohup
+            os.read(terminal, 2**16)
+        return iterations(folder) > 15
+
+    wait_for(in_the_middle)
+    os.close(terminal)
+
+
+def test_a_lost_terminal_saves_as_sigterm_does(class_folders, tmp_path):
+    process, terminal = start_on_a_terminal(class_folders / "train", tmp_path)
+    lose_terminal(terminal, tmp_path)
+    assert process.wait(timeout=60) == 75
+    assert torch.load(tmp_path / NEWEST, weights_only=True)["iteration"] > 15
+
+
+def test_under_nohup_a_lost_terminal_stops_nothing(class_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for nohup.out
+    process, terminal = start_on_a_terminal(class_folders / "train", tmp_path / "run", "nohup")
+    lose_terminal(terminal, tmp_path / "run")
+    assert process.wait(timeout=120) == 0
 
 
 def test_no_process_outlives_a_run_that_ctrl_c_ends(class_folders, tmp_path):
