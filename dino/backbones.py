@@ -53,9 +53,9 @@ def build_backbone(
     """(backbone, embed_dim): a module (B, C, H, W) -> (B, embed_dim) with random weights.
 
     `arch` is one of vision_transformer's, `deit_*` for these by their old name, resnet_nano,
-    resnet_nano_2x2, a    classifier of torchvision, an official `xcit_*`, or `timm:NAME`.
-    `patch_size` and `img_size` matter to our ViTs only. `stem`, of ResNets, is imagenet, small, or
-    auto for the network's own. Raises UserError for any other name.
+    resnet_nano_2x2, a classifier of torchvision, an official `xcit_*`, or `timm:NAME`. `patch_size`
+    and `img_size` matter to our ViTs only. `stem`, of ResNets, is imagenet, small, or auto for the
+    network's own. Raises UserError for any other name.
     """
     check_arch(arch, stem)
     arch = canonical_name(arch)

@@ -73,7 +73,8 @@ class SampleProbe:
         pairs, seen = [], []
         with evaluating(backbone):
             for views in wrap(self.kept or self.loader):
-                seen += [views] if self.keeps else []
+                if self.keeps:
+                    seen.append(views)
                 features = first_of(backbone(torch.cat(views).to(self.device)))
                 pairs.append(F.normalize(features.float(), dim=1).cpu().chunk(2))
         self.kept = seen
