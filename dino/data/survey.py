@@ -32,7 +32,6 @@ class Survey:
     grey: float  # share of the images that are grey or nearly so
     mean: tuple  # of each channel, of 1
     std: tuple
-    square: float = 1.0  # share of an image that its largest square has, median
     layout: float = 0.0  # share of the brightness' variance that the place in the image explains
 
     @property
@@ -72,8 +71,7 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
                 raise
     if not looked_at:
         return Survey(len(images), 0, (1, 1, 1), 0.0, (0.5,) * in_chans, (0.25,) * in_chans)
-    sizes, greys, means, squares, places = map(np.array, zip(*looked_at, strict=True))
-    sides = sizes.min(axis=1)
+    sides, greys, means, squares, places = map(np.array, zip(*looked_at, strict=True))
     mean = means.mean(axis=0)
     # a channel that never changes must not be divided by 0
     std = np.maximum(np.sqrt(squares.mean(axis=0) - mean**2), 1e-3)
@@ -84,13 +82,12 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
         grey=float(greys.mean()),
         mean=tuple(mean.round(4).tolist()),
         std=tuple(std.round(4).tolist()),
-        square=round(float(np.median(sides / sizes.max(axis=1))), 3),
         layout=share_of_places(places),
     )
 
 
 def look_at(image):
-    """(size, grey or not, mean and mean square of each channel, brightness by place)."""
+    """(shorter side, grey or not, mean and mean square of each channel, brightness by place)."""
     pixels = np.asarray(image)
     rows, columns = (-(-side // PIXELS) for side in pixels.shape[:2])
     pixels = pixels[::rows, ::columns].astype(float)
@@ -100,7 +97,7 @@ def look_at(image):
     is_grey = pixels.shape[-1] <= 3 and (pixels.max(axis=1) - pixels.min(axis=1)).mean() < GREY
     pixels /= 255
     means, squares = pixels.mean(axis=0), (pixels**2).mean(axis=0)
-    return size_of(image), is_grey, means, squares, places.numpy() / 255
+    return min(size_of(image)), is_grey, means, squares, places.numpy() / 255
 
 
 def share_of_places(brightness):

@@ -140,15 +140,12 @@ def keep_layout(settings, survey):
     """Views for data in which it matters where something is, in the short runs of a CPU.
 
     Large crops keep the layout, strong changes of colour keep the network from learning colours in
-    its place. The shares are of the image's largest square: a larger crop would be squeezed into
-    one, and evaluations see the middle of that square as it is. Not measured in long runs.
+    its place. Not measured in long runs.
     """
     layout = f"large: {survey.layout:.1%} of the variance is due to the place in the image"
+    settings.decide("global_crops_scale", (0.6, 1.0), layout)
     least, most = settings["local_crops_scale"]
-    scales = {"global": (0.6, 1.0), "local": (max(0.25, least), max(0.6, most))}
-    for crops, scale in scales.items():
-        scale = tuple(round(share * survey.square, 3) for share in scale)
-        settings.decide(f"{crops}_crops_scale", scale, layout)
+    settings.decide("local_crops_scale", (max(0.25, least), max(0.6, most)), layout)
     settings.decide("solarize_p", 0.0, "measured without")
     if not survey.is_grey and len(survey.mean) == RGB:
         shapes = "strong, so that shapes are learned and not colours, which are easier"

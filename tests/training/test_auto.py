@@ -18,10 +18,12 @@ from dino.training.flags import parse_args
 from dino.training.settings import Settings
 from main_dino import train_dino
 
+COLOUR = dict(grey=0.1, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
 
-def decide(images, side, *, given="", device="cpu", epochs=100, least=None, **measured):
-    measured = dict(grey=0.1, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2)) | measured
-    seen = Survey(images, 256, (least or side, side, side), **measured)
+
+def decide(images, side, *, given="", device="cpu", grey=0.1, epochs=100, least=None, layout=0.0):
+    colours = COLOUR | {"grey": grey}
+    seen = Survey(images, 256, (least or side, side, side), **colours, layout=layout)
     args = parse_args(["--preset", "auto", "--epochs", str(epochs), *given.split()])
     settings = Settings(vars(args), args.given)
     fit_data(settings, seen, device, 1)
@@ -49,7 +51,6 @@ def test_the_survey_measures_what_numpy_measures_over_all_pixels():
     np.testing.assert_allclose(seen.mean, pixels.mean(axis=0), atol=1e-4)
     np.testing.assert_allclose(seen.std, pixels.std(axis=0), atol=1e-4)
     assert (seen.images, seen.sides, seen.is_grey) == (2, (30, 30, 30), False)
-    assert seen.square == 0.75
 
 
 def test_grey_images_are_seen_as_grey_however_they_are_stored():
@@ -118,8 +119,6 @@ def test_where_the_place_matters_a_cpu_keeps_quarters_apart_and_crops_large():
     assert kept["jitter"][0] > usual["jitter"][0]
     assert decide(3000, 128)["global_crop_size"] == 96
     assert decide(3000, 128, layout=0.04)["global_crop_size"] == 32
-    portraits = decide(3000, 128, layout=0.04, square=0.75)
-    assert portraits["global_crops_scale"] == (0.45, 0.75), "shares of the square in the middle"
     grey = decide(3000, 32, layout=0.04, grey=1.0)
     assert grey["jitter"] == decide(3000, 32, grey=1.0)["jitter"]
     on_gpu = decide(3000, 32, layout=0.04, device="cuda")
