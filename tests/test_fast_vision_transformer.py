@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import fill, numbered
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vision_transformer as vits
 
@@ -42,6 +43,39 @@ def test_last_block_for_cls_alone_equals_the_full_block(dtype, qkv_bias):
         difference = (gradients[name] - gradient).abs().max() / largest
         assert difference < 10 * tolerance, name
     handle.remove()
+
+
+class Copies(TorchDispatchMode):
+    """Counts the elements that `clone` copies."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.clone.default:
+            self.elements += output.numel()
+        return output
+
+
+def test_unpacking_qkv_costs_one_copy_in_the_backward_pass_and_not_two(monkeypatch):
+    """The official code permutes before it unpacks: one more copy of the gradient of all three."""
+
+    def official(self, x):
+        shape = *x.shape[:2], 3, self.num_heads, -1
+        return self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
+
+    def copied():
+        x = numbered((4, 37, 96), seed=1).requires_grad_()
+        with Copies() as copies:
+            attention.fused(x).square().sum().backward()
+        return copies.elements / x.numel(), x.grad
+
+    attention = fill(vits.Attention(96, 3, qkv_bias=True))
+    found, gradient = copied()
+    monkeypatch.setattr(vits.Attention, "queries_keys_values", official)
+    expected, official_gradient = copied()
+    assert found <= expected - 3
+    torch.testing.assert_close(gradient, official_gradient)
 
 
 def test_intermediate_layers_for_cls_alone_equal_the_full_ones():

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import main_dino
 from dino.loss import DINOLoss
+from dino.training import run
 from dino.training.flags import parse_args
 from dino.training.health import Health, Monitor
 
@@ -194,6 +195,19 @@ def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
         with Image.open(tmp_path / picture) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(2**24)) > 50, "not blank"
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(1e6, 1), (0, 4)])
+def test_the_curves_are_drawn_at_most_once_a_minute_and_at_the_end(
+    monkeypatch, tmp_path, class_folders, seconds, times
+):
+    """Other ranks wait for the drawing, which takes 1.9 s with 25,000 lines."""
+    drawn = []
+    monkeypatch.setattr(run, "SECONDS_PER_PICTURE", seconds)
+    monkeypatch.setattr(run, "draw_run", drawn.append)
+    flags = ("--epochs", 4, "--warmup_epochs", 0, "--knn_freq", 4)
+    train_in_this_process(tmp_path, class_folders / "train", *flags)
+    assert len(drawn) == times
 
 
 def health_after(losses, freeze=1, **figures):
