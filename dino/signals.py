@@ -110,5 +110,5 @@ def leave_signals_to_parent():
     """What a loader worker does first."""
     signal.set_wakeup_fd(-1)
     for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the parent ends its workers
+        ends = number == signal.SIGTERM  # with which the parent ends its workers: never ignored
+        signal.signal(number, signal.SIG_DFL if ends else signal.SIG_IGN)

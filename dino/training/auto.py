@@ -87,12 +87,11 @@ def fit_data(settings, survey, device_type, processes):
 def fit_crops(settings, survey, device_type):
     """Sizes of the crops: those of the images, as far as the device can afford them."""
     side = survey.sides[1]
-    on_cpu = LAYOUT_ON_CPU if survey.has_layout else CROP_ON_CPU
-    most = on_cpu if device_type == "cpu" else OFFICIAL_CROP
+    most, why = largest_crop(survey, device_type)
     size = max(SMALLEST_CROP, min(most, side // 8 * 8))
     reason = f"the images' {side} pixels"
     if size == most:
-        reason = f"what a {device_type.upper()} can afford of {reason}" if side > most else reason
+        reason = f"{why} of {reason}" if side > most else reason
     elif side < 16:
         reason = f"the least that a ResNet takes, for {reason}"
     settings.decide("global_crop_size", size, reason)
@@ -104,6 +103,14 @@ def fit_crops(settings, survey, device_type):
     least = "not less: to a ResNet views of fewer pixels have nothing in common with the others"
     settings.decide("local_crop_size", local, half if local > SMALLEST_CROP else least)
     settings.decide("local_crops_number", 4, "half of the official ones: more steps for the time")
+
+
+def largest_crop(survey, device_type):
+    """(pixels of a global crop at most, what they are)."""
+    if device_type == "cpu" and survey.has_layout:
+        return LAYOUT_ON_CPU, "what outlines need"
+    pixels = CROP_ON_CPU if device_type == "cpu" else OFFICIAL_CROP
+    return pixels, f"what a {device_type.upper()} can afford"
 
 
 def fit_views(settings, survey):
