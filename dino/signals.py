@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 
+from dino.errors import UserError
+
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to resume
 # torchrun passes signals on to processes that may have got them already, as with a terminal's
@@ -67,7 +69,8 @@ class Interruption:
 def listen():
     """The Interruption of this process. Its signals are heard from the first call on.
 
-    Only the main thread can take signals over: called first in another, it hears none.
+    Only the main thread can take signals over: called first in another, it hears none. Raises
+    UserError if the thread that hears second signals cannot be started.
     """
     interruption = Interruption()
     if threading.current_thread() is threading.main_thread():
@@ -78,7 +81,11 @@ def listen():
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, interruption.receive)
         watcher = threading.Thread(target=exit_on_second, args=(ours, theirs), daemon=True)
-        watcher.start()
+        try:
+            watcher.start()
+        except RuntimeError:
+            text = "no thread can be started: the limit on processes and threads is reached."
+            raise UserError(f"{text} Raise it (ulimit -u), or end other programs.") from None
     return interruption
 
 

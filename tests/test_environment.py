@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variables of a launcher that hold anything: one paragraph that somebody prints."""
+"""Variables of a launcher that hold anything, and limits: one paragraph that somebody prints."""
 
 import pytest
-from conftest import SMALL_RUN, run_script
+from conftest import SMALL_RUN, run_python, run_script
 
 from dino import distributed
 from dino.errors import UserError
@@ -45,3 +45,20 @@ def test_a_single_process_needs_no_address(class_folders, tmp_path):
     command = ("main_dino.py", *SMALL_RUN, "--epochs", 1, "--data_path", class_folders / "train")
     result = run_script(*command, "--output_dir", tmp_path / "run", RANK="0", WORLD_SIZE="1")
     assert result.returncode == 0, result.stderr
+
+
+NO_MORE_THREADS = """
+import os, resource, sys
+import main_dino
+if os.getuid() == 0:
+    os.setuid(65534)  # the limit does not hold for root
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+main_dino.main()
+"""
+
+
+def test_a_limit_on_threads_is_a_paragraph(tmp_path):
+    result = run_python("-c", NO_MORE_THREADS, "--data_path", tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert "no thread can be started" in result.stderr
+    assert result.stderr.count("\n") == 1
