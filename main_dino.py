@@ -98,7 +98,8 @@ def train_dino(args, images=None, augmentation=None):
     if images is None:
         images, knn_data_path = open_images(args)
     if args.preset in DECIDED:
-        args = decide_settings(args, images, device, correlate_views, time_a_step, weights)
+        measures = correlate_views, time_a_step
+        args = decide_settings(args, images, knn_data_path, device, *measures, weights)
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
