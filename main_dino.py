@@ -98,8 +98,7 @@ def train_dino(args, images=None, augmentation=None):
     if images is None:
         images, knn_data_path = open_images(args)
     if args.preset in DECIDED:
-        measures = correlate_views, time_a_step
-        args = decide_settings(args, images, knn_data_path, device, *measures, weights)
+        args = decide_settings(args, images, device, correlate_views, time_a_step, weights)
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std

@@ -12,7 +12,6 @@ import torch
 from dino.data.channels import RGB
 from dino.data.survey import survey
 from dino.distributed import get_world_size, print0
-from dino.evaluation.cues import class_cues
 from dino.training.continuing import fit_continuation, keep_networks
 from dino.training.data import check_images
 from dino.training.flag_checks import check_training_flags
@@ -34,13 +33,10 @@ TEACHER_SHARE = 0.02
 FASTEST_TEACHER, OFFICIAL_TEACHER = 25, 250  # iterations
 
 
-def decide_settings(
-    args, images, knn_data_path, device, correlate_views, time_a_step, weights=None
-):
+def decide_settings(args, images, device, correlate_views, time_a_step, weights=None):
     """`args` with all that was not given decided, and `auto`: {flag: reason}. Prints the table.
 
     `args.given` has the names of the flags that were. A run that is resumed keeps its settings.
-    `knn_data_path`: labelled images (or None), whose training part says what tells classes apart.
     `weights`: the content of --init_from, if a run begins with it.
     `correlate_views(args, images, device)`: see view_correlation; `time_a_step(...)`: seconds.
     """
@@ -52,11 +48,7 @@ def decide_settings(
         if weights is not None:
             keep_networks(settings, weights)
         settings.decide("warmup_epochs", 0, "until the length is known")
-        cues = None
-        if knn_data_path and follows_cues(seen, device.type):
-            cues = class_cues(knn_data_path, args.seed, skip_bad)
-            print0(f"Classes of --knn_data_path before anything is learned: {cues or 'no images'}")
-        fit_data(settings, seen, device.type, get_world_size(), cues)
+        fit_data(settings, seen, device.type, get_world_size())
         iterations = -(-len(images) // get_world_size()) // settings["batch_size_per_gpu"]
         check_training_flags(settings.namespace(), own_views=settings["augmentation"] is not None)
         check_images(settings.namespace(), len(images))
@@ -78,17 +70,14 @@ STRENGTHS, LEAST_CORRELATION = (1.0, 0.5, 0.25), 0.02
 # ---- what follows from the data ----
 
 
-def fit_data(settings, survey, device_type, processes, cues=None):
-    """Decide what needs no more than a look at the data: networks, views, batch, learning rate.
-
-    `cues`: what tells its classes apart, where that is known.
-    """
+def fit_data(settings, survey, device_type, processes):
+    """Decide what needs no more than a look at the data: networks, views, batch, learning rate."""
     if len(survey.mean) != 3:
         settings.decide("in_chans", len(survey.mean), "what the files have")
     fit_crops(settings, survey, device_type)
     fit_views(settings, survey)
     if survey.has_layout and device_type == "cpu":
-        keep_layout(settings, survey, cues)
+        keep_layout(settings, survey)
     fit_backbone(settings, survey, device_type)
     fit_batch(settings, survey, device_type, processes)
     fit_head(settings, survey)
@@ -154,36 +143,21 @@ def fit_views(settings, survey):
     settings.decide("std", survey.std, "measured on the sample")
 
 
-def follows_cues(survey, device_type):
-    """Whether the views depend on what tells classes apart: see keep_layout."""
-    return (
-        survey.has_layout
-        and device_type == "cpu"
-        and not survey.is_grey
-        and len(survey.mean) == RGB
-    )
-
-
-def keep_layout(settings, survey, cues):
+def keep_layout(settings, survey):
     """Views for data in which it matters where something is, in the short runs of a CPU.
 
-    Large crops keep the layout, but make colours, by which a network tells images apart most
-    easily, easier still. So they are taken where there are no colours, and where labels say which
-    colours are wanted: fewer where outlines tell the classes. Not measured in long runs.
+    Large crops keep the layout, strong changes of colour keep the network from learning colours in
+    its place. Not measured in long runs.
     """
-    if follows_cues(survey, device_type="cpu") and cues is None:
-        return
     layout = f"large: {survey.layout:.1%} of the variance is due to the place in the image"
     settings.decide("global_crops_scale", (0.6, 1.0), layout)
     least, most = settings["local_crops_scale"]
     settings.decide("local_crops_scale", (max(0.25, least), max(0.6, most)), layout)
-    if cues is None:
-        settings.decide("solarize_p", 0.0, "measured without")
-    elif cues.outlines_tell:
-        outlines = f"outlines tell the classes, not colours: {cues}"
-        settings.decide("jitter", (0.4, 0.4, 0.4, 0.1), outlines)
-        settings.decide("grayscale_p", 0.5, outlines)
-        settings.decide("solarize_p", 0.0, "measured without")
+    settings.decide("solarize_p", 0.0, "measured without")
+    if not survey.is_grey and len(survey.mean) == RGB:
+        shapes = "strong, so that shapes are learned and not colours, which are easier"
+        settings.decide("jitter", (0.8, 0.8, 0.8, 0.2), shapes)
+        settings.decide("grayscale_p", 0.5, shapes)
 
 
 def soften_views(settings, correlate):

@@ -12,7 +12,6 @@ from PIL import Image
 
 from dino.data.survey import Survey, share_of_places, survey
 from dino.errors import UserError
-from dino.evaluation.cues import Cues
 from dino.training.auto import fit_data, fit_hours, fit_length, soften_views
 from dino.training.correlation import view_correlation
 from dino.training.flags import parse_args
@@ -22,26 +21,12 @@ from main_dino import train_dino
 COLOUR = dict(grey=0.1, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
 
 
-OUTLINES, COLOURS = Cues(colours=30, outlines=55), Cues(colours=40, outlines=30)
-
-
-def decide(
-    images,
-    side,
-    *,
-    given="",
-    device="cpu",
-    grey=0.1,
-    epochs=100,
-    least=None,
-    layout=0.0,
-    cues=None,
-):
+def decide(images, side, *, given="", device="cpu", grey=0.1, epochs=100, least=None, layout=0.0):
     colours = COLOUR | {"grey": grey}
     seen = Survey(images, 256, (least or side, side, side), **colours, layout=layout)
     args = parse_args(["--preset", "auto", "--epochs", str(epochs), *given.split()])
     settings = Settings(vars(args), args.given)
-    fit_data(settings, seen, device, 1, cues)
+    fit_data(settings, seen, device, 1)
     fit_length(settings, images // settings["batch_size_per_gpu"])
     return settings
 
@@ -126,33 +111,18 @@ def test_grey_data_gets_no_operation_on_colours():
     assert "jitter" not in decide(3000, 32, grey=0.5).reasons
 
 
-def test_where_the_place_matters_a_cpu_keeps_quarters_apart():
+def test_where_the_place_matters_a_cpu_keeps_quarters_apart_and_crops_large():
     usual, kept = decide(3000, 32), decide(3000, 32, layout=0.04)
     assert (usual["arch"], kept["arch"]) == ("resnet_nano", "resnet_nano_2x2")
+    assert (usual["global_crops_scale"][0], kept["global_crops_scale"][0]) == (0.4, 0.6)
+    assert kept["local_crops_scale"] == (0.25, 0.6)
+    assert kept["jitter"][0] > usual["jitter"][0]
     assert decide(3000, 128)["global_crop_size"] == 96
     assert decide(3000, 128, layout=0.04)["global_crop_size"] == 32
-    on_gpu = decide(3000, 32, layout=0.04, device="cuda", cues=OUTLINES)
-    assert on_gpu.flags == decide(3000, 32, device="cuda").flags
-
-
-VIEWS = ("global_crops_scale", "local_crops_scale", "jitter", "grayscale_p", "solarize_p")
-
-
-def test_colours_are_weakened_only_where_outlines_tell_the_classes():
-    """Photographs of things, told by colours, end at 35 instead of 51 under the clothes' views."""
-    official = {name: decide(3000, 32)[name] for name in VIEWS}
-    unlabelled, outlines, colours, grey = (
-        decide(3000, 32, layout=0.04, **options)
-        for options in ({}, {"cues": OUTLINES}, {"cues": COLOURS}, {"grey": 1.0})
-    )
-    assert {name: unlabelled[name] for name in VIEWS} == official
-    assert outlines["grayscale_p"] > official["grayscale_p"]
-    assert {name: colours[name] for name in VIEWS[2:]} == {n: official[n] for n in VIEWS[2:]}
+    grey = decide(3000, 32, layout=0.04, grey=1.0)
     assert grey["jitter"] == decide(3000, 32, grey=1.0)["jitter"]
-    for settings in (outlines, colours, grey):
-        assert settings["global_crops_scale"][0] == 0.6
-        assert settings["local_crops_scale"] == (0.25, 0.6)
-    assert decide(3000, 32, cues=OUTLINES).flags == decide(3000, 32).flags  # no place matters
+    on_gpu = decide(3000, 32, layout=0.04, device="cuda")
+    assert on_gpu.flags == decide(3000, 32, device="cuda").flags
 
 
 def test_what_was_given_stands_and_what_follows_from_it_follows():
