@@ -5,7 +5,8 @@ SIGTERM, SIGUSR1, SIGUSR2 and SIGHUP (spot machines, Slurm's --signal, submitit,
 exit with REQUEUE, Ctrl-C with 130; nohup's SIGHUP stays ignored. Before training has begun there is
 nothing to save, and the run exits at once. A second signal exits at once too, wherever the process
 is: a thread hears it, since Python's own handlers wait for a collective to return. Loader workers
-leave signals to their parent.
+leave signals to their parent. The same thread ends a process that waits for the others before
+training has begun.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: rerun the same command to resume
 # torchrun passes signals on to processes that may have got them already, as with a terminal's
 # Ctrl-C: one more of them within so many seconds is not a second request.
 COPY_SECONDS = 3.0
+UNHEARD_SECONDS = 2.0  # after which nobody waits for a handler where there is nothing to save
 
 
 class StopRequested(BaseException):
@@ -77,10 +79,15 @@ def listen():
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        # What a child hears before it has handlers of its own is not for this process's thread.
+        os.register_at_fork(
+            before=block, after_in_parent=unblock, after_in_child=forget_and_unblock
+        )
         for number in STOPPING:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, interruption.receive)
-        watcher = threading.Thread(target=exit_on_second, args=(ours, theirs), daemon=True)
+        args = interruption, ours, theirs
+        watcher = threading.Thread(target=exit_without_handlers, args=args, daemon=True)
         try:
             watcher.start()
         except RuntimeError:
@@ -89,13 +96,41 @@ def listen():
     return interruption
 
 
-def exit_on_second(ours, theirs):
-    """Read the number of each signal from the socket `ours`; `theirs` is kept open, to write to."""
+def block():
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+
+def unblock():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
+def forget_and_unblock():
+    signal.set_wakeup_fd(-1)
+    unblock()
+
+
+def exit_without_handlers(interruption, ours, theirs):
+    """Exit on a second signal, and on a first one that no handler hears before training begins.
+
+    Reads the number of each signal from the socket `ours`; `theirs` is kept open, to write to.
+    """
     times, first = [], None
-    while number := ours.recv(1):
-        if number[0] not in STOPPING:
+    while True:
+        try:
+            number = ours.recv(1)[0]
+        except TimeoutError:
+            if not (interruption.requested or interruption.deferred):
+                name = signal.Signals(first).name
+                with contextlib.suppress(OSError):
+                    os.write(2, f"Stopped by {name} before training began.\n".encode())
+                os._exit(130 if first == signal.SIGINT else REQUEUE)
+            ours.settimeout(None)
             continue
-        first = first or number[0]
+        if number not in STOPPING:
+            continue
+        if first is None:
+            first = number
+            ours.settimeout(UNHEARD_SECONDS)
         times.append(time.monotonic())
         copy = "TORCHELASTIC_RUN_ID" in os.environ and times[-1] - times[0] < COPY_SECONDS
         if len(times) > 1 + copy:
@@ -115,7 +150,6 @@ def exit_when_stopped(program):
 
 def leave_signals_to_parent():
     """What a loader worker does first."""
-    signal.set_wakeup_fd(-1)
     for number in STOPPING:
         ends = number == signal.SIGTERM  # with which the parent ends its workers: never ignored
         signal.signal(number, signal.SIG_DFL if ends else signal.SIG_IGN)

@@ -9,7 +9,7 @@ import socket
 import sys
 
 import pytest
-from conftest import SMALL_RUN, start_forkserver
+from conftest import SMALL_RUN, Started, run_python, start_forkserver
 
 from dino.errors import UserError
 from dino.signals import StopRequested
@@ -127,6 +127,46 @@ def test_a_signal_to_one_of_two_ranks_in_the_probe_keeps_the_epoch(class_folders
     saved = read(tmp_path / "run" / "checkpoint.pth")
     assert (saved["epoch"], saved["iteration"]) == (1, 3)
     assert saved["unlogged"], "the epoch will be measured after all"
+
+
+def test_a_signal_is_heard_while_the_processes_wait_for_each_other(class_folders, tmp_path):
+    """PyTorch waits for rank 0 for ten minutes, in which no handler of Python's runs."""
+    with socket.create_server(("127.0.0.1", 0)) as rank_0:  # accepts, and never answers
+        run = Started(
+            *("main_dino.py", *SMALL_RUN, "--data_path", class_folders / "train"),
+            *("--output_dir", tmp_path / "run"),
+            **{"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+            MASTER_PORT=str(rank_0.getsockname()[1]),
+        )
+        connection, _ = rank_0.accept()
+        with connection:
+            run.send_signal(signal.SIGTERM)
+            said, _ = run.communicate(timeout=60)
+    assert run.returncode == 75, said
+    assert said == "Stopped by SIGTERM before training began.\n"
+
+
+CHILDREN_HEAR_SIGNALS = """
+import os, signal, sys, time
+from dino.signals import listen
+listen()
+for _ in range(3):
+    if (child := os.fork()) == 0:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+time.sleep(0.2)
+print("alive")
+"""
+
+
+def test_signals_that_a_forked_child_hears_are_not_its_parents():
+    """As loader workers, in the moment before they have handlers of their own."""
+    result = run_python("-c", CHILDREN_HEAR_SIGNALS)
+    assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
 
 
 def free_port():
