@@ -3,7 +3,9 @@
 
 import contextlib
 import functools
+import gc
 import itertools
+import re
 import signal
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -184,10 +186,13 @@ class ImageLoader(DataLoader):
                 return
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
                 # the last three come from a tensor whose worker died while it was handed over
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                if isinstance(error, RuntimeError) and not is_death(error):
                     raise
                 deaths += 1
                 self.after_death(error, deaths)
+            # The pass that failed and its error refer to each other. If a new worker is forked
+            # before they are freed, it frees its copy, and complains that it has no such workers.
+            gc.collect()
 
     def batches(self, delivered):
         """An iterator over the batches of a pass after the first `delivered` ones."""
@@ -210,13 +215,14 @@ class ImageLoader(DataLoader):
         if terminated and deaths <= 2:
             print("A loader process was terminated, and is replaced.", flush=True)
             return
+        reason = last_line(error)
         advice = (
             "The system kills them when memory, or shared memory (in Docker --shm-size), runs out:"
             " lower --num_workers or --batch_size_per_gpu."
         )
         if deaths > 2:
-            raise UserError(f"Loader processes died three times in a row ({error}). {advice}")
-        print(f"Warning: a loader process died and is replaced ({error}). {advice}", flush=True)
+            raise UserError(f"Loader processes died three times in a row ({reason}). {advice}")
+        print(f"Warning: a loader process died and is replaced ({reason}). {advice}", flush=True)
 
     def readable(self, batch):
         if isinstance(batch, UnreadableImage):
@@ -242,6 +248,24 @@ class ImageLoader(DataLoader):
         """[(path, reason)] of the images replaced since the last call."""
         taken, self.new_skipped = sorted(self.new_skipped), set()
         return taken
+
+
+def is_death(error):
+    """Whether a RuntimeError says that a loader worker is gone, or has no room for a batch.
+
+    What else is raised in one, as by an augmentation of the user's, says "Caught" and has a
+    traceback.
+    """
+    text = str(error)
+    is_caught, no_room = text.startswith("Caught "), r"unable to (open|resize|write|mmap|allocate)"
+    return "DataLoader worker" in text and (
+        not is_caught or bool(re.search(no_room, last_line(error)))
+    )
+
+
+def last_line(error):
+    """What an error of a loader worker says behind its traceback."""
+    return str(error).strip().splitlines()[-1]
 
 
 def exit_codes(workers):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import photograph
+from conftest import photograph, run_python
 from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.datasets import ImageFolder
 
@@ -205,6 +205,44 @@ def test_a_loader_process_that_is_still_dying_is_told_apart_too(class_folders, c
     dying.terminate()
     loader.after_death(ConnectionResetError("while a tensor was handed over"), deaths=1)
     assert "was terminated, and is replaced" in capsys.readouterr().out
+
+
+NO_ROOM = """
+import resource, sys
+from dino.data.images import list_training_images
+from dino.data.loaders import LabelledImages, ImageLoader
+from dino.errors import exit_on_user_error
+from torchvision.transforms import ToTensor
+import torch
+
+paths = list_training_images(sys.argv[1])
+images = LabelledImages(paths, torch.zeros(len(paths)), ToTensor())
+with exit_on_user_error("a.py"):
+    loader = ImageLoader(images, batch_size=2, num_workers=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    list(loader)
+"""
+
+
+def test_a_worker_without_room_for_its_batch_is_a_paragraph(class_folders):
+    """A limit on files holds for shared memory too, and can be set anywhere."""
+    result = run_python("-c", NO_ROOM, class_folders / "train")
+    assert result.returncode == 2, result.stderr
+    assert "three times in a row (RuntimeError: unable to" in result.stderr
+    assert "--shm-size" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert (result.stdout.count("\n"), result.stderr.count("\n")) == (2, 1)
+
+
+def fails(image, key):
+    raise RuntimeError("a bug in views of one's own")
+
+
+def test_an_error_in_views_of_ones_own_is_not_taken_for_a_death(class_folders):
+    images = ImageFiles(list_training_images(class_folders / "train"))
+    options = dict(batch_size=2, seed=0, pin_memory=False)
+    with pytest.raises(RuntimeError, match="a bug in views of one's own"):
+        next(iter(training_loader(images, fails, num_workers=1, **options)))
 
 
 def test_a_batch_with_a_replaced_image_is_copied_to_pinned_memory_like_others(monkeypatch):
