@@ -9,7 +9,6 @@ import math
 
 import torch
 
-from dino.data.channels import RGB
 from dino.data.survey import survey
 from dino.distributed import get_world_size, print0
 from dino.training.continuing import fit_continuation, keep_networks
@@ -155,15 +154,19 @@ def keep_layout(settings, survey):
 
     Large crops keep the layout. Images are told apart by their colours most easily: the more crops
     are grey, the more the outlines count. With a share of 0.5 and strong jitter classes that are
-    told by their colours are not learned, with 0.2 those that are told by outlines.
+    told by their colours are not learned, with 0.2 those that are told by outlines. In grey images
+    brightness has the part of the colours.
     """
     layout = f"large: {survey.layout:.1%} of the variance is due to the place in the image"
     settings.decide("global_crops_scale", (0.6, 1.0), layout)
     least, most = settings["local_crops_scale"]
     settings.decide("local_crops_scale", (max(0.25, least), max(0.6, most)), layout)
     settings.decide("solarize_p", 0.0, "measured without")
-    if not survey.is_grey and len(survey.mean) == RGB:
-        settings.decide("grayscale_p", 0.35, "so that outlines are learned besides colours")
+    outlines = "so that outlines are learned besides"
+    if survey.is_grey:
+        settings.decide("jitter", (0.4, 0.4, 0.0, 0.0), f"the official one, {outlines} brightness")
+    else:
+        settings.decide("grayscale_p", 0.35, f"{outlines} colours")
 
 
 def soften_views(settings, correlate):

@@ -62,10 +62,15 @@ def build_augmentation(args):
 
 
 def colours(args):
-    """Fields of a View about colours; without red, green and blue there are no hues."""
+    """Fields of a View about colours. Without red, green and blue there are no hues, and grey is
+    the mean over the channels, of which grey images have one.
+    """
+    brightness, contrast, saturation, hue = args.jitter
     if args.in_chans != RGB:
-        return dict(jitter=(*args.jitter[:2], 0.0, 0.0), grayscale_p=0.0)
-    return dict(jitter=tuple(args.jitter), grayscale_p=args.grayscale_p)
+        hue = 0.0
+    if args.in_chans == 1:
+        return dict(jitter=(brightness, contrast, 0.0, 0.0), grayscale_p=0.0)
+    return dict(jitter=(brightness, contrast, saturation, hue), grayscale_p=args.grayscale_p)
 
 
 def own_augmentation(path):

@@ -19,6 +19,7 @@ from dino.data.loaders import collate_readable
 from dino.errors import UserError
 from dino.evaluation.attention import open_for_attention
 from dino.networks import MultiCropWrapper
+from dino.training.data import build_augmentation
 from dino.training.flags import parse_args
 from dino.weights.starting import fit_channels
 from main_dino import train_dino
@@ -107,6 +108,20 @@ def test_views_of_five_channels_are_the_same_on_workers_and_device_and_for_each_
         assert ours.shape == (5, 32, 32)
         assert torch.equal(ours, staged[0])
         assert ((ours[:3] - rgb) * 0.2 * 255).abs().mean() < 1
+
+
+def test_a_grey_view_of_five_channels_has_their_mean_in_each():
+    flags = ["--in_chans", "5", "--mean", *"00000", "--std", *"11111", "--augment", "device"]
+    flags += ["--jitter", "0", "0", "0", "0", "--solarize_p", "0", "--local_crops_number", "0"]
+    flags += ["--global_crop_size", "32", "--blur_radius", "0", "0"]
+    coloured, grey = (
+        BothStages(build_augmentation(parse_args([*flags, "--grayscale_p", p])))(bands(5), key=3)[0]
+        for p in "01"
+    )
+    mean = coloured.mean(dim=0)
+    assert not torch.allclose(coloured[0], mean, atol=0.1)
+    for channel in grey:
+        torch.testing.assert_close(channel, mean, rtol=0, atol=0.51 / 255)  # whole levels
 
 
 def test_evaluation_sees_the_same_crop_of_an_array_as_of_a_photograph():

@@ -18,11 +18,20 @@ from dino.training.flags import parse_args
 from dino.training.settings import Settings
 from main_dino import train_dino
 
-COLOUR = dict(grey=0.1, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
 
-
-def decide(images, side, *, given="", device="cpu", grey=0.1, epochs=100, least=None, layout=0.0):
-    colours = COLOUR | {"grey": grey}
+def decide(
+    images,
+    side,
+    *,
+    given="",
+    device="cpu",
+    grey=0.1,
+    epochs=100,
+    least=None,
+    layout=0.0,
+    channels=3,
+):
+    colours = dict(grey=grey, mean=(0.5,) * channels, std=(0.2,) * channels)
     seen = Survey(images, 256, (least or side, side, side), **colours, layout=layout)
     args = parse_args(["--preset", "auto", "--epochs", str(epochs), *given.split()])
     settings = Settings(vars(args), args.given)
@@ -121,7 +130,9 @@ def test_where_the_place_matters_a_cpu_keeps_quarters_apart_and_crops_large():
     assert decide(3000, 128)["global_crop_size"] == 96
     assert decide(3000, 128, layout=0.04)["global_crop_size"] == 32
     grey = decide(3000, 32, layout=0.04, grey=1.0)
-    assert grey["grayscale_p"] == 0
+    assert (grey["jitter"], grey["grayscale_p"]) == ((0.4, 0.4, 0.0, 0.0), 0)
+    assert decide(3000, 32, grey=1.0)["jitter"][0] == 0.2
+    assert decide(3000, 32, layout=0.04, channels=5)["grayscale_p"] == kept["grayscale_p"]
     on_gpu = decide(3000, 32, layout=0.04, device="cuda")
     assert on_gpu.flags == decide(3000, 32, device="cuda").flags
 

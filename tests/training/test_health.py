@@ -127,15 +127,8 @@ def test_digits_whose_features_get_worse_behind_a_sound_loss_are_called(tmp_path
         path.rename(folder / path.name)
     result = run_script(
         *("main_dino.py", *VIT_RUN, "--use_bn_in_head", "true", "--lr", 0.004, "--epochs", 5),
-        *(
-            "--local_crops_number",
-            4,
-            "--data_path",
-            tmp_path / "train",
-            "--knn_data_path",
-            tmp_path,
-        ),
-        *("--output_dir", tmp_path / "run", "--log_freq", 5),
+        *("--local_crops_number", 4, "--data_path", tmp_path / "train"),
+        *("--knn_data_path", tmp_path, "--output_dir", tmp_path / "run", "--log_freq", 5),
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path / "run")
@@ -183,7 +176,8 @@ def test_a_run_that_waits_for_its_images_says_so(tmp_path):
 
 def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
     result = run_script(
-        *("main_dino.py", "--preset", "demo", "--output_dir", tmp_path, "--epochs", 2),
+        *("main_dino.py", "--preset", "demo", "--output_dir", tmp_path, "--epochs", 1),
+        *("--warmup_epochs", 0, "--log_freq", 2),
         *("--knn_freq", 100, "--num_workers", 1, "--device", "cpu"),
     )
     assert result.returncode == 0, result.stderr
