@@ -211,7 +211,8 @@ class ImageLoader(DataLoader):
     def after_death(self, error, deaths):
         """Report a killed worker and have a new iterator made; UserError the third time."""
         self._iterator = None  # of persistent workers
-        terminated = exit_codes(self.workers) == {-signal.SIGTERM}  # by somebody, such as scancel
+        # by somebody, such as scancel
+        terminated = not is_caught(error) and exit_codes(self.workers) == {-signal.SIGTERM}
         if terminated and deaths <= 2:
             print("A loader process was terminated, and is replaced.", flush=True)
             return
@@ -256,16 +257,18 @@ def is_death(error):
     What else is raised in one, as by an augmentation of the user's, says "Caught" and has a
     traceback.
     """
-    text = str(error)
-    is_caught, no_room = text.startswith("Caught "), r"unable to (open|resize|write|mmap|allocate)"
-    return "DataLoader worker" in text and (
-        not is_caught or bool(re.search(no_room, last_line(error)))
-    )
+    no_room = re.search(r"unable to (open|resize|write|mmap|allocate)", last_line(error))
+    return "DataLoader worker" in str(error) and bool(no_room or not is_caught(error))
+
+
+def is_caught(error):
+    """Whether a worker raised it, and lives."""
+    return str(error).startswith("Caught ")
 
 
 def last_line(error):
     """What an error of a loader worker says behind its traceback."""
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
 
 
 def exit_codes(workers):

@@ -21,10 +21,12 @@ from dino.data.images import (
 )
 from dino.data.loaders import (
     EpochSampler,
+    ImageLoader,
     LabelledImages,
     Replaced,
     TrainingImages,
     collate_readable,
+    is_death,
     training_loader,
 )
 from dino.errors import UserError
@@ -232,6 +234,13 @@ def test_a_worker_without_room_for_its_batch_is_a_paragraph(class_folders):
     assert "--shm-size" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert (result.stdout.count("\n"), result.stderr.count("\n")) == (2, 1)
+
+
+def test_a_worker_that_is_lost_without_a_word_is_named_by_its_error(capsys):
+    loader = ImageLoader([0], num_workers=0)
+    loader.after_death(EOFError(), 1)
+    assert "died and is replaced (EOFError())" in capsys.readouterr().out
+    assert not is_death(RuntimeError())
 
 
 def fails(image, key):
