@@ -64,7 +64,12 @@ class Interruption:
 
     @property
     def exit_code(self):
-        return 130 if self.number == signal.SIGINT else REQUEUE
+        return exit_code_after(self.number)
+
+
+def exit_code_after(number):
+    """That of a process which the signal `number`, or another rank's (None), asked to stop."""
+    return 130 if number == signal.SIGINT else REQUEUE
 
 
 @functools.cache
@@ -123,7 +128,7 @@ def exit_without_handlers(interruption, ours, theirs):
                 name = signal.Signals(first).name
                 with contextlib.suppress(OSError):
                     os.write(2, f"Stopped by {name} before training began.\n".encode())
-                os._exit(130 if first == signal.SIGINT else REQUEUE)
+                os._exit(exit_code_after(first))
             ours.settimeout(None)
             continue
         if number not in STOPPING:
@@ -134,7 +139,7 @@ def exit_without_handlers(interruption, ours, theirs):
         times.append(time.monotonic())
         copy = "TORCHELASTIC_RUN_ID" in os.environ and times[-1] - times[0] < COPY_SECONDS
         if len(times) > 1 + copy:
-            os._exit(130 if first == signal.SIGINT else REQUEUE)
+            os._exit(exit_code_after(first))
 
 
 @contextlib.contextmanager

@@ -135,7 +135,9 @@ def test_a_signal_is_heard_while_the_processes_wait_for_each_other(class_folders
         run = Started(
             *("main_dino.py", *SMALL_RUN, "--data_path", class_folders / "train"),
             *("--output_dir", tmp_path / "run"),
-            **{"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"},
+            RANK="1",
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(rank_0.getsockname()[1]),
         )
         connection, _ = rank_0.accept()
@@ -147,7 +149,7 @@ def test_a_signal_is_heard_while_the_processes_wait_for_each_other(class_folders
 
 
 CHILDREN_HEAR_SIGNALS = """
-import os, signal, sys, time
+import os, signal, time
 from dino.signals import listen
 listen()
 for _ in range(3):

@@ -19,20 +19,9 @@ from dino.training.settings import Settings
 from main_dino import train_dino
 
 
-def decide(
-    images,
-    side,
-    *,
-    given="",
-    device="cpu",
-    grey=0.1,
-    epochs=100,
-    least=None,
-    layout=0.0,
-    channels=3,
-):
-    colours = dict(grey=grey, mean=(0.5,) * channels, std=(0.2,) * channels)
-    seen = Survey(images, 256, (least or side, side, side), **colours, layout=layout)
+def decide(images, side, *, given="", device="cpu", epochs=100, least=None, channels=3, **measured):
+    measured = dict(grey=0.1, mean=(0.5,) * channels, std=(0.2,) * channels) | measured
+    seen = Survey(images, 256, (least or side, side, side), **measured)
     args = parse_args(["--preset", "auto", "--epochs", str(epochs), *given.split()])
     settings = Settings(vars(args), args.given)
     fit_data(settings, seen, device, 1)
