@@ -35,8 +35,8 @@ from dino.command_line import (
 )
 from dino.data.channels import RGB, as_rgb, reader
 from dino.data.images import ImageFiles, limit_pixels
+from dino.data.items import image_of
 from dino.data.labels import class_name, list_images, unlabelled
-from dino.data.loaders import image_of
 from dino.distributed import heartbeat, init_distributed, is_main_process, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.extraction import TransformedImages, fill

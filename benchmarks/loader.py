@@ -19,7 +19,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from dino.data.augmentations import DataAugmentationDINO
 from dino.data.augmentations_on_device import CropStage, DeviceStage
 from dino.data.images import list_training_images, read_image
-from dino.data.loaders import collate_readable
+from dino.data.items import collate_readable
 
 AUGMENTATION = DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 8)  # the official defaults
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dino.data.channels import size_of
 from dino.data.images import UnreadableImage
-from dino.data.loaders import image_of
+from dino.data.items import image_of
 
 SAMPLE = 256  # images looked at
 PIXELS = 64  # per side, at most, of those that count for mean and deviation: every so-many-th
@@ -57,7 +57,7 @@ class Survey:
 
 
 def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
-    """The Survey of a sequence of images, as loaders.image_of takes its items.
+    """The Survey of a sequence of images, as items.image_of takes its items.
 
     The sample is drawn by `seed`. Raises the UnreadableImage of an image in it, unless `skip_bad`.
     """

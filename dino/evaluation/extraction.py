@@ -5,9 +5,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dino.data.image_loader import ImageLoader
 from dino.data.images import UnreadableImage
+from dino.data.items import image_of
 from dino.data.labels import UNLABELLED
-from dino.data.loaders import ImageLoader, image_of
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
 from dino.meters import progress_bar

@@ -15,7 +15,7 @@ from dino.atomic import replacing
 from dino.backbones import evaluating, first_of, is_vit
 from dino.data.augmentations import eval_transform
 from dino.data.channels import RGB
-from dino.data.loaders import image_of
+from dino.data.items import image_of
 from dino.distributed import is_main_process
 from dino.evaluation.attention import attention_of_pixels
 from dino.evaluation.neighbour_pictures import (

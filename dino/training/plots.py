@@ -133,7 +133,7 @@ def draw_curves(path, runs):
 
 def draw_panel(axis, panel, runs):
     """One of PANELS, of each run in a colour of its own."""
-    title, draw, place = panel
+    title, draw = panel
     for number, run in enumerate(runs):
         draw(axis, run, f"C{number}", f"{run.name}: " if len(runs) > 1 else "")
     axis.set_title(title, fontsize=10)
@@ -141,7 +141,16 @@ def draw_panel(axis, panel, runs):
     axis.tick_params(which="both", labelsize=7)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=7, loc=place)  # the best place takes long to find
+        legend = axis.legend(fontsize=7, loc="upper right")
+        make_room(axis, len(legend.get_texts()))
+
+
+def make_room(axis, labels):
+    """Raise the upper limit, so that a legend of so many `labels` covers no line."""
+    share = min(0.5, 0.03 + 0.06 * labels)  # of the height
+    scale = axis.yaxis.get_transform()  # may be logarithmic
+    bottom, top = scale.transform(axis.get_ylim())
+    axis.set_ylim(top=scale.inverted().transform(bottom + (top - bottom) / (1 - share)))
 
 
 def line(axis, run, name, scale=1.0, **style):
@@ -250,15 +259,15 @@ def is_first_of_epoch(step):
     return step["iteration"] % iterations_per_epoch == 0
 
 
-PANELS = [  # title, what draws it, place of its legend
-    ("loss (nats)", draw_loss, "upper right"),
-    ("teacher's entropy and KL (% of ln K)", draw_entropy, "upper right"),
-    ("k-NN accuracy (%)", draw_knn, "lower right"),
-    ("RankMe of the teacher's features", draw_rank, "lower right"),
-    ("alignment and uniformity", draw_alignment, "center right"),
-    ("student's first choice is the teacher's (%)", draw_agreement, "upper right"),
-    ("outputs in use, exp of entropy", draw_outputs_used, "upper right"),
-    ("gradient norm before clipping", draw_gradient_norm, "upper right"),
-    ("schedules (% of their maximum)", draw_schedules, "center right"),
-    ("throughput (images/s)", draw_throughput, "lower right"),
+PANELS = [
+    ("loss (nats)", draw_loss),
+    ("teacher's entropy and KL (% of ln K)", draw_entropy),
+    ("k-NN accuracy (%)", draw_knn),
+    ("RankMe of the teacher's features", draw_rank),
+    ("alignment and uniformity", draw_alignment),
+    ("student's first choice is the teacher's (%)", draw_agreement),
+    ("outputs in use, exp of entropy", draw_outputs_used),
+    ("gradient norm before clipping", draw_gradient_norm),
+    ("schedules (% of their maximum)", draw_schedules),
+    ("throughput (images/s)", draw_throughput),
 ]

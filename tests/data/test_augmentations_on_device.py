@@ -18,7 +18,7 @@ from dino.data.augmentations import (
 )
 from dino.data.augmentations_on_device import CropStage, DeviceStage, resize_as_pillow
 from dino.data.images import ImageFiles
-from dino.data.loaders import TrainingImages, collate_readable
+from dino.data.items import TrainingImages, collate_readable
 
 NAMES = ("astronaut.png", "coffee.png", "chelsea.png")
 AUGMENTATION = DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 3, 64, 32)

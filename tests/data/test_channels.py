@@ -15,7 +15,7 @@ from dino.data.augmentations import LinearProbeAugmentation, MultiCrop, View, ev
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
 from dino.data.channels import count_channels, read_any, read_channels
 from dino.data.images import UnreadableImage
-from dino.data.loaders import collate_readable
+from dino.data.items import collate_readable
 from dino.errors import UserError
 from dino.evaluation.attention import open_for_attention
 from dino.networks import MultiCropWrapper

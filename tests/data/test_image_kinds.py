@@ -74,7 +74,7 @@ def test_numbers_of_any_type_become_the_levels_that_they_stand_for(tmp_path, kin
 @pytest.mark.parametrize("kind", ["float32 to 1", "uint16"])
 def test_a_sequence_of_such_images_in_memory_comes_out_alike(tmp_path, kind):
     """As train_dino(images=...) takes them: Pillow's convert alone would cut them off at 255."""
-    from dino.data.loaders import image_of
+    from dino.data.items import image_of
 
     levels = np.asarray(image_of((Image.fromarray(SCALED[kind](GREY)), 0), 0))
     assert (levels == GREY[..., None]).all()

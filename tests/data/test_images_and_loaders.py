@@ -12,6 +12,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.datasets import ImageFolder
 
 from dino.data.augmentations import DataAugmentationDINO
+from dino.data.image_loader import EpochSampler, ImageLoader, is_death
 from dino.data.images import (
     ImageFiles,
     UnreadableImage,
@@ -19,16 +20,8 @@ from dino.data.images import (
     list_training_images,
     read_image,
 )
-from dino.data.loaders import (
-    EpochSampler,
-    ImageLoader,
-    LabelledImages,
-    Replaced,
-    TrainingImages,
-    collate_readable,
-    is_death,
-    training_loader,
-)
+from dino.data.items import LabelledImages, Replaced, TrainingImages, collate_readable
+from dino.data.loaders import training_loader
 from dino.errors import UserError
 from dino.signals import leave_signals_to_parent
 
@@ -212,7 +205,8 @@ def test_a_loader_process_that_is_still_dying_is_told_apart_too(class_folders, c
 NO_ROOM = """
 import resource, sys
 from dino.data.images import list_training_images
-from dino.data.loaders import LabelledImages, ImageLoader
+from dino.data.image_loader import ImageLoader
+from dino.data.items import LabelledImages
 from dino.errors import exit_on_user_error
 from torchvision.transforms import ToTensor
 import torch

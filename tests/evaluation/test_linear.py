@@ -12,8 +12,9 @@ from torchvision.transforms import functional as F
 
 from dino.backbones import build_backbone
 from dino.data.augmentations import LinearProbeAugmentation, draw_views
+from dino.data.image_loader import EpochSampler
 from dino.data.images import ImageFiles, list_labelled_images, read_image
-from dino.data.loaders import EpochSampler, training_loader
+from dino.data.loaders import training_loader
 from dino.evaluation.features import FrozenFeatures
 from dino.evaluation.linear import evaluate_heads, step_of_heads
 from dino.evaluation.linear_files import build_heads

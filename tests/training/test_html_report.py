@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import SMALL_RUN, run_script
@@ -19,6 +20,7 @@ from dino.training.backbone_pictures import (
     PATCHES,
     principal_colors,
 )
+from dino.training.plots import PANELS, LoggedRun, draw_panel
 
 VOID = {"meta", "img", "br", "link"}  # elements without an end
 
@@ -186,3 +188,16 @@ def test_a_report_where_a_folder_stands_is_refused(run, tmp_path):
     result = run_script("compare_runs.py", run, "--html", tmp_path)
     assert result.returncode == 2
     assert f"--html {tmp_path} is a folder" in result.stderr
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=[title for title, _ in PANELS])
+def test_no_legend_covers_a_line(run, panel):
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    draw_panel(axis, panel, [LoggedRun(run)] * 2)
+    figure.canvas.draw()
+    legend = axis.get_legend()
+    within = legend.get_window_extent() if legend else None
+    for curve in axis.lines if legend else []:
+        pixels = curve.get_transform().transform(curve.get_xydata())
+        assert within.count_contains(pixels) == 0, curve.get_label()
+    plt.close(figure)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches in a reproducible order: a loader that outlives its workers, and the sampler."""
+
+import contextlib
+import functools
+import gc
+import itertools
+import re
+import signal
+from multiprocessing import connection
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, DistributedSampler
+
+from dino.data.images import UnreadableImage, limit_pixels
+from dino.data.items import Replaced, collate_readable
+from dino.errors import UserError
+from dino.signals import leave_signals_to_parent
+
+MOST_BAD = 0.01  # share of bad images that --on_bad_image skip tolerates
+DYING = 5.0  # seconds that a process takes to die, at most
+
+
+class ImageLoader(DataLoader):
+    """A DataLoader that raises the UnreadableImage that comes instead of a batch.
+
+    It counts Replaced images, and replaces a worker that the system has killed, starting from the
+    batch that is due. The seed that a DataLoader draws for its workers, which nothing here uses,
+    comes from a generator of its own: torch's global one would advance, and change stochastic
+    depth.
+    """
+
+    def __init__(self, dataset, finish=None, **options):
+        """`finish` is what this process still does to a batch, such as DeviceStage."""
+        self.skipped, self.new_skipped = set(), set()
+        self.workers = []  # the processes of the latest pass
+        self.finish = finish or (lambda batch: batch)
+        super().__init__(
+            dataset,
+            collate_fn=collate_readable,
+            generator=torch.Generator(),
+            worker_init_fn=functools.partial(start_worker, Image.MAX_IMAGE_PIXELS),
+            **options,
+        )
+
+    def __iter__(self):
+        delivered, deaths = 0, 0
+        while True:
+            try:
+                for batch in self.batches(delivered):
+                    delivered, deaths = delivered + 1, 0
+                    yield self.finish(self.readable(batch))
+                return
+            except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+                # the last three come from a tensor whose worker died while it was handed over
+                if isinstance(error, RuntimeError) and not is_death(error):
+                    raise
+                deaths += 1
+                self.after_death(error, deaths)
+            # The pass that failed and its error refer to each other. If a new worker is forked
+            # before they are freed, it frees its copy, and complains that it has no such workers.
+            gc.collect()
+
+    def batches(self, delivered):
+        """An iterator over the batches of a pass after the first `delivered` ones."""
+        if delivered and isinstance(self.sampler, EpochSampler):
+            with self.sampler.further(delivered * self.batch_size):
+                iterator = whole = super().__iter__()
+        else:
+            whole = super().__iter__()
+            iterator = itertools.islice(whole, delivered, None)
+        self.workers = getattr(whole, "_workers", [])
+        # torch raises from this signal wherever the main thread is, in the middle of a step too;
+        # without it the loader finds out by itself, when it waits for a batch
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return iterator
+
+    def after_death(self, error, deaths):
+        """Report a killed worker and have a new iterator made; UserError the third time."""
+        self._iterator = None  # of persistent workers
+        # by somebody, such as scancel
+        terminated = not is_caught(error) and exit_codes(self.workers) == {-signal.SIGTERM}
+        if terminated and deaths <= 2:
+            print("A loader process was terminated, and is replaced.", flush=True)
+            return
+        reason = last_line(error)
+        advice = (
+            "The system kills them when memory, or shared memory (in Docker --shm-size), runs out:"
+            " lower --num_workers or --batch_size_per_gpu."
+        )
+        if deaths > 2:
+            raise UserError(f"Loader processes died three times in a row ({reason}). {advice}")
+        print(f"Warning: a loader process died and is replaced ({reason}). {advice}", flush=True)
+
+    def readable(self, batch):
+        if isinstance(batch, UnreadableImage):
+            raise batch
+        if not isinstance(batch, Replaced):
+            return batch
+        self.new_skipped |= {(error.path, str(error)) for error in batch.bad} - self.skipped
+        self.skipped |= self.new_skipped
+        if len(self.skipped) > MOST_BAD * len(self.dataset):
+            _, reason = min(self.skipped)
+            raise UserError(
+                f"--on_bad_image skip: {len(self.skipped)} of {len(self.dataset)} images could not"
+                f" be read, more than {MOST_BAD:.0%}. The first: {reason} For all of them:"
+                " python check_data.py PATH."
+            )
+        return batch.item
+
+    def batch_of(self, keys):
+        """What the loader would yield for these items of the data set, made here and now."""
+        return self.finish(self.readable(collate_readable([self.dataset[key] for key in keys])))
+
+    def take_skipped(self):
+        """[(path, reason)] of the images replaced since the last call."""
+        taken, self.new_skipped = sorted(self.new_skipped), set()
+        return taken
+
+
+def is_death(error):
+    """Whether a RuntimeError says that a loader worker is gone, or has no room for a batch.
+
+    What else is raised in one, as by an augmentation of the user's, says "Caught" and has a
+    traceback.
+    """
+    no_room = re.search(r"unable to (open|resize|write|mmap|allocate)", last_line(error))
+    return "DataLoader worker" in str(error) and bool(no_room or not is_caught(error))
+
+
+def is_caught(error):
+    """Whether a worker raised it, and lives."""
+    return str(error).startswith("Caught ")
+
+
+def last_line(error):
+    """What an error of a loader worker says behind its traceback."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1]
+
+
+def exit_codes(workers):
+    """Those of the `workers` that have failed.
+
+    A process that has let go of a tensor may still be dying, and has no exit code until it is dead:
+    the first one is waited for.
+    """
+    of_sentinels = {worker.sentinel: worker for worker in workers}
+    for sentinel in connection.wait(list(of_sentinels), timeout=DYING):
+        of_sentinels[sentinel].join()
+    return {worker.exitcode for worker in workers} - {None, 0}
+
+
+def start_worker(max_pixels, number):
+    """For DataLoader's worker_init_fn."""
+    leave_signals_to_parent()
+    limit_pixels(max_pixels)
+
+
+class EpochSampler(DistributedSampler):
+    """The official order, torch's DistributedSampler, as (epoch, index): workers need the epoch."""
+
+    used = 0
+
+    def set_position(self, epoch, used=0):
+        """The next pass is over `epoch`, without the first `used` images, of all ranks together."""
+        self.set_epoch(epoch)
+        self.used = used
+
+    @contextlib.contextmanager
+    def further(self, count):
+        """A pass that begins here leaves out `count` more images of this rank."""
+        self.used += count * self.num_replicas
+        yield
+        self.used -= count * self.num_replicas
+
+    def __iter__(self):
+        generator = torch.Generator()
+        generator.manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        rest = order[self.used :]
+        # as many for each rank, as in torch's sampler: the first images come again
+        rest += itertools.islice(itertools.cycle(order), -len(rest) % self.num_replicas)
+        return iter([(self.epoch, index) for index in rest[self.rank :: self.num_replicas]])
