@@ -13,7 +13,7 @@ from dino.data.survey import survey
 from dino.distributed import get_world_size, print0
 from dino.training.continuing import fit_continuation, keep_networks
 from dino.training.data import check_images
-from dino.training.flag_checks import check_training_flags
+from dino.training.flag_checks import check_strengths, check_training_flags
 from dino.training.settings import open_settings
 
 DEFAULT_HOURS = 0.5
@@ -43,6 +43,7 @@ def decide_settings(args, images, device, correlate_views, time_a_step, weights=
     """
     settings, resumes = open_settings(args)
     if not resumes:
+        check_strengths(args)
         skip_bad = args.on_bad_image == "skip"
         seen = survey(images, args.seed, skip_bad, args.in_chans)
         print0(f"--preset {args.preset}: {seen}")

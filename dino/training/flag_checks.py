@@ -75,8 +75,8 @@ def check_iterations(args, iterations_per_epoch):
         )
 
 
-def check_views(args):
-    """Scales and sizes of the crops."""
+def check_strengths(args):
+    """Scales of the crops and strengths of the augmentation, which need nothing but the flags."""
     for name in ("global_crops_scale", "local_crops_scale"):
         scale = getattr(args, name)
         if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
@@ -94,6 +94,11 @@ def check_views(args):
             f"--jitter {' '.join(map(str, args.jitter))}: give four, for brightness, contrast,"
             " saturation and hue."
         )
+
+
+def check_views(args):
+    """Crops, augmentation and normalisation."""
+    check_strengths(args)
     for name in ("mean", "std"):
         if len(getattr(args, name)) != args.in_chans:
             raise UserError(
