@@ -46,7 +46,7 @@ from dino.evaluation.linear_files import (
 )
 from dino.json_files import read_lines
 from dino.optim import cosine_scheduler
-from dino.precision import choose_amp_dtype
+from dino.precision import check_gradients, choose_amp_dtype
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import exit_when_stopped, listen
@@ -255,6 +255,7 @@ def train(args, device, interruption):
     # ---- network ----
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same weights
     amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
+    check_gradients(pretrained.backbone, [pretrained.image_size], RGB, device, amp_dtype)
     state, average = build_finetuning(
         build_model(pretrained, len(classes), args.drop_path_rate, args.from_scratch),
         device,

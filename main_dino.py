@@ -37,6 +37,7 @@ from dino.networks import (
     build_student_and_teacher,
     choose_compile,
     compile_networks,
+    unwrap,
     update_teacher,
 )
 from dino.optim import (
@@ -48,7 +49,7 @@ from dino.optim import (
     get_params_groups,
     set_lr_and_weight_decay,
 )
-from dino.precision import autocast, choose_amp_dtype
+from dino.precision import autocast, check_gradients, choose_amp_dtype
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import StopRequested, exit_when_stopped, listen
@@ -59,7 +60,7 @@ from dino.training.budget import seconds_per_step
 from dino.training.checkpoint import Progress
 from dino.training.correlation import view_correlation
 from dino.training.data import build_augmentation, check_images, open_images
-from dino.training.failures import explained
+from dino.training.failures import divergence_explained, lost_ranks_explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.html_report import report_run
@@ -119,7 +120,7 @@ def train_dino(args, images=None, augmentation=None):
     progress = Progress(iterations_per_epoch=len(loader), global_batch=global_batch)
     report_start(args, launch, device, amp_dtype, len(images), scaled_lr, progress)
 
-    with owned(args.output_dir):
+    with owned(args.output_dir), divergence_explained(args):
         # ---- begin, or resume ----
         found = find_checkpoint(args.resume, args.output_dir)
         run = Run(
@@ -321,11 +322,12 @@ def build_probes(args, images, knn_data_path, augmentation, workers, device):
 
 def build_state(args, views, device, amp_dtype):
     """Everything that is trained, as it stands before the first step."""
+    crop_sizes = list(dict.fromkeys(view.size for view in views))
     student, teacher = build_student_and_teacher(
         args.arch,
         device,
         patch_size=args.patch_size,
-        crop_sizes=list(dict.fromkeys(view.size for view in views)),
+        crop_sizes=crop_sizes,
         drop_path_rate=args.drop_path_rate,
         out_dim=args.out_dim,
         use_bn_in_head=args.use_bn_in_head,
@@ -337,6 +339,7 @@ def build_state(args, views, device, amp_dtype):
         stem=args.stem,
         in_chans=args.in_chans,
     )
+    check_gradients(unwrap(student).backbone, crop_sizes, args.in_chans, device, amp_dtype)
     dino_loss = build_loss(
         args.loss,
         args.sinkhorn_iterations,
@@ -361,10 +364,9 @@ def build_state(args, views, device, amp_dtype):
 
 def main(args=None):
     """Train, by the command line unless `args` are given; a stop or an error ends the process."""
-    with exit_on_user_error("main_dino.py"), exit_when_stopped("main_dino.py"):
-        args = args or parse_args()
-        with explained(args):
-            train_dino(args)
+    name = "main_dino.py"
+    with exit_on_user_error(name), exit_when_stopped(name), lost_ranks_explained():
+        train_dino(args or parse_args())
 
 
 if __name__ == "__main__":

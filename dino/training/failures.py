@@ -20,12 +20,19 @@ PRECISION_TO_TRY = {
 
 
 @contextlib.contextmanager
-def explained(args):
-    """Turn a divergence, or an error that a lost rank caused, into a paragraph of advice."""
+def divergence_explained(args):
+    """Add to a Diverged what is saved and what to try. `args` as they are when the steps begin."""
     try:
         yield
     except Diverged as error:
         raise explain_divergence(error, args) from None
+
+
+@contextlib.contextmanager
+def lost_ranks_explained():
+    """Turn an error that a lost rank caused into a paragraph of advice."""
+    try:
+        yield
     except RuntimeError as error:
         lost = lost_ranks() if get_world_size() > 1 else []
         if not lost:
