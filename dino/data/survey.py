@@ -75,7 +75,7 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
     sides, greys, means, squares, places = map(np.array, zip(*looked_at, strict=True))
     mean = means.mean(axis=0)
     # a channel that never changes must not be divided by 0
-    std = np.maximum(np.sqrt(squares.mean(axis=0) - mean**2), 1e-3)
+    std = np.maximum(squares.mean(axis=0) - mean**2, 1e-6) ** 0.5
     return Survey(
         images=len(images),
         sample=len(looked_at),

@@ -51,6 +51,12 @@ def test_the_survey_measures_what_numpy_measures_over_all_pixels():
     assert (seen.images, seen.sides, seen.is_grey) == (2, (30, 30, 30), False)
 
 
+def test_images_of_one_colour_have_a_deviation_that_can_be_divided_by():
+    """Their mean square less their squared mean is below 0 by rounding."""
+    images = [Image.new("RGB", (40, 40), (7, 7, 7))] * 40
+    assert survey(images).std == (0.001,) * 3
+
+
 def test_grey_images_are_seen_as_grey_however_they_are_stored():
     images = pictures((20, 20), (24, 20), grey=True)
     assert survey(images).is_grey
