@@ -18,7 +18,14 @@ from pathlib import Path
 
 import torch
 
-from dino.backbones import build_backbone, canonical_name, check_arch, check_takes_sizes, is_vit
+from dino.backbones import (
+    build_backbone,
+    canonical_name,
+    check_arch,
+    check_gradients,
+    check_takes_sizes,
+    is_vit,
+)
 from dino.command_line import (
     LARGEST_SEED,
     Parser,
@@ -46,7 +53,7 @@ from dino.evaluation.linear_files import (
 )
 from dino.json_files import read_lines
 from dino.optim import cosine_scheduler
-from dino.precision import check_gradients, choose_amp_dtype
+from dino.precision import choose_amp_dtype
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import exit_when_stopped, listen

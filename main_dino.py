@@ -22,6 +22,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dino.ablations import PredictorHead, build_loss, copy_before_each_step, teacher_momentum
+from dino.backbones import check_gradients
 from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO, eval_transform
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
@@ -49,7 +50,7 @@ from dino.optim import (
     get_params_groups,
     set_lr_and_weight_decay,
 )
-from dino.precision import autocast, check_gradients, choose_amp_dtype
+from dino.precision import autocast, choose_amp_dtype
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import StopRequested, exit_when_stopped, listen

@@ -258,6 +258,12 @@ def evaluating(model):
 
 
 @torch.no_grad()
+def features_of_blank(backbone, size, in_chans):
+    """The features of one square image without content: a trial."""
+    with evaluating(backbone):
+        return first_of(backbone(torch.zeros(1, in_chans, size, size)))
+
+
 def check_takes_sizes(backbone, arch, sizes, in_chans=3, source=None):
     """Raise UserError unless `backbone` makes one vector of a square image of each of `sizes`.
 
@@ -266,10 +272,44 @@ def check_takes_sizes(backbone, arch, sizes, in_chans=3, source=None):
     source = source or f"--arch {arch}"
     for size in sizes:
         try:
-            with evaluating(backbone):
-                features = first_of(backbone(torch.zeros(1, in_chans, size, size)))
+            features = features_of_blank(backbone, size, in_chans)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"{source} does not take crops of {size} pixels: {error}") from None
         if features.ndim != 2:
             shape = tuple(features.shape)
             raise UserError(f"{source} makes {shape} of an image, not one vector.")
+
+
+def check_gradients(backbone, sizes, in_chans, device, amp_dtype):
+    """Raise UserError where PyTorch would train `backbone`, on images of `sizes`, on garbage.
+
+    In bfloat16 on a CPU, if the stride of a convolution is greater than the width of its input, the
+    gradient of its weights is what was in memory. (Measured with PyTorch 2.15: kernels of 3 to 7,
+    strides of 2 to 4. Its other gradient, kernels of 1 and float32 are right.)
+    """
+    if device.type != "cpu" or amp_dtype != torch.bfloat16:
+        return
+    for size in sizes:
+        for name, convolution, width in convolved_widths(backbone, size, in_chans):
+            stride = convolution.stride[-1]
+            if width < stride and convolution.kernel_size[-1] > 1:
+                raise UserError(
+                    f"--amp_dtype bfloat16: images of {size} pixels are {width} wide before {name}"
+                    f" of stride {stride}, for which PyTorch computes a wrong gradient on a CPU."
+                    " Give larger crops, for a ResNet --stem small, or --amp_dtype float32."
+                )
+
+
+def convolved_widths(backbone, size, in_chans):
+    """[(name, convolution, width of its input)] for a square image, in the order of the pass."""
+    widths = []
+    names = {m: name for name, m in backbone.named_modules() if isinstance(m, nn.Conv2d)}
+
+    def look(convolution, inputs):
+        widths.append((names[convolution], convolution, inputs[0].shape[-1]))
+
+    with contextlib.ExitStack() as hooks:
+        for convolution in names:
+            hooks.enter_context(convolution.register_forward_pre_hook(look))
+        features_of_blank(backbone, size, in_chans)
+    return widths

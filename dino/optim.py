@@ -99,7 +99,7 @@ class LARS(torch.optim.Optimizer):
         self,
         params,
         lr=0,
-        weight_decay=0,
+        weight_decay=0.0,
         momentum=0.9,
         eta=0.001,
         weight_decay_filter=None,

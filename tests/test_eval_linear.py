@@ -9,6 +9,7 @@ import urllib.request
 import pytest
 import torch
 from conftest import run_script, run_torchrun
+from helpers import assert_equal_states
 
 import eval_linear as script
 from dino.backbones import build_backbone
@@ -117,18 +118,6 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(finished, tmp_path, mon
     assert (tmp_path / "log.txt").read_text() == (folder / "log.txt").read_text()
     for name in ("checkpoint.pth.tar", "best_linear.pth", "last_linear.pth"):
         assert_equal_states(content(folder / name), content(tmp_path / name))
-
-
-def assert_equal_states(expected, found):
-    assert type(expected) is type(found)
-    if isinstance(expected, dict):
-        assert expected.keys() == found.keys()
-        for key in expected:
-            assert_equal_states(expected[key], found[key])
-    elif isinstance(expected, torch.Tensor):
-        assert torch.equal(expected, found)
-    else:
-        assert expected == found
 
 
 def test_a_finished_run_says_its_table_again_and_changes_nothing(finished, capsys):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import run_script
 
-from dino.backbones import build_backbone
+from dino.backbones import build_backbone, check_gradients
 from dino.errors import UserError
-from dino.precision import autocast, check_gradients
+from dino.precision import autocast
 
 CPU = torch.device("cpu")
 

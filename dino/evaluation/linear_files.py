@@ -65,7 +65,7 @@ def build_heads(dim, num_labels, lrs, epochs, device):
     first = LinearClassifier(dim, num_labels)
     heads = nn.ModuleList(copy.deepcopy(first) for _ in lrs).to(device)
     groups = [dict(params=head.parameters(), lr=lr) for head, lr in zip(heads, lrs, strict=True)]
-    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
     return HeadsState(heads, optimizer, scheduler)
 

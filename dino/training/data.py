@@ -62,13 +62,14 @@ def build_augmentation(args):
 
 
 def colours(args):
-    """Fields of a View about colours. Without red, green and blue there are no hues, and grey is
-    the mean over the channels, of which grey images have one.
+    """Fields of a View about colours.
+
+    Without red, green and blue there are no hues, and grey is the mean over the channels.
     """
     brightness, contrast, saturation, hue = args.jitter
     if args.in_chans != RGB:
         hue = 0.0
-    if args.in_chans == 1:
+    if args.in_chans == 1:  # which is grey as it is
         return dict(jitter=(brightness, contrast, 0.0, 0.0), grayscale_p=0.0)
     return dict(jitter=(brightness, contrast, saturation, hue), grayscale_p=args.grayscale_p)
 

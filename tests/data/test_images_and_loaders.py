@@ -170,7 +170,7 @@ def test_a_terminated_loader_process_is_replaced_and_memory_is_not_blamed(class_
     for batch in loader:
         found.append(batch)
         if len(found) == 1:
-            (worker,) = multiprocessing.active_children()
+            (worker,) = loader.workers
             worker.terminate()
             worker.join()
             loader._iterator._timeout = 0.1  # else the loader looks for the dead after 5 seconds

@@ -221,9 +221,6 @@ def test_hours_without_auto_or_with_epochs_are_refused(tmp_path):
         train_dino(parse_args(["--hours", "1", "--output_dir", str(tmp_path)]))
 
 
-# ---- whole runs ----
-
-
 @pytest.mark.parametrize(
     "flags", ["--local_crops_scale 1", "--jitter 0.1 0.1", "--blur_radius 2 1"]
 )
@@ -231,6 +228,9 @@ def test_strengths_that_cannot_be_are_refused_before_the_images_are_surveyed(tmp
     alike = pictures(*[(32, 32)] * 20)  # a data set with a layout
     with pytest.raises(UserError, match=f"^{flags.split()[0]} .*: give "):
         train(*flags.split(), "--epochs", 1, "--output_dir", tmp_path, images=alike)
+
+
+# ---- whole runs ----
 
 
 def test_a_folder_of_one_image_in_many_sizes_trains_unattended(tmp_path, capsys):
