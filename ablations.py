@@ -3,6 +3,7 @@
 
     python ablations.py collapse --demo                        # no data, no GPU: Fig. 7 in minutes
     python ablations.py teacher --demo --seeds 0 1
+    python ablations.py small-data --data_path photos/train --knn_data_path photos --seeds 0 1 2
     python ablations.py multicrop --data_path imagenet/train --knn_data_path imagenet
     python ablations.py components --print_commands torchrun --data_path imagenet/train ...
 
@@ -35,7 +36,9 @@ from dino.training.flag_checks import check_training_flags
 from dino.training.flags import get_args_parser as get_training_parser
 from dino.training.flags import parse_args as parse_training_flags
 from dino.training.plots import LoggedRun
+from dino.training.presets import DECIDED
 from dino.training.saver import NEWEST
+from dino.training.settings import REASONS
 from dino.training.studies import STUDIES
 from dino.training.study_plots import draw_study
 from dino.training.study_report import measure, summarise, write_tables
@@ -63,10 +66,11 @@ class Plan:
 def get_args_parser():
     parser = Parser(
         prog="ablations.py",
-        description="Repeat one figure or table of the paper. Other flags are main_dino.py's.",
+        description="Repeat one figure or table of the paper, or a study of --preset auto. Other"
+        " flags are main_dino.py's.",
     )
     add = parser.add_argument
-    add("study", choices=list(STUDIES), help="Fig. 6, Fig. 7, Table 7, Table 8 or Table 9")
+    add("study", choices=list(STUDIES), help="Fig. 6, Fig. 7, Tables 7 to 9; ours")
     add("--demo", action="store_true", help="on the embedded photographs, in minutes on a CPU")
     add("--output_dir", default="runs/ablations", help="for runs, tables and pictures")
     add(
@@ -138,9 +142,11 @@ def plan_runs(args, study):
     """A Plan for each run and seed. UserError for flags that main_dino.py refuses, or we set."""
     shared = study.demo if args.demo else study.paper
     data = demo_data(args.output_dir) if args.demo else {}
-    base = to_texts({"preset": "demo", **data, **shared} if args.demo else shared)
+    base = to_texts(data | shared)
     parser = Parser(prog="ablations.py", parents=[get_training_parser()])
-    given = parser.parse_args(args.training).given
+    training = parser.parse_args(args.training)
+    given = training.given
+    epochs = training.epochs if "epochs" in given else shared.get("epochs")
     for name in given:
         if name in OWN or name in study.varied:
             raise UserError(f"--{name}: the study {args.study} sets this itself. Leave it out.")
@@ -157,11 +163,12 @@ def plan_runs(args, study):
     for name in variants:
         for seed in args.seeds:
             folder = Path(args.output_dir) / args.study / f"{name.replace(' ', '_')}-seed{seed}"
-            own = per_process(variants[name].flags, args.nproc_per_node)
+            own = resolve(variants[name].flags, args.nproc_per_node, epochs)
             own |= {"seed": seed, "output_dir": folder}
             flags = [*base, *args.training, *to_texts(own)]
             plans.append(Plan(name, seed, folder, flags, parse_training_flags(flags)))
-            check_training_flags(plans[-1].args)
+            if plans[-1].args.preset not in DECIDED:  # the others decide what is missing
+                check_training_flags(plans[-1].args)
     return plans
 
 
@@ -184,9 +191,11 @@ def write_shared_images(output_dir):
         shutil.rmtree(temporary)
 
 
-def per_process(flags, processes):
-    """`flags` with each process's share of a `global_batch`."""
+def resolve(flags, processes, epochs):
+    """`flags` with each process's share of a `global_batch`, and an `epochs_share` of `epochs`."""
     flags = dict(flags)
+    if share := flags.pop("epochs_share", None):
+        flags["epochs"] = max(1, round(share * epochs))
     if batch := flags.pop("global_batch", None):
         if batch % processes:
             raise UserError(f"--nproc_per_node {processes} does not divide the batch of {batch}.")
@@ -210,8 +219,10 @@ def check_same_flags(plan):
     if not (plan.folder / "args.json").exists():
         return
     saved = RunLog(plan.folder).flags()
+    decided = set(saved.get(REASONS, ())) - set(getattr(plan.args, "given", ()))
+    free = INDIFFERENT | decided  # when that run began
     for name, value in vars(plan.args).items():
-        if name in saved and name not in INDIFFERENT and not same(name, saved[name], value):
+        if name in saved and name not in free and not same(name, saved[name], value):
             raise UserError(
                 f"--output_dir: {plan.folder} holds a run with --{name} {saved[name]!r:.60}, not"
                 f" {value!r:.60}. Give another folder."
@@ -308,12 +319,12 @@ def report(args, study, plans):
     rows = []
     for name, variant in (study.runs(args.demo) | study.variants).items():
         figures = {
-            plan.seed: measure(plan.folder, plan.args.batch_size_per_gpu * args.nproc_per_node)
+            plan.seed: measure(plan.folder, args.nproc_per_node)
             for plan in plans
             if plan.name == name
         }
         rows.append((name, variant.theirs, figures))
-    summary = summarise(study.title, study.source, rows, describe(args, plans[0].args))
+    summary = summarise(study.title, study.source, rows, describe(args, plans))
     runs = {plan.name: [] for plan in plans}
     for plan in plans:
         runs[plan.name].append(LoggedRun(plan.folder))
@@ -323,13 +334,20 @@ def report(args, study, plans):
     print(printable(f"Table and picture: {folder / args.study}.md, .json and .png"))
 
 
-def describe(args, flags):
+def describe(args, plans):
     """What was trained on what, in a sentence."""
-    data = "the embedded photographs (--demo)" if args.demo else printable(flags.data_path)
+    flags = [RunLog(plan.folder).flags() for plan in plans]
+    archs, epochs = (" or ".join(unique(f[name] for f in flags)) for name in ("arch", "epochs"))
+    data = "the embedded photographs (--demo)" if args.demo else plans[0].args.data_path
     seeds = "seed" if len(args.seeds) == 1 else "seeds"
-    return (
-        f"{flags.arch}, {flags.epochs} epochs of {data}, {seeds} {', '.join(map(str, args.seeds))}"
+    return printable(
+        f"{archs}, {epochs} epochs of {data}, {seeds} {', '.join(map(str, args.seeds))}"
     )
+
+
+def unique(values):
+    """As texts, in the order in which they come."""
+    return dict.fromkeys(map(str, values))
 
 
 def main():

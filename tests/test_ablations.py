@@ -87,6 +87,28 @@ def test_flags_of_the_command_line_go_to_all_runs_that_do_not_set_them(capsys, t
     assert [(run.epochs, run.local_crops_number) for run in runs] == [(40, 3), (40, 0)]
 
 
+def test_settings_for_small_data_share_a_budget_of_epochs(capsys, tmp_path):
+    flags = ("small-data", *DATA, "--output_dir", str(tmp_path))
+    assert [run.epochs for run in commands(capsys, *flags)] == [8, 4, 2]
+    runs = commands(capsys, *flags, "--epochs", "30")
+    assert [run.epochs for run in runs] == [30, 15, 6]
+    assert [run.preset for run in runs] == ["auto", None, None]
+    official = parse_args(["--epochs", "1"])
+    kept = ("out_dim", "lr", "momentum_teacher", "use_bn_in_head", "blur_radius", "jitter", "mean")
+    kept += ("global_crops_scale", "local_crops_scale", "local_crops_number")
+    assert all(getattr(runs[2], name) == getattr(official, name) for name in kept)
+
+
+def test_each_rule_of_auto_is_replaced_alone(capsys, tmp_path):
+    auto, *runs = commands(capsys, "auto-rules", *DATA, "--output_dir", str(tmp_path))
+    assert auto.preset == "auto"
+    for run in runs:
+        replaced = set(run.given) - set(auto.given)
+        assert replaced
+        for name in vars(run).keys() - replaced - {"given", "output_dir"}:
+            assert getattr(run, name) == getattr(auto, name)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -169,7 +191,7 @@ def test_a_study_killed_twice_loses_no_step_and_ends_as_the_unbroken_run(study, 
 
     for number, steps in ((signal.SIGKILL, 10), (signal.SIGTERM, 20)):
         process = start(study)
-        wait_for(lambda steps=steps: logged(folder) >= steps)
+        wait_for(lambda n=steps, run=process: logged(folder) >= n or not run.is_alive())
         before = logged(folder)
         os.kill(process.pid, number)
         process.join()
@@ -198,8 +220,24 @@ def test_a_study_killed_twice_loses_no_step_and_ends_as_the_unbroken_run(study, 
         ablations.ablations(ablations.parse_args([*study, "--lr", "0.1"]))
 
 
-def read_summary(folder):
-    return json.loads((folder / "components.json").read_text())
+def test_a_run_whose_settings_were_decided_is_finished_until_a_flag_contradicts(
+    class_folders, tmp_path, capsys
+):
+    data = ("--data_path", str(class_folders / "train"), "--output_dir", str(tmp_path))
+    study = ("auto-rules", "--runs", "auto", "--epochs", "1", "--num_workers", "0", *data)
+    trained = run_script("ablations.py", *study)
+    assert trained.returncode == 0, trained.stderr
+    ablations.ablations(ablations.parse_args(study))
+    said = capsys.readouterr().out
+    assert "auto, seed 0: finished" in said
+    assert "Theirs" not in said
+    assert read_summary(tmp_path, "auto-rules")["ours"].startswith("resnet_nano")
+    with pytest.raises(UserError, match=r"holds a run with --lr 0\.006, not 0\.1"):
+        ablations.ablations(ablations.parse_args([*study, "--lr", "0.1"]))
+
+
+def read_summary(folder, study="components"):
+    return json.loads((folder / f"{study}.json").read_text())
 
 
 # ---- tables and pictures ----

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's ablations as runs of main_dino.py: what each run changes, and what the paper found.
+"""Ablations as runs of main_dino.py: what each run changes, and what the paper found.
 
 `theirs` holds the authors' numbers on ImageNet, in percent unless a unit is given; a run that the
-paper does not have has none.
+paper does not have has none. The last two studies are ours, about small data.
 """
 
 from dataclasses import dataclass, field
@@ -20,13 +20,14 @@ class Variant:
 class Study:
     """One figure or table: the flags that all of its runs share, and its runs by name.
 
-    `paper`: the authors' settings; `demo`: those for the embedded data, over --preset demo.
-    `demo_variants`: its runs on that, if they are others. The flag `global_batch`, which
-    main_dino.py does not have, stands for the --batch_size_per_gpu of all processes together.
+    `source`: where the paper has it, if it does. `paper`: the authors' settings; `demo`: those for
+    the embedded data. `demo_variants`: its runs on that, if they are others. Two flags are not
+    main_dino.py's: `global_batch` stands for the --batch_size_per_gpu of all processes together,
+    `epochs_share` for --epochs as a share of the study's.
     """
 
     title: str
-    source: str
+    source: str | None
     paper: dict
     demo: dict
     variants: dict
@@ -52,6 +53,7 @@ UNCENTERED = dict(center_momentum=1.0)
 # Over --preset demo: a smaller head and fewer crops, so that a run takes half a minute of a core; a
 # faster teacher, and no batch norms, which prevent the collapses that the studies are about.
 DEMO = dict(
+    preset="demo",
     epochs=2,
     batch_size_per_gpu=32,
     local_crops_number=2,
@@ -64,6 +66,15 @@ DEMO = dict(
     freeze_last_layer=0,
     knn_freq=1,
     log_freq=3,
+)
+# For an image of 32 pixels; the default of 10 epochs of warm-up is longer than these runs.
+SMALL_VIT = dict(
+    arch="vit_nano",
+    patch_size=4,
+    global_crop_size=32,
+    local_crop_size=16,
+    augment="device",
+    freeze_last_layer=0,
 )
 
 
@@ -148,6 +159,61 @@ STUDIES = {
             "32": Variant(dict(global_batch=32)),
             "64": Variant(dict(global_batch=64)),
             "128": Variant(dict(global_batch=128), {"k-NN": 57.9}),
+        },
+    ),
+    "small-data": Study(
+        "Settings for small data, at equal times on one thread of a CPU",
+        None,
+        dict(epochs=8),
+        dict(epochs=8),
+        {
+            "auto": Variant(dict(preset="auto")),
+            # --preset demo before blur and crops followed from the size of the images
+            "earlier demo": Variant(
+                SMALL_VIT
+                | dict(
+                    epochs_share=0.5,
+                    local_crops_number=4,
+                    out_dim=1024,
+                    use_bn_in_head=True,
+                    head_hidden_dim=512,
+                    head_bottleneck_dim=128,
+                    momentum_teacher=0.98,
+                    lr=0.004,
+                    warmup_epochs=1,
+                )
+            ),
+            "official": Variant(SMALL_VIT | dict(epochs_share=0.2, warmup_epochs=0)),
+        },
+    ),
+    "auto-rules": Study(
+        "The rules of --preset auto, each replaced alone",
+        None,
+        dict(preset="auto", epochs=8),
+        dict(preset="auto", epochs=8),
+        {
+            "auto": Variant({}),
+            "ViT": Variant(dict(arch="vit_nano")),
+            # bfloat16 on a CPU cannot train that stem on crops of 16 pixels
+            "stem of ImageNet": Variant(dict(stem="imagenet", amp_dtype="float32")),
+            "features of the whole image": Variant(dict(arch="resnet_nano")),
+            "official crops": Variant(
+                dict(global_crops_scale=(0.4, 1), local_crops_scale=(0.05, 0.4), min_crop_pixels=0)
+            ),
+            "8 local crops": Variant(dict(local_crops_number=8)),
+            "official blur": Variant(dict(blur_radius=(0.1, 2))),
+            "official colours": Variant(
+                dict(jitter=(0.4, 0.4, 0.2, 0.1), grayscale_p=0.2, solarize_p=0.2)
+            ),
+            "mean and std of ImageNet": Variant(
+                dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+            ),
+            "4096 outputs": Variant(dict(out_dim=4096)),
+            "no batch norm": Variant(dict(use_bn_in_head=False)),
+            "official teacher": Variant(dict(momentum_teacher=0.996, momentum_teacher_end=1.0)),
+            "momentum to 1": Variant(dict(momentum_teacher_end=1.0)),
+            "official lr": Variant(dict(lr=0.0005)),
+            "float32": Variant(dict(amp_dtype="float32")),
         },
     ),
 }

@@ -5,10 +5,12 @@
 """
 
 import statistics
+import textwrap
 
 import matplotlib.pyplot as plt
 
 from dino.training.plots import save
+from dino.training.study_report import sources
 
 THEIRS = "theirs, ImageNet"
 
@@ -61,6 +63,15 @@ def draw_components(path, summary, runs):
     save(figure, path)
 
 
+def draw_settings(path, summary, runs):
+    """Of our own studies: the k-NN accuracies at the end, a bar for each run."""
+    rows = len(summary["runs"])
+    figure, axis = plt.subplots(figsize=(7, 1.8 + 0.5 * rows), layout="constrained")
+    head(figure, summary, 80)
+    draw_bars(axis, summary, "knn_teacher", None)
+    save(figure, path)
+
+
 def draw_multicrop(path, summary, runs):
     """Table 8: accuracy over the time that training took, and over memory; theirs beside ours."""
     figure, axes = panels(4, summary)
@@ -100,10 +111,14 @@ def draw_batch_size(path, summary, runs):
 
 def panels(count, summary):
     figure, axes = plt.subplots(1, count, figsize=(4.6 * count, 4.2), layout="constrained")
-    figure.suptitle(
-        f"{summary['title']}. Ours: {summary['ours']}.\nTheirs: {summary['theirs']}.", fontsize=9
-    )
+    head(figure, summary, 46 * count)
     return figure, axes
+
+
+def head(figure, summary, width):
+    """What was run, above the picture, in lines of `width` letters."""
+    text = textwrap.fill(f"{summary['title']}. {sources(summary)}", width)
+    figure.suptitle(text, fontsize=9)
 
 
 def label(axis, title, x, y, legend=True):
@@ -148,22 +163,26 @@ def of_seeds(run, key):
 def draw_bars(axis, summary, ours, theirs):
     """Accuracies at the end as bars, the paper's below ours; a line for our untrained network.
 
-    A dash stands at the end of each seed.
+    Where the paper has none, bars of the untrained networks, which may differ, take its place. A
+    dash stands at the end of each seed.
     """
     names = [run["name"] for run in summary["runs"]]
-    series = (("ours", ours, False, "C0", -0.2), (THEIRS, theirs, True, "lightgrey", 0.2))
+    below = ("ours, untrained", "knn_untrained", False)
+    if summary["theirs"]:
+        below = (THEIRS, theirs, True)
+    series = (("ours", ours, False, "C0", -0.2), (*below, "lightgrey", 0.2))
     for text, key, is_theirs, color, shift in series:
         lengths = [value(run, key, is_theirs) or 0.0 for run in summary["runs"]]
         bars = axis.barh([i + shift for i in range(len(names))], lengths, 0.4, color=color)
         bars.set_label(text)
         for i, run in enumerate(summary["runs"]):
-            seeds = [] if is_theirs else of_seeds(run, key)
+            seeds = of_seeds(run, key) if key == ours else []
             axis.plot(seeds, [i + shift] * len(seeds), "|", color="black", ms=7)
             place = max([lengths[i], *seeds]) + 3, i + shift
             axis.text(*place, f"{lengths[i]:.1f}", fontsize=7, va="center")
     untrained = [value(run, "knn_untrained", False) for run in summary["runs"]]
     untrained = [accuracy for accuracy in untrained if accuracy is not None]
-    if untrained:
+    if untrained and summary["theirs"]:
         text = f"ours, untrained: {untrained[0]:.1f}"
         axis.axvline(untrained[0], color="C0", ls=":", label=text)
     axis.set_yticks(range(len(names)), names)
@@ -194,4 +213,6 @@ DRAWERS = {
     "components": draw_components,
     "multicrop": draw_multicrop,
     "batch-size": draw_batch_size,
+    "small-data": draw_settings,
+    "auto-rules": draw_settings,
 }

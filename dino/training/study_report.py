@@ -8,10 +8,12 @@ from pathlib import Path
 
 from dino.atomic import replacing
 from dino.json_files import write_json
+from dino.run_log import RunLog
 from dino.training.plots import LoggedRun, is_first_of_epoch
 
 # Our columns: title, key of `measure`, digits after the point.
 COLUMNS = (
+    ("epochs", "epochs", 0),
     ("k-NN %", "knn_teacher", 1),
     ("student's k-NN %", "knn_student", 1),
     ("untrained k-NN %", "knn_untrained", 1),
@@ -26,7 +28,7 @@ COLUMNS = (
 HARMLESS = ("unfreezing", "waiting for data")  # verdicts that do not say how the run ended
 
 
-def measure(folder, global_batch):
+def measure(folder, processes):
     """{key: number} of a run's folder: how it ended, and what it cost. It has logged a step.
 
     h and KL are means over the logged steps of its last epoch. Times are those of the median logged
@@ -34,6 +36,7 @@ def measure(folder, global_batch):
     of all steps, without k-NN and checkpoints.
     """
     run = LoggedRun(folder)
+    global_batch = processes * RunLog(folder).flags()["batch_size_per_gpu"]
     last = run.steps[-1]
     end = [step for step in run.steps if step["epoch"] > math.ceil(last["epoch"]) - 1]
     settled = [step for step in run.steps if not is_first_of_epoch(step)] or run.steps
@@ -55,7 +58,10 @@ def measure(folder, global_batch):
 
 
 def summarise(title, source, rows, how):
-    """The study as a dict for JSON. `rows`: [(name, theirs, {seed: figures})]; `how`: the setup."""
+    """The study as a dict for JSON. `rows`: [(name, theirs, {seed: figures})]; `how`: the setup.
+
+    `source` says where the paper has it; None: nowhere.
+    """
     return {
         "title": title,
         "theirs": source,
@@ -87,8 +93,13 @@ def markdown(summary):
         paper = [str(run["theirs"].get(key, "")) for key in theirs]
         lines.append([run["name"], *cells, verdicts, *paper])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    head = f"# {summary['title']}\n\nOurs: {summary['ours']}. Theirs: {summary['theirs']}."
-    return f"{head}\n\n{table}\n"
+    return f"# {summary['title']}\n\n{sources(summary)}\n\n{table}\n"
+
+
+def sources(summary):
+    """What was run, and where the paper's numbers are, in a line."""
+    theirs = f" Theirs: {summary['theirs']}." if summary["theirs"] else ""
+    return f"Ours: {summary['ours']}.{theirs}"
 
 
 def mean_and_range(figures, key, digits):
