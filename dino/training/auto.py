@@ -294,4 +294,5 @@ def fit_length(settings, iterations_per_epoch):
     settings.decide("warmup_epochs", min(10, round(0.1 * epochs)), "a tenth of the run")
     frozen = 1 if epochs >= 10 else 0
     settings.decide("freeze_last_layer", frozen, f"of {epochs} epochs; the official 1 is of 100")
-    settings.decide("knn_freq", max(1, epochs // 6), "six measurements")
+    every = max(1, epochs // 6)
+    settings.decide("knn_freq", every, f"{math.ceil(epochs / every)} measurements while training")

@@ -123,6 +123,13 @@ class LoggedRun:
             step["1 - momentum"] = 1 - step["momentum"]
 
 
+class PlainNumbers(LogFormatter):
+    """Numbers of a logarithmic scale without formulas, which text here is not; 0.6, not 6e-01."""
+
+    def __call__(self, x, pos=None):
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def draw_curves(path, runs):
     """Everything that a run has logged in one picture, or several runs over each other."""
     figure, axes = plt.subplots(2, 5, figsize=(20, 7.5), layout="constrained")
@@ -193,10 +200,10 @@ def draw_knn(axis, run, color, prefix):
 
 
 def logarithmic(axis):
-    """A logarithmic scale whose numbers are written without formulas, which text here is not."""
+    """A logarithmic scale."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter(LogFormatter())
-    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    axis.yaxis.set_major_formatter(PlainNumbers())
+    axis.yaxis.set_minor_formatter(PlainNumbers(labelOnlyBase=False))
 
 
 def draw_rank(axis, run, color, prefix):

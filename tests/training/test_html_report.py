@@ -20,7 +20,7 @@ from dino.training.backbone_pictures import (
     PATCHES,
     principal_colors,
 )
-from dino.training.plots import PANELS, LoggedRun, draw_panel
+from dino.training.plots import PANELS, LoggedRun, draw_panel, logarithmic
 
 VOID = {"meta", "img", "br", "link"}  # elements without an end
 
@@ -201,3 +201,14 @@ def test_no_legend_covers_a_line(run, panel):
         pixels = curve.get_transform().transform(curve.get_xydata())
         assert within.count_contains(pixels) == 0, curve.get_label()
     plt.close(figure)
+
+
+def test_small_numbers_of_a_logarithmic_scale_are_written_plainly():
+    figure, axis = plt.subplots()
+    logarithmic(axis)
+    axis.plot([0.3, 0.9])
+    figure.canvas.draw()
+    labels = [label.get_text() for label in axis.yaxis.get_ticklabels("both")]
+    plt.close(figure)
+    assert "0.6" in labels
+    assert not any("e" in label for label in labels)
