@@ -78,6 +78,7 @@ RANGES = {  # values outside of the range of these flags
     "0 -3 1e3": {
         "main_dino": "max_image_pixels patch_size epochs batch_size_per_gpu accum_steps"
         " head_hidden_dim head_bottleneck_dim global_crop_size local_crop_size log_freq knn_freq"
+        " resume_freq"
         " in_chans",
         "eval_knn": "max_image_pixels nb_knn image_size batch_size_per_gpu patch_size",
         "eval_linear": "max_image_pixels n_last_blocks image_size epochs batch_size_per_gpu"

@@ -261,6 +261,9 @@ def has_fast_bfloat16():
 
 
 SPENT_ON_STEPS = 0.93  # of the time; the rest measures, saves and draws
+WARM_UP = 1000  # iterations, in long runs; the official one has 12,500 of 125,000
+UNSAVED = 200  # iterations between two writes of checkpoint.pth
+NUMBERED = 10  # checkpoints that a run keeps
 
 
 def fit_hours(settings, seconds, iterations_per_epoch):
@@ -291,8 +294,28 @@ def fit_length(settings, iterations_per_epoch):
             round(1 - 1 / (4 * horizon), 4),
             "the teacher keeps up with the student; the official 1 is for long runs",
         )
-    settings.decide("warmup_epochs", min(10, round(0.1 * epochs)), "a tenth of the run")
+    settings.decide("warmup_epochs", *warm_up(epochs, iterations_per_epoch))
     frozen = 1 if epochs >= 10 else 0
     settings.decide("freeze_last_layer", frozen, f"of {epochs} epochs; the official 1 is of 100")
     every = max(1, epochs // 6)
     settings.decide("knn_freq", every, f"{math.ceil(epochs / every)} measurements while training")
+    fit_saves(settings, iterations_per_epoch)
+
+
+def warm_up(epochs, iterations_per_epoch):
+    """(epochs of warm-up, why): the official ten, unless they have few iterations."""
+    most = max(10, math.ceil(WARM_UP / iterations_per_epoch))
+    if round(0.1 * epochs) <= most:
+        return round(0.1 * epochs), "a tenth of the run"
+    return most, f"{most * iterations_per_epoch} iterations, enough for long runs"
+
+
+def fit_saves(settings, iterations_per_epoch):
+    """Small data make short and many epochs; a checkpoint of each would cost more than they."""
+    every = math.ceil(UNSAVED / iterations_per_epoch)
+    if every > 1:
+        reason = f"epochs of {iterations_per_epoch} iterations are short"
+        settings.decide("resume_freq", every, reason)
+    if settings["epochs"] > 20 * NUMBERED:
+        every = math.ceil(settings["epochs"] / NUMBERED)
+        settings.decide("saveckp_freq", every, f"{NUMBERED} numbered checkpoints")

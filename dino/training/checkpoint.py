@@ -41,7 +41,7 @@ INDIFFERENT = {
     *("output_dir", "preset", "device", "num_workers", "dist_url", "local_rank", "resume"),
     *("auto", "hours", "download"),
     *("init_from", "saveckp_freq", "saveckp_iters", "saveckp_minutes", "keep_checkpoints"),
-    *("log_freq", "tensorboard", "wandb", "report", "knn_data_path", "knn_freq"),
+    *("resume_freq", "log_freq", "tensorboard", "wandb", "report", "knn_data_path", "knn_freq"),
 }
 
 

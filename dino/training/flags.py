@@ -281,6 +281,12 @@ def add_run_arguments(group):
         help="epochs between two numbered checkpoints, which stay; 0 for none of them",
     )
     add(
+        "--resume_freq",
+        default=1,
+        type=number(int, 1),
+        help="epochs between two writes of checkpoint.pth, from which an interrupted run resumes",
+    )
+    add(
         "--saveckp_iters",
         default=0,
         type=number(int, 0),

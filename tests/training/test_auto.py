@@ -2,6 +2,7 @@
 """--preset auto: what it decides for which data, that given flags stand, that a run keeps all."""
 
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from dino.data.survey import Survey, share_of_places, survey
 from dino.errors import UserError
 from dino.training.auto import fit_data, fit_hours, fit_length, soften_views
+from dino.training.budget import seconds_per_step
 from dino.training.correlation import view_correlation
 from dino.training.flags import parse_args
 from dino.training.settings import Settings
@@ -212,6 +214,40 @@ def test_hours_hold_as_many_epochs_as_fit_and_at_least_one():
         fit_hours(settings, seconds, 100)
         assert settings["epochs"] == epochs
     assert "the least there is" in settings.reasons["epochs"]
+
+
+def test_short_epochs_are_not_saved_each_and_do_not_fill_the_disk():
+    """12,000 epochs of 11 iterations are an hour of a GPU on 3,000 images."""
+    settings = decide(3000, 32, device="cuda", epochs=12_000)
+    assert settings["batch_size_per_gpu"] == 256
+    assert settings["resume_freq"] * 11 >= 200
+    assert settings["epochs"] / settings["saveckp_freq"] <= 10
+    assert settings["warmup_epochs"] * 11 == pytest.approx(1000, abs=11)
+    usual = decide(50_000, 32, device="cuda", epochs=100)
+    assert (usual["resume_freq"], usual["saveckp_freq"], usual["warmup_epochs"]) == (2, 20, 10)
+
+
+class Clockwork:
+    """A loader of batches that are there at once, but for the first of each epoch."""
+
+    def __init__(self, batches, seconds):
+        self.batches, self.seconds, self.sampler = batches, seconds, self
+
+    def set_position(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.batches
+
+    def __iter__(self):
+        time.sleep(self.seconds)
+        return iter(range(self.batches))
+
+
+def test_what_the_beginning_of_an_epoch_costs_counts_where_epochs_are_short():
+    """Of 4 steps each waits for a fourth of it; more on a busy machine."""
+    seconds = seconds_per_step(lambda batch: None, Clockwork(4, 0.4), torch.device("cpu"))
+    assert seconds >= 0.1
 
 
 def test_hours_without_auto_or_with_epochs_are_refused(tmp_path):
