@@ -175,10 +175,52 @@ class EpochSampler(DistributedSampler):
         self.used -= count * self.num_replicas
 
     def __iter__(self):
+        return iter(self.keys(self.epoch, self.used))
+
+    def keys(self, epoch, used=0):
+        """This rank's of `epoch`, without the first `used` images, of all ranks together."""
         generator = torch.Generator()
-        generator.manual_seed(self.seed + self.epoch)
+        generator.manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()
-        rest = order[self.used :]
+        rest = order[used:]
         # as many for each rank, as in torch's sampler: the first images come again
         rest += itertools.islice(itertools.cycle(order), -len(rest) % self.num_replicas)
-        return iter([(self.epoch, index) for index in rest[self.rank :: self.num_replicas]])
+        return [(epoch, index) for index in rest[self.rank :: self.num_replicas]]
+
+
+class EndlessSampler(EpochSampler):
+    """The whole batches of an epoch, and then those of the epochs after it."""
+
+    def __init__(self, *args, batch_size, **options):
+        super().__init__(*args, **options)
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        if self.num_samples < self.batch_size:
+            return iter(())
+        now = self.whole_batches(self.epoch, self.used)
+        later = map(self.whole_batches, itertools.count(self.epoch + 1))
+        return itertools.chain(now, itertools.chain.from_iterable(later))
+
+    def whole_batches(self, epoch, used=0):
+        keys = self.keys(epoch, used)
+        return keys[: len(keys) // self.batch_size * self.batch_size]
+
+
+class EndlessLoader(ImageLoader):
+    """An ImageLoader whose workers load the next epoch while the end of one is worked on.
+
+    Where epochs are of few batches, each would begin with a wait for the first. A pass is an epoch,
+    of the EndlessSampler; no batch depends on whether it was loaded ahead.
+    """
+
+    ahead = None, None  # an epoch; its batches, and those of the epochs after it
+
+    def batches(self, delivered):
+        epoch, used = self.sampler.epoch, self.sampler.used
+        (following, running), self.ahead = self.ahead, (None, None)
+        if delivered or used or following != epoch:
+            running = super().batches(delivered)
+        count = len(self.sampler.whole_batches(epoch, used)) // self.batch_size
+        yield from itertools.islice(running, count - delivered)
+        self.ahead = epoch + 1, running

@@ -2,7 +2,7 @@
 """The loaders of training and of the evaluations, each for this rank's share of the images."""
 
 from dino.data.channels import RGB
-from dino.data.image_loader import EpochSampler, ImageLoader
+from dino.data.image_loader import EndlessLoader, EndlessSampler, EpochSampler, ImageLoader
 from dino.data.items import (
     LabelledImages,
     LabelledTrainingImages,
@@ -36,15 +36,21 @@ def training_loader(
         dataset = TrainingImages(images, augmentation, seed, skip_bad, in_chans)
     else:
         dataset = LabelledTrainingImages(images, labels, augmentation, seed, in_chans)
-    return ImageLoader(
+    if drop_last is None:
+        drop_last = labels is None
+    options = dict(batch_size=batch_size, num_workers=num_workers, pin_memory=pin_memory)
+    share = dict(num_replicas=get_world_size(), rank=get_rank(), shuffle=True, seed=seed)
+    if drop_last:
+        loader, sampler = EndlessLoader, EndlessSampler(dataset, batch_size=batch_size, **share)
+    else:
+        loader, sampler = ImageLoader, EpochSampler(dataset, **share)
+    return loader(
         dataset,
         finish,
-        sampler=EpochSampler(dataset, get_world_size(), get_rank(), shuffle=True, seed=seed),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        drop_last=labels is None if drop_last is None else drop_last,
+        sampler=sampler,
+        drop_last=drop_last,
         persistent_workers=num_workers > 0,
+        **options,
     )
 
 

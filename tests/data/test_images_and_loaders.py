@@ -138,11 +138,10 @@ def test_every_mode_of_pillow_becomes_three_channels(tmp_path, mode):
     assert read_image(tmp_path / f"image{suffix}").mode == "RGB"
 
 
-def loader_of(paths, workers):
+def loader_of(paths, workers, images=None):
     augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 16, 8)
-    return training_loader(
-        ImageFiles(paths), augmentation, batch_size=5, num_workers=workers, seed=3, pin_memory=False
-    )
+    options = dict(batch_size=5, num_workers=workers, seed=3, pin_memory=False)
+    return training_loader(images or ImageFiles(paths), augmentation, **options)
 
 
 def batches(paths, workers, epoch):
@@ -160,6 +159,45 @@ def test_views_do_not_depend_on_the_number_of_workers_or_on_what_ran_before(clas
     for batch, same, other in zip(alone, with_workers, other_epoch, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
         assert not torch.equal(batch[0], other[0])
+
+
+def test_the_next_epoch_is_loaded_ahead_and_is_the_one_that_a_new_loader_gives(
+    class_folders, tmp_path
+):
+    class Watched(ImageFiles):
+        def __getitem__(self, index):
+            with open(tmp_path / "read", "a") as file:
+                file.write(".")
+            return super().__getitem__(index)
+
+    paths = list_training_images(class_folders / "train")
+    loader = loader_of(paths, workers=1, images=Watched(paths))
+    loader.sampler.set_position(0)
+    assert len(list(loader)) == 4
+    end = time.monotonic() + 60
+    while (tmp_path / "read").stat().st_size < 20 + 5:  # of the last 4 images no batch is made
+        assert time.monotonic() < end, "nothing is loaded ahead"
+        time.sleep(0.01)
+    for epoch, used in ((1, 0), (2, 0), (4, 0), (5, 10), (6, 0)):
+        loader.sampler.set_position(epoch, used)
+        found, alone = list(loader), batches(paths, 0, epoch)[used // 5 :]
+        for batch, same in zip(found, alone, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+
+
+def test_an_epoch_that_is_given_up_begins_anew(class_folders):
+    paths = list_training_images(class_folders / "train")
+    for workers in (0, 2):
+        loader = loader_of(paths, workers)
+        loader.sampler.set_position(3)
+        first = next(iter(loader))
+        for batch, same in zip(loader, batches(paths, 0, epoch=3), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+        assert torch.equal(first[0], batches(paths, 0, epoch=3)[0][0])
+
+
+def test_a_loader_of_fewer_images_than_a_batch_has_none(class_folders):
+    assert list(loader_of(list_training_images(class_folders / "train")[:4], workers=1)) == []
 
 
 def test_a_terminated_loader_process_is_replaced_and_memory_is_not_blamed(class_folders, capsys):
