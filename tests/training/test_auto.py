@@ -143,6 +143,16 @@ def test_what_was_given_stands_and_what_follows_from_it_follows():
     assert not {"arch", "out_dim", "stem"} & set(settings.reasons)
 
 
+@pytest.mark.parametrize("given", ["", "--arch vit_small"])
+def test_the_learning_rate_of_a_step_is_about_as_high_in_large_batches_as_in_small(given):
+    """AdamW's steps are no longer for a longer gradient."""
+    rates = []
+    for device in ("cpu", "cuda"):
+        settings = decide(3000, 32, device=device, given=given)
+        rates.append(settings["lr"] * settings["batch_size_per_gpu"] / 256)
+    assert rates[1] == pytest.approx(rates[0], rel=0.5)
+
+
 def test_a_short_run_has_a_fast_teacher_and_a_long_one_the_official():
     short, long = decide(3000, 32, epochs=10), decide(1_300_000, 256, device="cuda")
     assert short["momentum_teacher"] < 0.97
