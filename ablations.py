@@ -219,8 +219,9 @@ def check_same_flags(plan):
     if not (plan.folder / "args.json").exists():
         return
     saved = RunLog(plan.folder).flags()
-    decided = set(saved.get(REASONS, ())) - set(getattr(plan.args, "given", ()))
-    free = INDIFFERENT | decided  # when that run began
+    reasons = saved.get(REASONS)
+    decided = set(reasons) if isinstance(reasons, dict) else set()  # when that run began
+    free = INDIFFERENT | decided - set(getattr(plan.args, "given", ()))
     for name, value in vars(plan.args).items():
         if name in saved and name not in free and not same(name, saved[name], value):
             raise UserError(
@@ -337,7 +338,7 @@ def report(args, study, plans):
 def describe(args, plans):
     """What was trained on what, in a sentence."""
     flags = [RunLog(plan.folder).flags() for plan in plans]
-    archs, epochs = (" or ".join(unique(f[name] for f in flags)) for name in ("arch", "epochs"))
+    archs, epochs = (" or ".join(unique(f.get(name) for f in flags)) for name in ("arch", "epochs"))
     data = "the embedded photographs (--demo)" if args.demo else plans[0].args.data_path
     seeds = "seed" if len(args.seeds) == 1 else "seeds"
     return printable(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ablations.py: the commands it plans, what it refuses, its tables, and what a kill costs."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -234,6 +235,13 @@ def test_a_run_whose_settings_were_decided_is_finished_until_a_flag_contradicts(
     assert read_summary(tmp_path, "auto-rules")["ours"].startswith("resnet_nano")
     with pytest.raises(UserError, match=r"holds a run with --lr 0\.006, not 0\.1"):
         ablations.ablations(ablations.parse_args([*study, "--lr", "0.1"]))
+
+    path = tmp_path / "auto-rules" / "auto-seed0" / "args.json"
+    args = json.loads(path.read_text())
+    for damaged in ({"auto": 5}, {"batch_size_per_gpu": "many"}, {"arch": None, "epochs": []}):
+        path.write_text(json.dumps(args | damaged))
+        with contextlib.suppress(UserError):
+            ablations.ablations(ablations.parse_args([*study, "--report_only"]))
 
 
 def read_summary(folder, study="components"):

@@ -128,8 +128,8 @@ def label(axis, title, x, y, legend=True):
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
     if legend and axis.get_legend_handles_labels()[1]:
-        # below the axes, where it covers no curve
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2)
+        # below the axes, where it covers no curve, by four letters
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0), borderaxespad=4.2, ncols=2)
 
 
 def curves(axis, runs, key, colors, style):

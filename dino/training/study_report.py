@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 from dino.atomic import replacing
+from dino.errors import UserError
 from dino.json_files import write_json
+from dino.printable import brief
 from dino.run_log import RunLog
 from dino.training.plots import LoggedRun, is_first_of_epoch
 
@@ -36,7 +38,10 @@ def measure(folder, processes):
     of all steps, without k-NN and checkpoints.
     """
     run = LoggedRun(folder)
-    global_batch = processes * RunLog(folder).flags()["batch_size_per_gpu"]
+    batch = RunLog(folder).flags().get("batch_size_per_gpu")
+    if type(batch) is not int or batch < 1:
+        raise UserError(f"{folder}/args.json has an invalid batch_size_per_gpu: {brief(batch)}.")
+    global_batch = processes * batch
     last = run.steps[-1]
     end = [step for step in run.steps if step["epoch"] > math.ceil(last["epoch"]) - 1]
     settled = [step for step in run.steps if not is_first_of_epoch(step)] or run.steps
