@@ -317,29 +317,31 @@ def report(args, study, plans):
         raise UserError(
             f"--output_dir {args.output_dir}: no run of {args.study} has logged a step yet."
         )
+    logged = [(plan, LoggedRun(plan.folder)) for plan in plans]
     rows = []
     for name, variant in (study.runs(args.demo) | study.variants).items():
         figures = {
-            plan.seed: measure(plan.folder, args.nproc_per_node)
-            for plan in plans
+            plan.seed: measure(run, args.nproc_per_node)
+            for plan, run in logged
             if plan.name == name
         }
         rows.append((name, variant.theirs, figures))
-    summary = summarise(study.title, study.source, rows, describe(args, plans))
-    runs = {plan.name: [] for plan in plans}
-    for plan in plans:
-        runs[plan.name].append(LoggedRun(plan.folder))
+    summary = summarise(study.title, study.source, rows, describe(args, logged))
+    runs = {}
+    for plan, run in logged:
+        runs.setdefault(plan.name, []).append(run)
     folder = Path(args.output_dir)
     print(write_tables(folder, args.study, summary))
     draw_study(folder / f"{args.study}.png", args.study, summary, runs)
     print(printable(f"Table and picture: {folder / args.study}.md, .json and .png"))
 
 
-def describe(args, plans):
+def describe(args, logged):
     """What was trained on what, in a sentence."""
-    flags = [RunLog(plan.folder).flags() for plan in plans]
-    archs, epochs = (" or ".join(unique(f.get(name) for f in flags)) for name in ("arch", "epochs"))
-    data = "the embedded photographs (--demo)" if args.demo else plans[0].args.data_path
+    archs, epochs = (
+        " or ".join(unique(run.flags.get(name) for _, run in logged)) for name in ("arch", "epochs")
+    )
+    data = "the embedded photographs (--demo)" if args.demo else logged[0][0].args.data_path
     seeds = "seed" if len(args.seeds) == 1 else "seeds"
     return printable(
         f"{archs}, {epochs} epochs of {data}, {seeds} {', '.join(map(str, args.seeds))}"

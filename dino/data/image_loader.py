@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import itertools
+import math
 import re
 import signal
 from multiprocessing import connection
@@ -196,15 +197,19 @@ class EndlessSampler(EpochSampler):
         self.batch_size = batch_size
 
     def __iter__(self):
-        if self.num_samples < self.batch_size:
+        if self.count_batches(used=0) == 0:
             return iter(())
         now = self.whole_batches(self.epoch, self.used)
         later = map(self.whole_batches, itertools.count(self.epoch + 1))
         return itertools.chain(now, itertools.chain.from_iterable(later))
 
     def whole_batches(self, epoch, used=0):
-        keys = self.keys(epoch, used)
-        return keys[: len(keys) // self.batch_size * self.batch_size]
+        return self.keys(epoch, used)[: self.count_batches(used) * self.batch_size]
+
+    def count_batches(self, used):
+        """Of an epoch without its first `used` images, without drawing its order."""
+        share = math.ceil((len(self.dataset) - used) / self.num_replicas)
+        return share // self.batch_size
 
 
 class EndlessLoader(ImageLoader):
@@ -221,6 +226,5 @@ class EndlessLoader(ImageLoader):
         (following, running), self.ahead = self.ahead, (None, None)
         if delivered or used or following != epoch:
             running = super().batches(delivered)
-        count = len(self.sampler.whole_batches(epoch, used)) // self.batch_size
-        yield from itertools.islice(running, count - delivered)
+        yield from itertools.islice(running, self.sampler.count_batches(used) - delivered)
         self.ahead = epoch + 1, running

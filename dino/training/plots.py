@@ -108,19 +108,24 @@ class LoggedRun:
     """The figures of a run's folder."""
 
     def __init__(self, folder):
-        folder = Path(folder)
-        self.name = printable(folder.resolve().name)
+        self.folder = Path(folder)
+        self.name = printable(self.folder.resolve().name)
         log = RunLog(folder)
-        out_dim = log.flags().get("out_dim")
-        if type(out_dim) is not int or out_dim < 2:
-            raise UserError(f"{folder / 'args.json'} has an invalid out_dim: {brief(out_dim)}.")
-        self.ln_k = math.log(out_dim)
+        self.flags = log.flags()
+        self.ln_k = math.log(self.whole_number("out_dim", 2))
         lines = log.read_all()
         self.steps, self.verdicts = lines["loss"], lines["verdict"]
         self.knn, self.measures = lines["knn_teacher"], lines["rank_me"]
         self.bad_images = lines["bad_image"]
         for step in self.steps:
             step["1 - momentum"] = 1 - step["momentum"]
+
+    def whole_number(self, name, least):
+        """The value of a flag, which is no other thing."""
+        value = self.flags.get(name)
+        if type(value) is not int or value < least:
+            raise UserError(f"{self.folder / 'args.json'} has an invalid {name}: {brief(value)}.")
+        return value
 
 
 class PlainNumbers(LogFormatter):

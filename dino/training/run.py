@@ -132,8 +132,6 @@ class Run:
         means, epoch = progress.unlogged, progress.epoch - 1
         if args.saveckp_freq and epoch % args.saveckp_freq == 0:
             names.append(f"checkpoint{epoch:04}.pth")
-        if progress.epoch % args.resume_freq == 0 or self.is_measurement_due():
-            names.append(NEWEST)
         if self.is_measurement_due():
             measured = self.measure(state, probes)
             names += self.best_of(measured)
@@ -144,8 +142,8 @@ class Run:
         self.keep_attention(state, probes)
         self.recorder.log.epoch(means)  # before the save: a resumed run drops a line, adds none
         progress.unlogged = {}
-        if names:
-            self.save(state, names)
+        if names or self.is_measurement_due() or progress.epoch % args.resume_freq == 0:
+            self.save(state, [NEWEST, *names])
         if progress.epoch == args.epochs or time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
             draw_run(self.saver.folder)
             if probes.attention:

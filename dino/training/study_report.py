@@ -7,11 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 from dino.atomic import replacing
-from dino.errors import UserError
 from dino.json_files import write_json
-from dino.printable import brief
-from dino.run_log import RunLog
-from dino.training.plots import LoggedRun, is_first_of_epoch
+from dino.training.plots import is_first_of_epoch
 
 # Our columns: title, key of `measure`, digits after the point.
 COLUMNS = (
@@ -30,18 +27,14 @@ COLUMNS = (
 HARMLESS = ("unfreezing", "waiting for data")  # verdicts that do not say how the run ended
 
 
-def measure(folder, processes):
-    """{key: number} of a run's folder: how it ended, and what it cost. It has logged a step.
+def measure(run, processes):
+    """{key: number} of a LoggedRun: how it ended, and what it cost. It has logged a step.
 
     h and KL are means over the logged steps of its last epoch. Times are those of the median logged
     step, without the first of each epoch, which waits for the loader to start; `minutes` is that
     of all steps, without k-NN and checkpoints.
     """
-    run = LoggedRun(folder)
-    batch = RunLog(folder).flags().get("batch_size_per_gpu")
-    if type(batch) is not int or batch < 1:
-        raise UserError(f"{folder}/args.json has an invalid batch_size_per_gpu: {brief(batch)}.")
-    global_batch = processes * batch
+    global_batch = processes * run.whole_number("batch_size_per_gpu", 1)
     last = run.steps[-1]
     end = [step for step in run.steps if step["epoch"] > math.ceil(last["epoch"]) - 1]
     settled = [step for step in run.steps if not is_first_of_epoch(step)] or run.steps

@@ -150,6 +150,11 @@ def batches(paths, workers, epoch):
     return list(loader)
 
 
+def assert_same_batches(found, expected):
+    for batch, same in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+
+
 def test_views_do_not_depend_on_the_number_of_workers_or_on_what_ran_before(class_folders):
     paths = list_training_images(class_folders / "train")
     alone, other_epoch = batches(paths, 0, epoch=4), batches(paths, 0, epoch=5)
@@ -181,8 +186,7 @@ def test_the_next_epoch_is_loaded_ahead_and_is_the_one_that_a_new_loader_gives(
     for epoch, used in ((1, 0), (2, 0), (4, 0), (5, 10), (6, 0)):
         loader.sampler.set_position(epoch, used)
         found, alone = list(loader), batches(paths, 0, epoch)[used // 5 :]
-        for batch, same in zip(found, alone, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+        assert_same_batches(found, alone)
 
 
 def test_an_epoch_that_is_given_up_begins_anew(class_folders):
@@ -191,8 +195,7 @@ def test_an_epoch_that_is_given_up_begins_anew(class_folders):
         loader = loader_of(paths, workers)
         loader.sampler.set_position(3)
         first = next(iter(loader))
-        for batch, same in zip(loader, batches(paths, 0, epoch=3), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+        assert_same_batches(loader, batches(paths, 0, epoch=3))
         assert torch.equal(first[0], batches(paths, 0, epoch=3)[0][0])
 
 
@@ -212,8 +215,7 @@ def test_a_terminated_loader_process_is_replaced_and_memory_is_not_blamed(class_
             worker.terminate()
             worker.join()
             loader._iterator._timeout = 0.1  # else the loader looks for the dead after 5 seconds
-    for batch, same in zip(loader_of(paths, workers=0), found, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
+    assert_same_batches(loader_of(paths, workers=0), found)
     said = capsys.readouterr().out
     assert "A loader process was terminated, and is replaced." in said
     assert "memory" not in said

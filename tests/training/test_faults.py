@@ -87,6 +87,15 @@ def test_a_run_that_saves_every_fourth_epoch_has_one_of_these_when_killed(class_
     assert final_state(tmp_path)["epoch"] in (4, 8, 12)
 
 
+def test_a_numbered_checkpoint_is_never_newer_than_the_one_to_resume_from(class_folders, tmp_path):
+    flags = ("--saveckp_iters", 0, "--saveckp_freq", 5, "--resume_freq", 4, "--knn_freq", 15)
+    process = start(class_folders / "train", tmp_path, *flags)
+    wait_for(lambda: (tmp_path / "checkpoint0005.pth").exists())
+    process.kill()
+    process.wait()
+    assert final_state(tmp_path)["epoch"] >= 6
+
+
 def figures(path):
     """The lines of a log without what depends on the clock."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
