@@ -11,6 +11,7 @@ import torch
 from conftest import save_backbone
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino.backbones import build_backbone
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
@@ -19,6 +20,29 @@ from dino.networks import MultiCropWrapper
 from dino.optim import get_params_groups
 from dino.training.run import TrainState
 from vision_transformer import DINOHead, vit_nano
+
+
+class Waits(TorchDispatchMode):
+    """The names of the operations, in `found`, for which a program waits if its device is a GPU.
+
+    They read a number, or have a result whose size depends on numbers, or copy a new tensor of
+    Python's numbers (`lift_fresh`). This is known on any device.
+    """
+
+    BY_NAME = ("_local_scalar_dense", "equal", "lift_fresh", "masked_select", "nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(
+            index is not None and index.dtype is torch.bool for index in args[1]
+        )
+        if name in self.BY_NAME or by_mask:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
 
 
 def final_state(folder):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PHOTOGRAPHS, photograph
+from helpers import Waits
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as F
 
@@ -196,6 +197,16 @@ def test_a_black_and_a_white_image_stay_finite():
                 values = view * std + mean
                 assert values.min() > -1e-5
                 assert values.max() < 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_asks_the_device_nothing(name):
+    ours, _, amounts, *_ = OPERATIONS[name]
+    pixels = levels(photograph("coffee.png").resize((32, 32))).repeat(len(amounts), 1, 1, 1)
+    amounts = torch.tensor(amounts, dtype=torch.float32)[:, None, None, None]
+    with Waits() as waits:
+        ours(pixels, amounts)
+    assert waits.found == []
 
 
 @pytest.mark.cuda

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import SMALL_RUN, run_processes, run_python
 from functorch.compile import make_boxed_func
-from helpers import state_for_a_step
+from helpers import Waits, state_for_a_step
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -303,6 +303,21 @@ def test_compile_auto_is_for_gpus_and_the_bare_flag_is_true():
     assert not choose_compile(False, torch.device("cuda"))
     assert main_dino.parse_args([]).compile == "auto"
     assert main_dino.parse_args(["--compile", "--epochs", "3"]).compile == "true"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_asks_the_device_nothing(optimizer, amp_dtype):
+    state = state_for_a_step()
+    state.optimizer = build_optimizer(optimizer, get_params_groups(state.student))
+    state.scaler = torch.amp.GradScaler("cpu", enabled=amp_dtype == torch.float16)
+    images = [torch.randn(4, 3, size, size) for size in (32, 32, 16, 16)]
+    options = STEP | dict(amp_dtype=amp_dtype)
+    main_dino.train_step(state, images, **options)  # makes what is made once
+    with Waits() as waits:
+        main_dino.train_step(state, images, **options)
+    is_asked = state.scaler.is_enabled() and optimizer != "adamw"  # as build_optimizer says
+    assert waits.found == ["_local_scalar_dense"] * is_asked
 
 
 @pytest.mark.cuda
