@@ -129,6 +129,11 @@ def test_a_signal_saves_within_the_epoch_and_exits_with_its_code(
 
 def start_on_a_terminal(data, folder, *prefix):
     """(process, the other end of its terminal), as after ssh."""
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may be under nohup
+
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
     flags = (*LONG_RUN, "--saveckp_iters", 0, "--data_path", data, "--output_dir", folder)
@@ -139,7 +144,7 @@ def start_on_a_terminal(data, folder, *prefix):
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(theirs)
     return process, ours
