@@ -48,6 +48,12 @@ def cpu_model():
     return platform.machine()
 
 
+def eager_unless_asked(flags):
+    """Flags of main_dino.py, without its default on a GPU, which compiles for minutes first."""
+    asked = any(flag.partition("=")[0] == "--compile" for flag in flags)
+    return list(flags) if asked else ["--compile", "false", *flags]
+
+
 def print_result(result):
     print(json.dumps(result), flush=True)
 

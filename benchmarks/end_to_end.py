@@ -5,7 +5,7 @@
 
 Starts main_dino.py on the images of FOLDER, again and again until there are enough of them, and
 reads what it logged: the median over its logged stretches of ten steps, after the first ones. One
-JSON line. Flags that it does not know, such as --compile, go to main_dino.py.
+JSON line. Flags that it does not know go to main_dino.py; nothing is compiled without --compile.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import ROOT, describe_machine, print_result, run_official
+from common import ROOT, describe_machine, eager_unless_asked, print_result, run_official
 
 from dino.data.images import list_training_images
 
@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--against", metavar="OFFICIAL_CHECKOUT")
     args, flags = parser.parse_known_args()
+    flags = eager_unless_asked(flags)
     shared = ["--arch", args.arch, "--out_dim", args.out_dim, "--num_workers", args.num_workers]
     shared += ["--device", args.device]
     result = {

@@ -2,13 +2,13 @@
 """Time and memory of main_dino.train_step, on images that are on the device already.
 
     python benchmarks/train_step.py --batch 64 --against OFFICIAL_CHECKOUT --monitor
-    python benchmarks/train_step.py --batch 64 --arch vit_base --compile false --amp_dtype float32
+    python benchmarks/train_step.py --batch 64 --arch vit_base --compile --amp_dtype float32
 
-Every flag of main_dino.py counts here too. Prints one JSON line. The host waits for the device
-after each step, as in the official code. The milliseconds by part are of further steps, in which it
-waits after each part as well, so that they add up to more. `--against` times the official step
-before ours, in a process of its own: with float16 where ours has half precision on a GPU, else with
-float32, as it knows nothing else.
+Every flag of main_dino.py counts here too; nothing is compiled unless --compile is given. Prints
+one JSON line. The host waits for the device after each step, as in the official code. The
+milliseconds by part are of further steps, in which it waits after each part as well, so that they
+add up to more. `--against` times the official step before ours, in a process of its own: with
+float16 where ours has half precision on a GPU, else with float32, as it knows nothing else.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from common import (
     describe_machine,
+    eager_unless_asked,
     medians,
     peak_memory_gib,
     print_result,
@@ -87,7 +88,7 @@ def parse_args(argv):
     add("--against", metavar="OFFICIAL_CHECKOUT", help="time the official step as well")
     args, rest = parser.parse_known_args(argv)
     sizes = ("--batch_size_per_gpu", args.batch, "--local_crops_number", args.local)
-    return args, main_dino.parse_args([*rest, *map(str, sizes)])
+    return args, main_dino.parse_args([*eager_unless_asked(rest), *map(str, sizes)])
 
 
 class Step:

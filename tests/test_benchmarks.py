@@ -64,6 +64,15 @@ def test_train_step_reports_time_by_part_memory_and_flops(capsys):
     assert result["monitor"]["percent_at_log_freq"] < result["monitor"]["percent_of_a_logged_step"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "choice"),
+    [((), "false"), (("--compile",), "true"), (("--compile=auto", "--lr", "1"), "auto")],
+)
+def test_a_step_is_timed_as_it_is_unless_compiling_is_asked_for(flags, choice):
+    """On a GPU training compiles by default, for longer than a check of ten minutes has."""
+    assert load("train_step").parse_args(flags)[1].compile == choice
+
+
 def test_parts_of_a_step_with_accumulated_gradients_add_up(capsys):
     result = run("train_step", capsys, *SMALL_STEP, "--accum_steps", 2, "--amp_dtype", "bfloat16")
     assert (result["accum_steps"], result["precision"]) == (2, "bfloat16")
