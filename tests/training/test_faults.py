@@ -127,7 +127,7 @@ def test_a_signal_saves_within_the_epoch_and_exits_with_its_code(
             assert figures(unbroken / name) == figures(tmp_path / name), "means of the same steps"
 
 
-def start_on_a_terminal(data, folder, *prefix):
+def start_on_a_terminal(data, folder, *prefix, epochs=15):
     """(process, the other end of its terminal), as after ssh."""
 
     def take_terminal():
@@ -136,7 +136,8 @@ def start_on_a_terminal(data, folder, *prefix):
 
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
-    flags = (*LONG_RUN, "--saveckp_iters", 0, "--data_path", data, "--output_dir", folder)
+    flags = (*LONG_RUN, "--saveckp_iters", 0, "--epochs", epochs)
+    flags += ("--data_path", data, "--output_dir", folder)
     command = [*prefix, sys.executable, ROOT / "main_dino.py", *flags]
     process = subprocess.Popen(
         list(map(str, command)),
@@ -171,8 +172,9 @@ def test_a_lost_terminal_saves_as_sigterm_does(class_folders, tmp_path):
 
 def test_under_nohup_a_lost_terminal_stops_nothing(class_folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # for nohup.out
-    process, terminal = start_on_a_terminal(class_folders / "train", tmp_path / "run", "nohup")
-    lose_terminal(terminal, tmp_path / "run")
+    folder = tmp_path / "run"
+    process, terminal = start_on_a_terminal(class_folders / "train", folder, "nohup", epochs=5)
+    lose_terminal(terminal, folder)
     assert process.wait(timeout=120) == 0
 
 
