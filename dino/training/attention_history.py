@@ -8,10 +8,8 @@ the cost does not grow with the length of the run. n images, R x C patches.
 import re
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torchvision.utils import make_grid
 
 from dino.atomic import replacing
 from dino.backbones import evaluating, is_vit
@@ -22,17 +20,15 @@ from dino.spread import spread_to_end
 from dino.training import plots
 from dino.training.backbone_pictures import (
     ATTENTION_EPOCHS,
-    GAP,
-    TILE,
     color_maps,
     photographs_of,
+    save_columns,
     shown_pixels,
     tiles,
 )
 
 FOLDER = "attention_history"  # of a run's folder; a file for each epoch
 COLUMNS = 7  # epochs, with that before training
-DPI, TITLE = 100, 24  # pixels per inch, and of the line above the columns
 
 
 class AttentionHistory:
@@ -100,19 +96,5 @@ class AttentionHistory:
             for number in spread_to_end(last, COLUMNS):
                 maps = torch.tensor(np.load(self.path(epochs[number]), allow_pickle=False)).float()
                 columns[f"epoch {epochs[number]}"] = tiles(color_maps(maps))
-            rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
-            grid = make_grid(rows, nrow=len(columns), padding=GAP, pad_value=1.0)
-            save_with_titles(grid, list(columns), self.folder / ATTENTION_EPOCHS)
+            save_columns(self.folder / ATTENTION_EPOCHS, columns)
             self.drawn = epochs
-
-
-def save_with_titles(grid, titles, path):
-    """A PNG of a `grid` (3, H, W) at its own size, below a title for each of its columns."""
-    height, width = grid.shape[1] + TITLE, grid.shape[2]
-    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    figure.figimage(grid.permute(1, 2, 0).numpy(), 0, 0, origin="upper")
-    for number, title in enumerate(titles):
-        middle = GAP + number * (TILE + GAP) + TILE / 2
-        position = middle / width, 1 - TITLE / 2 / height
-        figure.text(*position, title, ha="center", va="center", fontsize=9)
-    plots.save(figure, path, dpi=DPI)

@@ -9,9 +9,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
-from dino.atomic import replacing
 from dino.backbones import evaluating, first_of, is_vit
 from dino.data.augmentations import eval_transform
 from dino.data.channels import RGB
@@ -36,6 +35,7 @@ GALLERY = 256  # images among which neighbours are sought: more would take minut
 QUERIES, NEIGHBOURS = 4, 5
 BATCH = 32
 GAP = 4  # pixels between drawn images
+DPI, TITLE = 100, 24  # pixels per inch, and of the line above the columns
 ATTENTION, ATTENTION_EPOCHS = "attention_maps.png", "attention_over_epochs.png"
 PATCHES, NEAREST = "patch_features.png", "neighbours.png"
 
@@ -59,11 +59,14 @@ def draw_backbone(folder, backbone, images, augmentation):
             shown = pixels[spread(len(pixels), SHOWN)]
             photographs = photographs_of(shown, augmentation)
             maps = [attention_of_pixels(backbone, view).cpu() for view in shown]
-            columns = [tiles(color_maps(heads_and_mean(heads))) for heads in maps]
-            save_grid(folder, ATTENTION, photographs, columns)
+            columns = torch.stack([tiles(color_maps(heads_and_mean(heads))) for heads in maps], 1)
+            titles = ["mean", *(f"head {number}" for number in range(len(columns) - 1))]
+            maps_by_title = dict(zip(titles, columns, strict=True))
+            save_columns(Path(folder) / ATTENTION, {"image": photographs} | maps_by_title)
             tokens = backbone.get_intermediate_layers(shown.to(device), 1)[-1][:, 1:].cpu()
             colors = principal_colors(tokens).unflatten(1, maps[0].shape[1:])
-            save_grid(folder, PATCHES, photographs, tiles(colors.permute(0, 3, 1, 2))[:, None])
+            patches = tiles(colors.permute(0, 3, 1, 2))
+            save_columns(Path(folder) / PATCHES, {"image": photographs, "patches": patches})
         features = [first_of(backbone(part.to(device))).cpu() for part in pixels.split(BATCH)]
     save_neighbours(Path(folder) / NEAREST, torch.cat(features).float(), gallery)
 
@@ -122,15 +125,18 @@ def tiles(pictures):
     return F.interpolate(pictures.float(), (TILE, TILE), mode=mode)
 
 
-def save_grid(folder, name, photographs, columns):
-    """A row for each of the `photographs` (n, 3, T, T), and beside it what is in `columns`."""
-    rows = [
-        torch.cat([photograph[None], row])
-        for photograph, row in zip(photographs, columns, strict=True)
-    ]
-    grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=GAP, pad_value=1.0)
-    with replacing(Path(folder) / name) as temporary:
-        save_image(grid, temporary, format="png")
+def save_columns(path, columns):
+    """Write {title: pictures (n, 3, TILE, TILE)} as a PNG of n rows, a column for each title."""
+    rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+    grid = make_grid(rows, nrow=len(columns), padding=GAP, pad_value=1.0)
+    height, width = grid.shape[1] + TITLE, grid.shape[2]
+    figure = plt.figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    figure.figimage(grid.permute(1, 2, 0).numpy(), 0, 0, origin="upper")
+    for number, title in enumerate(columns):
+        middle = GAP + number * (TILE + GAP) + TILE / 2
+        position = middle / width, 1 - TITLE / 2 / height
+        figure.text(*position, title, ha="center", va="center", fontsize=9)
+    plots.save(figure, path, dpi=DPI)
 
 
 def save_neighbours(path, features, gallery):

@@ -18,6 +18,7 @@ from dino.training.backbone_pictures import (
     ATTENTION_EPOCHS,
     NEAREST,
     PATCHES,
+    TITLE,
     principal_colors,
 )
 from dino.training.plots import PANELS, LoggedRun, draw_panel, logarithmic
@@ -95,7 +96,7 @@ def test_the_report_shows_what_the_backbone_makes_of_the_images(run):
     for name in (ATTENTION, ATTENTION_EPOCHS, PATCHES, NEAREST):
         assert Image.open(run / name).convert("RGB").tobytes() in shown
     columns = 2 + 3  # image, mean, and the 3 heads of a vit_nano
-    assert Image.open(run / ATTENTION).size == (columns * 132 + 4, 8 * 132 + 4)
+    assert Image.open(run / ATTENTION).size == (columns * 132 + 4, 8 * 132 + 4 + TITLE)
 
 
 def test_patches_of_two_kinds_get_two_colours():
