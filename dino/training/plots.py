@@ -121,7 +121,7 @@ class LoggedRun:
             step["1 - momentum"] = 1 - step["momentum"]
 
     def whole_number(self, name, least):
-        """The value of a flag, which is no other thing."""
+        """The value of a flag, an int of at least `least`. UserError for any other."""
         value = self.flags.get(name)
         if type(value) is not int or value < least:
             raise UserError(f"{self.folder / 'args.json'} has an invalid {name}: {brief(value)}.")
