@@ -80,6 +80,9 @@ def train_dino(args, images=None, augmentation=None):
 
     `args` may come from the official parser. `images`: any sequence of PIL images, or of tuples
     that begin with one, instead of --data_path. `augmentation`: a MultiCrop of your own views.
+    Leaves checkpoints, backbone.pth and logs in --output_dir. Raises UserError for a mistake that
+    the user can fix, Diverged if the loss is not finite, and SystemExit after a signal, once all is
+    saved.
     """
     interruption = listen()
     args = complete(args)
@@ -132,8 +135,8 @@ def train_dino(args, images=None, augmentation=None):
             Saver(args.output_dir, args.saveckp_iters, args.saveckp_minutes, args.keep_checkpoints),
             interruption,
             Agreement(interruption),
-            augmentation,
-            amp_dtype,
+            augmentation=augmentation,
+            amp_dtype=amp_dtype,
         )
         if found is None:
             run.begin(state, loader, probes, weights)
@@ -162,11 +165,11 @@ def train_one_epoch(run, state, loader):
     """The steps of an epoch, or those left of it."""
     args, progress = run.args, run.progress
     loader.sampler.set_position(progress.epoch, progress.images)
-    for images in run.recorder.steps(loader, progress):
+    for views in run.recorder.steps(loader, progress):
         scheduled = run.schedules.at(progress.iteration)
         loss, grad_norm = train_step(
             state,
-            images,
+            views,
             **scheduled,
             epoch=progress.epoch,
             clip_grad=args.clip_grad,
@@ -180,7 +183,7 @@ def train_one_epoch(run, state, loader):
 
 def train_step(
     state,
-    images,
+    views,
     *,
     lr,
     weight_decay,
@@ -194,21 +197,26 @@ def train_step(
 ):
     """One update of student, center and teacher: Algorithm 1 with multi-crop.
 
-    `images`: the V views, each (B, 3, S, S), which pass the networks in `accum_steps` parts.
-    Returns the loss and the norm of all gradients before clipping, both on the device: nothing here
-    waits for it.
+    `views`: V tensors (B, C, S, S), S the view's own size, the two global ones first. They pass
+    through the networks in `accum_steps` parts of B / accum_steps images, each of which updates
+    nothing but the gradients. C is updated in the loss, which uses the old one, and so before the
+    teacher; the order of these two makes no difference.
+
+    Returns the loss and the norm of all gradients, before clipping and with those that are then
+    cancelled. Both stay on the device: the step does not synchronise with it, except in float16
+    with SGD or LARS (see build_optimizer).
     """
     set_lr_and_weight_decay(state.optimizer, lr, weight_decay)
     state.optimizer.zero_grad()
     losses = []
     for part in range(accum_steps):
-        views = [view.chunk(accum_steps)[part] for view in images]
-        with gradients_stay_here(state.student, part < accum_steps - 1):
-            with autocast(views[0].device, amp_dtype):
+        crops = [view.chunk(accum_steps)[part] for view in views]
+        with no_sync(state.student, enabled=part < accum_steps - 1):
+            with autocast(crops[0].device, amp_dtype):
                 with torch.no_grad():
-                    teacher_output = state.teacher(views[:2])  # (2B, K): only the global views
-                student_output = state.student(views)  # (VB, K): every view
-                loss = state.dino_loss(student_output, teacher_output, epoch)  # moves the center
+                    teacher_output = state.teacher(crops[:2])  # (2B, K): only the global views
+                student_output = state.student(crops)  # (VB, K): every view
+                loss = state.dino_loss(student_output, teacher_output, epoch)  # updates C, too
             state.scaler.scale(loss / accum_steps).backward()
         losses.append(loss.detach())
     state.scaler.unscale_(state.optimizer)
@@ -221,9 +229,9 @@ def train_step(
     return torch.stack(losses).mean(), torch.stack(norms).norm()
 
 
-def gradients_stay_here(student, yes):
-    """Context in which a backward pass does not average the gradients of all processes."""
-    if yes and isinstance(student, DistributedDataParallel):
+def no_sync(student, enabled):
+    """DistributedDataParallel's no_sync if `enabled`: gradients stay in their process."""
+    if enabled and isinstance(student, DistributedDataParallel):
         return student.no_sync()
     return contextlib.nullcontext()
 
@@ -237,35 +245,39 @@ class Schedules:
                 start, end, args.epochs, iterations_per_epoch, warmup_epochs
             ).tolist()
 
-        self.lr = cosine(scaled_lr, args.min_lr, args.warmup_epochs)
-        self.weight_decay = cosine(args.weight_decay, args.weight_decay_end)
         momentum = cosine(args.momentum_teacher, args.momentum_teacher_end)
-        self.momentum = teacher_momentum(args.teacher_update, momentum, iterations_per_epoch)
+        self.values = {
+            "lr": cosine(scaled_lr, args.min_lr, args.warmup_epochs),
+            "weight_decay": cosine(args.weight_decay, args.weight_decay_end),
+            "momentum": teacher_momentum(args.teacher_update, momentum, iterations_per_epoch),
+        }
 
     def at(self, iteration):
-        return {name: values[iteration] for name, values in vars(self).items()}
+        """{"lr", "weight_decay", "momentum"}: arguments of train_step."""
+        return {name: values[iteration] for name, values in self.values.items()}
 
 
-def rehearse(args, images, device):
-    """(loader, state, type) of a run with these flags, on which to measure."""
+def build_trial(args, images, device):
+    """(loader, state, amp_dtype) of a throw-away run with these flags, on which to measure."""
     augmentation = build_augmentation(args)
     amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     fix_random_seeds(args.seed)
     state = build_state(args, augmentation.views, device, amp_dtype)
-    fix_random_seeds(args.seed)  # what was built has drawn from it
+    fix_random_seeds(args.seed)  # building drew random numbers
     workers = loader_workers(args.num_workers)
     return build_loader(args, images, augmentation, workers, device), state, amp_dtype
 
 
 def correlate_views(args, images, device):
     """How alike the views of an image are to the network before training, see view_correlation."""
-    loader, state, _ = rehearse(args, images, device)
-    return view_correlation(state.student, loader)
+    loader, state, _ = build_trial(args, images, device)
+    with torch.compiler.set_stance("force_eager"):  # three batches are not worth compiling for
+        return view_correlation(state.student, loader)
 
 
 def time_a_step(args, images, device):
     """Seconds that a step of the run with these flags takes, with the loading of its images."""
-    loader, state, amp_dtype = rehearse(args, images, device)
+    loader, state, amp_dtype = build_trial(args, images, device)
 
     def step(views):
         train_step(
@@ -302,7 +314,7 @@ def build_loader(args, images, augmentation, workers, device):
 
 
 def build_probes(args, images, knn_data_path, augmentation, workers, device):
-    """The measurements between epochs, in float32 as eval_knn.py's: k-NN if there are labels."""
+    """Measurements between epochs, in float32 as in eval_knn.py; k-NN with --knn_data_path only."""
     options = dict(batch_size=max(128, args.batch_size_per_gpu), num_workers=workers)
     sample = SampleProbe(
         images,
@@ -322,7 +334,7 @@ def build_probes(args, images, knn_data_path, augmentation, workers, device):
 
 
 def build_state(args, views, device, amp_dtype):
-    """Everything that is trained, as it stands before the first step."""
+    """The TrainState before the first step."""
     crop_sizes = list(dict.fromkeys(view.size for view in views))
     student, teacher = build_student_and_teacher(
         args.arch,

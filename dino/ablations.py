@@ -117,8 +117,8 @@ class PredictorHead(DINOHead):
     """The student's head with a predictor, an MLP of two layers, before the L2 normalisation.
 
     That is where BYOL has it. The paper does not say where; after the last layer, which is as wide
-    as K, it would be larger than the network. The teacher's head has the other parameters: the
-    predictor's come last, which `update_teacher` relies on.
+    as K, it would be larger than the network. The teacher's head has the other parameters, under
+    the same names.
     """
 
     def __init__(self, in_dim, out_dim, *, use_bn, hidden_dim, bottleneck_dim, **options):

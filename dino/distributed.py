@@ -223,6 +223,11 @@ def get_rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def rank_share(count):
+    """How many of `count` images a process sees in an epoch: ceil(count / processes)."""
+    return -(-count // get_world_size())
+
+
 def is_main_process():
     return get_rank() == 0
 

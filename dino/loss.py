@@ -18,7 +18,8 @@ class DINOLoss(nn.Module):
     Each global view teaches every *other* view, 2 (V - 1) pairs; Eq. 3 sums them, the official
     code and this one average. The teacher's temperature goes linearly from `warmup_teacher_temp`
     to `teacher_temp` over the first `warmup_teacher_temp_epochs` epochs, and changes between
-    epochs only. With `accum_steps` the center moves once per so many calls, by all of them.
+    epochs only. `ncrops` counts all V views, `nepochs` the epochs of the run. With `accum_steps` =
+    N the center is updated at every N-th call, from the outputs of N calls of equal size.
     """
 
     def __init__(
@@ -43,14 +44,14 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.center_momentum = center_momentum
         self.accum_steps = accum_steps
-        self.part_sums = []  # of the teacher's logits, (1, K) each, since the center moved
+        self.part_sums = []  # of the teacher's logits, (1, K) each, since the last update
         self.register_buffer("center", torch.zeros(1, out_dim))
         warmup = np.linspace(warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         constant = np.full(nepochs - warmup_teacher_temp_epochs, teacher_temp)
         self.teacher_temp_schedule = np.concatenate([warmup, constant])
 
     def forward(self, student_output, teacher_output, epoch):
-        """(V B, K) and (2 B, K) logits -> mean loss of this process; then moves the center.
+        """(V B, K) and (2 B, K) logits -> mean loss of this process; then updates the center.
 
         So the loss of a step uses the center of the batches before it, the same on every process.
         """
@@ -60,24 +61,34 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def teacher_probs(self, teacher_output, epoch):
-        """P_t = softmax((g_t - C) / temp): centered against one output, sharpened against all."""
+        """P_t = softmax((g_t - C) / temp), (2 B, K) float32 from logits of that shape.
+
+        Centering prevents the collapse to one output, sharpening the uniform one (Sec. 5.3).
+        """
         temp = float(self.teacher_temp_schedule[epoch])
         return ((teacher_output.float() - self.center) / temp).softmax(dim=-1)
 
     def cross_entropy(self, student_output, teacher_probs):
-        """H(P_t, P_s): mean over images and pairs of views of -sum_k P_t log P_s."""
+        """H(P_t, P_s): mean over images and pairs of views of -sum_k P_t log P_s.
+
+        (V B, K) logits and (2 B, K) probabilities -> a scalar.
+        """
         first, second = teacher_probs.chunk(2)
-        # H is linear in P_t, so a view that two teach learns from their sum; none teaches itself
+        # View 0 learns from view 1, view 1 from view 0, each local view from both: H is linear in
+        # P_t, so that two cross-entropies are one with the sum of the targets.
         targets = [second, first, *[first + second] * (self.ncrops - 2)]
-        loss = 0.0
+        losses = []
         for logits, target in zip(student_output.chunk(self.ncrops), targets, strict=True):
             log_probs = (logits.float() / self.student_temp).log_softmax(dim=-1)
-            loss -= (target * log_probs).sum(dim=-1).mean()
-        return loss / (2 * self.ncrops - 2)
+            losses.append(-(target * log_probs).sum(dim=-1).mean())
+        return sum(losses) / (2 * self.ncrops - 2)
 
     @torch.no_grad()
     def update_center(self, teacher_output):
-        """C <- m C + (1 - m) mean of the teacher's logits, over all processes (Eq. 4)."""
+        """C <- m C + (1 - m) mean of the teacher's logits, over all processes (Eq. 4).
+
+        (2 B, K) logits; C is (1, K).
+        """
         self.part_sums.append(teacher_output.float().sum(dim=0, keepdim=True))
         if len(self.part_sums) < self.accum_steps:
             return

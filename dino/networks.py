@@ -59,11 +59,12 @@ def unwrap(model):
 def update_teacher(student, teacher, momentum):
     """theta_t <- momentum theta_t + (1 - momentum) theta_s (Sec. 3.1); buffers stay.
 
-    A predictor, which only the student may have, comes last among its parameters.
+    The two are paired by their names, since the student may have more (see PredictorHead).
     """
-    teacher_params = list(teacher.parameters())
-    student_params = list(student.parameters())[: len(teacher_params)]
-    torch._foreach_lerp_(teacher_params, student_params, 1 - momentum)
+    theta_t = dict(unwrap(teacher).named_parameters())
+    theta_s = dict(unwrap(student).named_parameters())
+    pairs = list(theta_t.values()), [theta_s[name] for name in theta_t]
+    torch._foreach_lerp_(*pairs, 1 - momentum)
 
 
 def build_student_and_teacher(
@@ -131,8 +132,8 @@ def checkpoint_gradients(backbone, arch):
 def choose_compile(choice, device):
     """Whether to compile, by --compile `choice` (auto, true or false); auto does on CUDA.
 
-    A function on trial, since torch.compile needs what an installation may lack, such as a C
-    compiler: without it auto prints a warning, and true is a UserError.
+    Compiles a trivial function first, since an installation may lack what torch.compile needs,
+    such as a C compiler. If that fails, auto prints a warning and true raises UserError.
     """
     choice = str(choice).lower()  # a bool of a Python caller's is taken too
     if choice == "false" or (choice == "auto" and device.type != "cuda"):
@@ -152,11 +153,11 @@ def compile_networks(student, teacher, dino_loss, backend="inductor"):
     """Compile backbones, heads and the loss in place: names of weights do not change.
 
     Once for each crop size, in each of student and teacher: fixed shapes give faster code. In a
-    DistributedDataParallel a ViT is compiled block by block, since a compiled function gives all
-    its gradients at its end: so those of late blocks are reduced while those of early ones are
-    computed. Blocks that are alike share their code.
+    DistributedDataParallel a ViT is compiled block by block, so that the gradients of late blocks
+    are averaged while those of early ones are computed, wherever torch would cut the whole
+    backbone (benchmarks/README.md). Blocks that are alike share their code.
     """
-    # Versions of one function, such as a block's, after which torch would run it uncompiled.
+    # The versions of one function, such as a block's, beyond which torch runs it uncompiled.
     torch._dynamo.config.recompile_limit = 64
     # GELU and LayerNorm are computed again in the backward pass, matrix products and attention are
     # not: 0.6 of the bytes of a ViT's activations, by count, under autocast in bfloat16.

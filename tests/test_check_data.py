@@ -21,7 +21,9 @@ from conftest import ROOT, photograph
 from PIL import Image
 
 import check_data
-from check_data import find_flaws, get_args_parser, look_at_file
+from check_data import find_flaws, get_args_parser
+from dino.data import inspection
+from dino.data.inspection import look_at_file
 
 
 def check(path, *flags):
@@ -210,8 +212,8 @@ def test_what_dino_finds_hard_is_warned_of_with_what_to_do(tmp_path):
         else:
             assert len(found) == 1
             assert found[0].startswith(message)
-    assert "--use_bn_in_head true" in flaws([grey] * 3)[0]
-    assert "--global_crop_size 96 fits them better" in flaws([small] * 3, crop_size=128)[0]
+    assert "collapse more easily" in flaws([grey] * 3)[0]
+    assert "of --preset auto, fit them" in flaws([small] * 3, crop_size=128)[0]
     assert flaws([sound] * 3, batch_size=4) == [
         "3 images are fewer than a batch of 4 (--batch_size_per_gpu)."
     ]
@@ -236,7 +238,7 @@ def file_that_hangs(path):
 def test_an_image_that_hangs_is_given_up_and_the_others_are_looked_at(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(check_data, "SECONDS", 0.5)
+    monkeypatch.setattr(inspection, "SECONDS", 0.5)
     for i, image in enumerate(crops(6)):
         image.save(tmp_path / f"{i}.png")
     with file_that_hangs(tmp_path / "0hangs.jpg"):

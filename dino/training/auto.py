@@ -10,7 +10,7 @@ import math
 import torch
 
 from dino.data.survey import survey
-from dino.distributed import get_world_size, print0
+from dino.distributed import get_world_size, print0, rank_share
 from dino.training.continuing import fit_continuation, keep_networks
 from dino.training.data import check_images
 from dino.training.flag_checks import check_strengths, check_training_flags
@@ -38,9 +38,10 @@ FASTEST_TEACHER, OFFICIAL_TEACHER = 25, 250  # iterations
 
 
 def decide_settings(args, images, device, correlate_views, time_a_step, weights=None):
-    """`args` with all that was not given decided, and `auto`: {flag: reason}. Prints the table.
+    """`args` with every flag decided that was not given; `auto` in it maps these to their reasons.
 
-    `args.given` has the names of the flags that were. A run that is resumed keeps its settings.
+    Prints the table of them. `args.given` has the names of the flags that were given. A run that
+    is resumed keeps its settings.
     `weights`: the content of --init_from, if a run begins with it.
     `correlate_views(args, images, device)`: see view_correlation; `time_a_step(...)`: seconds.
     """
@@ -54,7 +55,7 @@ def decide_settings(args, images, device, correlate_views, time_a_step, weights=
             keep_networks(settings, weights)
         settings.decide("warmup_epochs", 0, "until the length is known")
         fit_data(settings, seen, device.type, get_world_size())
-        iterations = -(-len(images) // get_world_size()) // settings["batch_size_per_gpu"]
+        iterations = rank_share(len(images)) // settings["batch_size_per_gpu"]
         check_training_flags(settings.namespace(), own_views=settings["augmentation"] is not None)
         check_images(settings.namespace(), len(images))
         soften_views(settings, lambda: correlate_views(settings.namespace(), images, device))
@@ -67,8 +68,8 @@ def decide_settings(args, images, device, correlate_views, time_a_step, weights=
     return settings.conclude()
 
 
-# Of the augmentation, tried in turn, until the views of an image correlate by so much. Clothes and
-# drawings at 0.04 to 0.05 were learned from, digits at 0.00 were not.
+# Strengths of the augmentation, tried in order until the views of an image correlate by the least.
+# Clothes and drawings at 0.04 to 0.05 were learned from, digits at 0.00 were not.
 STRENGTHS, LEAST_CORRELATION = (1.0, 0.5, 0.25), 0.02
 
 
@@ -90,7 +91,7 @@ def fit_data(settings, survey, device_type, processes):
 
 
 def layout_matters(survey, device_type):
-    """Whether settings follow from it that things have their place. Not measured on GPUs."""
+    """Whether to take settings that preserve positions: on a CPU alone, not measured on GPUs."""
     return survey.has_layout and device_type == "cpu"
 
 
@@ -103,7 +104,7 @@ def fit_crops(settings, survey, device_type):
     if size == most:
         reason = f"{why} of {reason}" if side > most else reason
     elif side < 16:
-        reason = f"the least that a ResNet takes, for {reason}"
+        reason = f"the minimum for a ResNet; the images have {side}"
     settings.decide("global_crop_size", size, reason)
     if survey.images >= LIKE_IMAGENET and size == OFFICIAL_CROP:
         return  # the official local crops
@@ -159,13 +160,13 @@ def keep_layout(settings, survey):
     Large crops keep the layout. Images are told apart by their colours most easily: the more crops
     are grey, the more the outlines count. With a share of 0.5 and strong jitter classes that are
     told by their colours are not learned, with 0.2 those that are told by outlines. In grey images
-    brightness has the part of the colours.
+    brightness plays the role of colour.
     """
     layout = f"large: {survey.layout:.1%} of the variance is due to the place in the image"
     settings.decide("global_crops_scale", (0.6, 1.0), layout)
     least, most = settings["local_crops_scale"]
     settings.decide("local_crops_scale", (max(0.25, least), max(0.6, most)), layout)
-    settings.decide("solarize_p", 0.0, "measured without")
+    settings.decide("solarize_p", 0.0, "off, as in the runs that were measured")
     outlines = "so that outlines are learned besides"
     if survey.is_grey:
         settings.decide("jitter", (0.4, 0.4, 0.0, 0.0), f"the official one, {outlines} brightness")
@@ -275,10 +276,10 @@ def fit_hours(settings, seconds, iterations_per_epoch):
     hours = settings["hours"] or DEFAULT_HOURS
     seconds_per_epoch = seconds * max(1, iterations_per_epoch)
     epochs = min(10**5, max(1, int(SPENT_ON_STEPS * 3600 * hours / seconds_per_epoch)))
-    told = "" if settings["hours"] else ", for want of --hours and --epochs,"
-    reason = f"what {hours:g} hours{told} hold at {seconds:.2g} s a step"
+    told = "" if settings["hours"] else " (default)"
+    reason = f"as many as fit into {hours:g} hours{told} at {seconds:.2g} s a step"
     if seconds_per_epoch > 3600 * hours:
-        reason = f"the least there is: {seconds_per_epoch / 3600:.2g} hours, more than {hours:g}"
+        reason = f"minimum: one takes {seconds_per_epoch / 3600:.2g} hours, more than {hours:g}"
     settings.decide("epochs", epochs, reason)
 
 

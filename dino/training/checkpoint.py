@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dino.backbones import canonical_name, has_batchnorms
-from dino.distributed import get_rank, get_world_size, print0
+from dino.distributed import get_rank, get_world_size, print0, rank_share
 from dino.errors import UserError
 from dino.json_files import is_number
 from dino.networks import unwrap
@@ -190,8 +190,8 @@ def restore_progress(progress, checkpoint, source, images):
             f"An epoch had {before} iterations of {progress.global_batch} images, and has {now} of"
             f" {batch_now} now: the schedules resume at the same share of the run."
         )
-        share = -(-max(0, images - progress.images) // get_world_size())
-        steps = max(0, now - share * get_world_size() // batch_now)
+        left = rank_share(max(0, images - progress.images)) * get_world_size()
+        steps = max(0, now - left // batch_now)
     progress.iterations_per_epoch, progress.global_batch = now, batch_now
     progress.iteration = progress.epoch * now + steps
 

@@ -6,7 +6,7 @@ from dino.data.channels import RGB, count_channels, reader
 from dino.data.datasets import open_dataset
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
 from dino.data.images import ImageFiles, list_training_images
-from dino.distributed import get_world_size
+from dino.distributed import get_world_size, rank_share
 from dino.errors import UserError
 from dino.own_code import call_by_path
 from dino.training.presets import DECIDED
@@ -31,7 +31,7 @@ def open_images(args):
 def check_images(args, count):
     """Raise UserError if a rank's share of `count` images is smaller than one batch."""
     global_batch = args.batch_size_per_gpu * get_world_size()
-    if -(-count // get_world_size()) < args.batch_size_per_gpu:
+    if rank_share(count) < args.batch_size_per_gpu:
         raise UserError(
             f"--data_path {args.data_path}: {count} images are fewer than one batch of"
             f" {global_batch} (--batch_size_per_gpu {args.batch_size_per_gpu} on"

@@ -128,23 +128,30 @@ class Run:
 
     def log_epoch(self, state, probes):
         """Measure and log the epoch in `progress.unlogged`; write the checkpoints due after it."""
-        args, progress, names = self.args, self.progress, []
-        means, epoch = progress.unlogged, progress.epoch - 1
-        if args.saveckp_freq and epoch % args.saveckp_freq == 0:
-            names.append(f"checkpoint{epoch:04}.pth")
+        progress, names, measured = self.progress, self.numbered_name(), {}
         if self.is_measurement_due():
             measured = self.measure(state, probes)
             names += self.best_of(measured)
             ahead = measured.get("knn_student", 0) > measured.get("knn_teacher", 0)
             progress.student_ahead = int(ahead)
-            means = means | measured
             self.recorder.judge_measurements(progress, probes.knn)
         self.keep_attention(state, probes)
-        self.recorder.log.epoch(means)  # before the save: a resumed run drops a line, adds none
+        # before the save: a resumed run drops a line, adds none
+        self.recorder.log.epoch(progress.unlogged | measured)
         progress.unlogged = {}
-        if names or self.is_measurement_due() or progress.epoch % args.resume_freq == 0:
+        if names or measured or progress.epoch % self.args.resume_freq == 0:
             self.save(state, [NEWEST, *names])
-        if progress.epoch == args.epochs or time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
+        self.draw_if_due(probes)
+
+    def numbered_name(self):
+        """[name of the numbered checkpoint that is due after this epoch], or []."""
+        epoch, every = self.progress.epoch - 1, self.args.saveckp_freq
+        return [f"checkpoint{epoch:04}.pth"] if every and epoch % every == 0 else []
+
+    def draw_if_due(self, probes):
+        """Draw the curves and the attention maps at the end of the run, and now and then."""
+        ended = self.progress.epoch == self.args.epochs
+        if ended or time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
             draw_run(self.saver.folder)
             if probes.attention:
                 probes.attention.draw()

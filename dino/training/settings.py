@@ -14,7 +14,7 @@ REASONS = "auto"  # the entry of args.json that has them
 
 
 def open_settings(args):
-    """(Settings of `args`, whether they are those with which the run to be resumed began).
+    """(Settings of `args`, whether they were restored from the run that is being resumed).
 
     `args.given` has the names of the flags that were given.
     """
@@ -33,22 +33,23 @@ def open_settings(args):
 
 
 class Settings:
-    """Flags while they are decided: what was given stands; `reasons` has why of what was not."""
+    """Flags while they are decided: those the user gave are kept, `reasons` explains the others."""
 
     def __init__(self, flags, given):
         self.flags, self.given, self.reasons = dict(flags), set(given), {}
+        self.locked = set(given)
 
     def __getitem__(self, name):
         return self.flags[name]
 
     def decide(self, name, value, reason):
-        if name not in self.given:
+        if name not in self.locked:
             self.flags[name], self.reasons[name] = value, reason
 
     def fix(self, name, value, reason):
         """Decide for good: later decisions about `name` change nothing."""
         self.decide(name, value, reason)
-        self.given.add(name)
+        self.locked.add(name)
 
     def adopt(self, saved):
         """Take what was decided in the flags `saved` of an earlier run."""

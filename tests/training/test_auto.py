@@ -223,7 +223,7 @@ def test_hours_hold_as_many_epochs_as_fit_and_at_least_one():
         settings = Settings(vars(args), args.given)
         fit_hours(settings, seconds, 100)
         assert settings["epochs"] == epochs
-    assert "the least there is" in settings.reasons["epochs"]
+    assert "minimum: one takes" in settings.reasons["epochs"]
 
 
 def test_short_epochs_are_not_saved_each_and_do_not_fill_the_disk():
