@@ -64,7 +64,12 @@ def get_args_parser():
         type=number(int, 1),
         help="numbers of neighbours; 20 is usually best",
     )
-    add("--temperature", default=0.07, type=number(float, 0.012), help="of the votes")
+    add(
+        "--temperature",
+        default=0.07,
+        type=number(float, 0.012),
+        help="temperature of the weighted vote",
+    )
     add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per forward pass")
     add(
         "--use_cuda",

@@ -90,7 +90,7 @@ def get_args_parser():
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per process, step")
-    add("--seed", default=0, type=number(int, 0, LARGEST_SEED), help="of everything random")
+    add("--seed", default=0, type=number(int, 0, LARGEST_SEED), help="seed of everything random")
     add(
         "--data_path",
         default="/path/to/imagenet/",
@@ -125,7 +125,7 @@ def add_recipe_arguments(group):
         "lr": (number(float, above=0), "highest rate, of the head, for 256 images a step"),
         "min_lr": (positive, "rate at the end"),
         "warmup_epochs": (number(int, 0), "epochs in which the rate rises from 1e-6"),
-        "weight_decay": (positive, "of AdamW"),
+        "weight_decay": (positive, "weight decay of AdamW"),
         "layer_decay": (
             number(float, above=0, high=1),
             "factor from each layer's rate to that of the one below it; 1 for networks that are not"
@@ -137,7 +137,7 @@ def add_recipe_arguments(group):
         "cutmix": (positive, "alpha of cutmix, 0 for none"),
         "smoothing": (number(float, 0, 0.99), "label smoothing"),
         "erasing": (share, "probability of random erasing"),
-        "ema_decay": (share, "of the average of the weights, which is evaluated beside them"),
+        "ema_decay": (share, "decay of the moving average of the weights, which is evaluated too"),
     }
     for name, (kind, text) in kinds.items():
         add(f"--{name}", default=defaults[name], type=kind, help=text)

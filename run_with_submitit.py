@@ -6,8 +6,8 @@
         --data_path imagenet/train --output_dir runs/boost/%j
 
 Takes every flag of main_dino.py. The folder --output_dir, in which %j is the job's number, must be
-one that all nodes see; the job's own logs go there too. README has a script for sbatch that does
-the same without submitit.
+one that all nodes see; the job's own logs go there too. docs/slurm.md has a script for sbatch that
+does the same without submitit.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def get_args_parser():
         help="where to submit: sinfo lists the partitions, '' is the cluster's default; the default"
         " here is that of the official script",
     )
-    add("--account", default="", help="who pays for the job, where the cluster wants to know")
+    add("--account", default="", help="Slurm account to charge, where the cluster requires one")
     add("--qos", default="", help="quality of service, where the cluster has several")
     add("--constraint", default="", help="features that the nodes must have, such as a100")
     add("--use_volta32", action="store_true", help="short for --constraint volta32gb")
@@ -99,7 +99,7 @@ def executor_parameters(args):
 
 
 class Trainer:
-    """The job: what submitit calls in each process, and asks for a successor when it requeues it.
+    """The job: the callable that submitit runs in each process, and from which it requeues.
 
     It travels to the nodes as a pickle, which must not need this project to be opened: its methods
     import what they need.

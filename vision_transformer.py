@@ -184,7 +184,8 @@ class Block(nn.Module):
             return self.attn(normed)[1]
         if only_cls:
             x, branch = x[:, :1], self.attn.of_cls(normed)
-        elif is_as_built(self.attn) and is_as_built(self.attn.attn_drop):  # nobody sees the map
+        elif is_as_built(self.attn) and is_as_built(self.attn.attn_drop):
+            # no hook needs the attention map
             branch = self.attn.fused(normed)
         else:
             branch = self.attn(normed)[0]
@@ -211,7 +212,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
     def is_matrix_product(self, x):
-        """Whether one does the convolution's work, and faster: not so in float32 on a CPU."""
+        """Whether to compute the convolution as one: slower in float32 on a CPU."""
         side_by_side = self.proj.stride == self.proj.kernel_size
         faster = x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         return side_by_side and faster and is_as_built(self.proj)
@@ -225,7 +226,7 @@ class PatchEmbed(nn.Module):
     def check_divisible(self, height, width):
         """Raise where the convolution would drop rows or columns, silently in the official code.
 
-        Only for patches side by side: whoever sets a smaller `proj.stride` knows the grid.
+        Skipped for overlapping patches (`proj.stride` below the patch size).
         """
         patch = self.patch_size
         if tuple(self.proj.stride) == (patch, patch) and (height % patch or width % patch):
@@ -290,9 +291,8 @@ class VisionTransformer(nn.Module):
 
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        self.apply(
-            init_linear_and_norm
-        )  # the patch convolution keeps torch's default, as in the official code
+        # the patch convolution keeps torch's default, as in the official code
+        self.apply(init_linear_and_norm)
 
     def forward(self, x):
         """(B, C, H, W) -> [CLS] after the last block and the final norm, (B, D)."""
@@ -310,7 +310,7 @@ class VisionTransformer(nn.Module):
         return block(x, **options)
 
     def set_grad_checkpointing(self, enable=True):
-        """Whether `forward` keeps for the gradients only what passes between blocks."""
+        """Activation checkpointing: keep what passes between blocks, recompute the rest."""
         self.grad_checkpointing = enable
 
     def prepare_tokens(self, x):
@@ -366,7 +366,7 @@ class VisionTransformer(nn.Module):
         return outputs
 
 
-# ---- who else looks: shortcuts are taken only where nobody sees what they leave out ----
+# ---- when the fast paths are exact: no hooks, no replaced modules, no dropout ----
 
 FORWARDS = {
     kind: kind.forward
@@ -376,7 +376,7 @@ FORWARDS = {
 
 
 def is_as_built(module):
-    """Whether nobody has replaced `module` or its forward, or registered a hook on it."""
+    """Whether `module` and its forward are ours or torch's, without a hook."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -448,9 +448,8 @@ class WeightNormLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight_g = nn.Parameter(torch.ones(out_features, 1))
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
-        nn.init.kaiming_uniform_(
-            self.weight_v, a=math.sqrt(5)
-        )  # nn.Linear's default: U(+-1/sqrt(in))
+        # nn.Linear's default: U(+-1/sqrt(in))
+        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))
 
     @property
     def weight(self):
@@ -499,7 +498,6 @@ class DINOHead(nn.Module):
 
     def forward(self, x):
         x = self.mlp(x)
-        # In float32: under float16 the squares overflow, and 1e-12, which keeps from dividing by
-        # 0, is 0.
+        # in float32: in float16 the squares overflow, and the eps of 1e-12 underflows to 0
         x = F.normalize(x.float(), dim=-1).to(x.dtype)
         return self.last_layer(x)

@@ -235,8 +235,8 @@ def is_main_process():
 def print0(*values, **options):
     """print on rank 0, at once: a log that is read while the job runs must not wait in a buffer.
 
-    Only line breaks are left of what a terminal would obey; names that others chose must not have
-    these either, see `printable`.
+    Escapes control characters except line breaks; escape these in names that others chose with
+    `printable` first.
     """
     if is_main_process():
         lines = ["\n".join(map(printable, str(value).split("\n"))) for value in values]
@@ -244,13 +244,13 @@ def print0(*values, **options):
 
 
 def heartbeat():
-    """Raise RuntimeError unless all processes come here: before a wait that would have no end."""
+    """Barrier between hosts: raises RuntimeError where a rank is lost, which would hang NCCL."""
     if get_world_size() > 1:
         dist.monitored_barrier(_hosts)
 
 
 class Ballot:
-    """Which of some wishes any rank has, exchanged between hosts without waiting for a device."""
+    """Logical OR of flags over all ranks, exchanged between hosts without waiting for a device."""
 
     def __init__(self, wishes):
         self.wishes = torch.tensor(wishes, dtype=torch.float32)

@@ -81,7 +81,7 @@ def speaks_first(text):
     if not all(map(is_whole_number, numbers)):
         return True
     rank, world_size = map(int, numbers)
-    return rank == 0 or rank >= world_size  # a rank that cannot be is the only one to know
+    return rank == 0 or rank >= world_size  # no other rank knows that this one is out of range
 
 
 def is_whole_number(text):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON files: strict when written, and read from anybody without an end that should not be."""
+"""JSON files: strictly valid when written; reading tolerates damaged and hostile ones."""
 
 import json
 import math

@@ -49,7 +49,7 @@ def build_optimizer(name, params_groups):
 
 
 def set_lr_and_weight_decay(optimizer, lr, weight_decay):
-    """For this step; only the first of the groups of get_params_groups has weight decay."""
+    """Set lr on all groups of get_params_groups, weight decay on the first: the second has none."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
@@ -71,7 +71,7 @@ def clip_gradients(model, clip):
 
 
 def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
-    """In the first `freeze_last_layer` epochs the optimizer skips the last layer: no gradients."""
+    """Drop the last layer's gradients in the first `freeze_last_layer` epochs: no step for it."""
     if epoch >= freeze_last_layer:
         return
     for name, param in model.named_parameters():
@@ -80,7 +80,7 @@ def cancel_gradients_last_layer(epoch, model, freeze_last_layer):
 
 
 def cancel_gradients_backbone(epoch, model, freeze_backbone):
-    """In the first `freeze_backbone` epochs the optimizer skips all but the head."""
+    """Drop the backbone's gradients in the first `freeze_backbone` epochs: no step for it."""
     if epoch >= freeze_backbone:
         return
     for name, param in model.named_parameters():

@@ -26,7 +26,7 @@ REFUSED = (errno.EACCES, errno.EAGAIN)  # somebody has the lock; any other error
 
 @contextlib.contextmanager
 def owned(output_dir, flag="--output_dir"):
-    """Hold the lock of `output_dir` meanwhile. UserError that names the owner if there is one.
+    """Context that holds the lock of `output_dir`; UserError that names the owner if it is taken.
 
     Rank 0 holds it for all ranks, which wait for it here. On a file system without locks a warning
     takes its place.

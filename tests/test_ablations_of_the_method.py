@@ -77,7 +77,7 @@ def test_each_teacher_is_the_student_that_its_name_says():
 def test_a_constant_momentum_is_the_same_at_every_iteration():
     args = small_args("--momentum_teacher", 0.9, "--momentum_teacher_end", 0.9)
     assert set(main_dino.Schedules(args, 0.1, 5).values["momentum"]) == {0.9}
-    rising = main_dino.Schedules(small_args("--momentum_teacher", 0.9), 0.1, 5).momentum
+    rising = main_dino.Schedules(small_args("--momentum_teacher", 0.9), 0.1, 5).values["momentum"]
     assert rising[0] == 0.9
     assert sorted(set(rising)) == rising
 

@@ -164,7 +164,7 @@ class EpochSampler(DistributedSampler):
     used = 0
 
     def set_position(self, epoch, used=0):
-        """The next pass is over `epoch`, without the first `used` images, of all ranks together."""
+        """The next pass is over `epoch` without its first `used` images, counted over all ranks."""
         self.set_epoch(epoch)
         self.used = used
 
@@ -179,7 +179,7 @@ class EpochSampler(DistributedSampler):
         return iter(self.keys(self.epoch, self.used))
 
     def keys(self, epoch, used=0):
-        """This rank's of `epoch`, without the first `used` images, of all ranks together."""
+        """This rank's (epoch, index), without the first `used` images counted over all ranks."""
         generator = torch.Generator()
         generator.manual_seed(self.seed + epoch)
         order = torch.randperm(len(self.dataset), generator=generator).tolist()

@@ -29,9 +29,7 @@ ARRAYS = (".npy",)  # count as images in a folder without any of torchvision's e
 
 
 def find_images(folder, endings=IMG_EXTENSIONS):
-    """Paths of all images under `folder`, at any depth, in ImageFolder's order.
-
-    Images are files whose names end as one of `endings`.
+    """Paths of all files under `folder` with an extension in `endings`, in ImageFolder's order.
 
     Links are followed, once. Hidden files and folders (.ipynb_checkpoints, ._name.jpg), which the
     official code takes for data, and what a run wrote is left out. UserError for a folder
@@ -308,4 +306,6 @@ def highest_by_range(values):
         return 255
     if 4096 < highest <= 65535:
         return 65535
-    raise ValueError(f"values up to {highest:g}, which tell no range of 0 to 1, 255 or 65535")
+    raise ValueError(
+        f"values up to {highest:g}, from which it cannot be told whether white is 1, 255 or 65535"
+    )

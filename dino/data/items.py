@@ -130,7 +130,10 @@ class LabelledImages(Dataset):
 
 
 def collate_readable(items):
-    """torch's default collation; an UnreadableImage makes the batch one, a Replaced likewise."""
+    """torch's default collation.
+
+    Returns an UnreadableImage if any item is one; a Replaced batch if any item was replaced.
+    """
     bad = []
     for i, item in enumerate(items):
         if isinstance(item, UnreadableImage):

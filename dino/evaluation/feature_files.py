@@ -78,7 +78,7 @@ def write_npz(file, features, labels, paths, settings):
 
 
 def member(archive, name):
-    """A new file in the archive, with the date of no day: equal content makes equal files."""
+    """A new file in the archive, with a fixed timestamp: equal content makes equal files."""
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 

@@ -35,8 +35,8 @@ def knn_accuracies(
     """{k: (top-1, top-5)} in percent, the test images split over the ranks.
 
     A class gets exp(cosine / temperature) from each of its images among the k nearest. A class
-    without a vote is not a hit: the official script has 1,000 classes, so that those of a data set
-    with few do not come among the first five without one. Top-5 is nan for fewer than 5 classes.
+    without a vote never counts as a hit: with the 1,000 classes of the official script it
+    practically never did. Top-5 is nan for fewer than 5 classes.
     `ks` above the number of training images must have been clipped.
     """
     share = slice(get_rank(), None, get_world_size())

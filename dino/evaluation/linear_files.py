@@ -150,7 +150,7 @@ def load_head(checkpoint, source):
 
 
 def check_head_description(entries, source):
-    """Raise UserError unless what a head's file says of it can be what the names say."""
+    """Raise UserError if a field of a head's file has an invalid type or range."""
 
     def is_count(value):
         return type(value) is int and 0 < value <= 2**13

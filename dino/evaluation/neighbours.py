@@ -14,8 +14,9 @@ import torch
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 KEYS_AT_A_TIME = 2**17  # long rows keep a matrix product busy
 ROUNDED_AT_A_TIME = 2**12  # their float32 intermediates fit into a cache
-# Times as many keys as candidates: with fewer, to gather these (0.6 ms a query for 332 of 384
-# dimensions, on a core) costs more than a first look saves (9 ns for each key).
+# Take a half-precision first pass only with at least this many keys per candidate: with fewer,
+# gathering candidates (0.6 ms a query for 332 of 384 dimensions, on a core) costs more than the
+# pass saves (9 ns a key).
 WORTHWHILE = 200
 
 
@@ -79,7 +80,7 @@ def round_keys(keys, dtype):
 
 
 def round_off(rows, norms, dtype):
-    """(norms, rows / norms in `dtype`, the norm of what rounding each of these took off)."""
+    """(norms, rows / norms in `dtype`, the norm of the rounding error of each of these)."""
     norms = norms.clamp_min(torch.finfo(torch.float32).tiny)
     unit = rows.float() / norms[:, None]
     rounded = unit.to(dtype)
@@ -87,7 +88,7 @@ def round_off(rows, norms, dtype):
 
 
 def upper_bound(product, error):
-    """What a dot product is at most that a half-precision look took for at most `product`.
+    """Upper bound on an exact dot product whose half-precision value is at most `product`.
 
     a b - a' b' = (a - a') b + a' (b - b'), which by Cauchy-Schwarz is at most the `error` of the
     rounded inputs and of the float32 sum; and then the result is rounded.

@@ -17,7 +17,7 @@ MOST_SECONDS = 30.0  # of timing, after the first step
 def seconds_per_step(step, loader, device):
     """Mean seconds of `step(images)` with the loading of the images, of the slowest process.
 
-    The last steps of many tell more than the first, which find batches that were loaded ahead.
+    The first steps are not timed: they use batches that were loaded ahead.
     Where epochs are short, whole ones are timed, with what the beginning of one costs.
     """
     whole = len(loader) * math.ceil(STEPS / len(loader))

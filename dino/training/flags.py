@@ -48,15 +48,15 @@ def add_network_arguments(group):
         "--stem",
         default="auto",
         choices=STEMS,
-        help="of a ResNet; small, 3 x 3 of stride 1 without max-pool, is for crops below 64 pixels;"
-        " auto is small for resnet_nano's and imagenet for the others",
+        help="first layers of a ResNet; small (3 x 3, stride 1, no max-pool) is for crops below 64"
+        " pixels; auto is small for resnet_nano's and imagenet for the others",
     )
     add(
         "--patch_size",
         default=16,
         type=number(int, 1),
-        help="side of a ViT's patches in pixels; smaller is better, dearer, and less stable in"
-        " float16",
+        help="side of a ViT's patches in pixels; smaller patches are more accurate, slower, and"
+        " less stable in float16",
     )
     add(
         "--in_chans",
@@ -110,15 +110,16 @@ def add_teacher_arguments(group):
         "--momentum_teacher",
         default=0.996,
         type=number(float, 0, 1),
-        help="of the moving average at the start. The authors advise 0.9995 for 256 images a step;"
-        " runs of less than 10,000 iterations need a faster teacher, such as 0.97 for 2,000",
+        help="momentum of the teacher's moving average at the start. The authors advise 0.9995"
+        " for 256 images a step; runs of less than 10,000 iterations need a faster teacher,"
+        " such as 0.97 for 2,000",
     )
     add(
         "--momentum_teacher_end",
         default=1.0,
         type=number(float, 0, 1),
-        help="of the moving average at the end, by a cosine; below 1 the teacher of a short run"
-        " keeps up with the student",
+        help="momentum of the teacher at the end, along a cosine; below 1 the teacher of a short"
+        " run keeps up with the student",
     )
     add(
         "--warmup_teacher_temp",
@@ -309,7 +310,7 @@ def add_run_arguments(group):
         "--seed",
         default=0,
         type=number(int, 0, LARGEST_SEED),
-        help="of the initial weights, the order of images, crops and stochastic depth",
+        help="seed of the initial weights, the order of images, crops and stochastic depth",
     )
     add(
         "--knn_data_path",

@@ -85,7 +85,7 @@ class Health:
         entropy, kl = record["teacher_entropy"] / self.log_out_dim, record["kl"] / self.log_out_dim
         certain, used = entropy < NEARLY_NONE, record["outputs_used"]
         shows = {
-            # the noise of nearly uniform logits goes from the entropy to the divergence
+            # noise in nearly uniform logits lowers the entropy and raises the divergence by as much
             "uniform collapse": entropy > NEARLY_ALL and entropy + kl > 1 - NEARLY_NONE,
             "one-output collapse": certain and used < 1.5,
             "few-output collapse": certain and kl < NEARLY_NONE and 1.5 <= used < FEW_OUTPUTS,
@@ -121,7 +121,7 @@ class Health:
         return self.new(verdicts, **values)
 
     def judge_features(self, lines, test_images, finished):
-        """The verdicts, as (name, text), that are new after the measurements `lines`, from epoch 0.
+        """New verdicts, as (name, text), from all measurements so far; the first is of epoch 0.
 
         `test_images`: how many the k-NN accuracy is of. A verdict needs two measurements in a row,
         or the last one of the run, after the epochs in which the learning rate rises: features may
@@ -136,8 +136,8 @@ class Health:
         gains = [knn_gain(line, before, test_images) for line in last]
         if last and max(gains) < -2:
             verdicts.append("worse than untrained")
-        # RankMe falls in sound short runs too: where labels say that the features got better, by
-        # one standard error, it has no say.
+        # RankMe falls in sound short runs too: it is ignored where labels say that the features got
+        # better, by one standard error.
         lost = all(line["rank_me"] < LOST_RANK * before["rank_me"] for line in last)
         if last and lost and min(gains) <= 1:
             verdicts.append("features lose rank")

@@ -14,7 +14,7 @@ DECIDED = (AUTO, CONTINUE)
 
 @dataclass(frozen=True)
 class Preset:
-    """Flags, where they come from, and what they gave whom."""
+    """Flags of a recipe, their source, and the accuracy that was reported."""
 
     flags: dict
     source: str

@@ -14,8 +14,8 @@ from dino.training.health import Health, Monitor
 from dino.training.presets import PRESETS
 from dino.training.settings import REASONS
 
-# Means over all iterations of an epoch, by their official names, and over its logged ones, by ours;
-# of the gradient norm, and how many steps were skipped, over all again.
+# Means over all iterations of an epoch, by their official names, and over its logged ones, by ours.
+# grad_norm and skipped_steps also cover all iterations.
 OFFICIAL = ("loss", "lr", "wd")
 FIGURES = ("teacher_entropy", "kl", "outputs_used", "agreement", "images_per_s")
 
@@ -59,7 +59,7 @@ class Recorder:
         """(last loss, figures) as floats, means over all processes: here the host waits for it.
 
         All losses up to that of `last_iteration` go into the epoch's mean, and all gradient norms
-        that are finite. float16 has others, in steps that its scaler skips: these are counted.
+        that are finite. The others, of steps that the scaler of float16 skips, are counted.
         Raises Diverged for a loss that is not finite.
         """
         heartbeat()

@@ -64,14 +64,15 @@ def add_view_arguments(group):
         "--turn_p",
         default=0.0,
         type=number(float, 0, 1),
-        help="of a turn by one, two or three quarters; 0.75 makes all four equally likely",
+        help="probability of a turn by one, two or three quarters; 0.75 makes all four equally"
+        " likely",
     )
     add(
         "--jitter",
         default=(0.4, 0.4, 0.2, 0.1),
         nargs="+",
         type=number(float, 0, 1),
-        help="greatest changes of brightness, contrast, saturation and hue, of 1; the last two do"
+        help="greatest changes of brightness, contrast, saturation and hue, as fractions; the last two do"
         " nothing to grey images",
     )
     add(
@@ -100,14 +101,15 @@ def add_view_arguments(group):
         default=IMAGENET_MEAN,
         nargs="+",
         type=number(float),
-        help="of each channel, of 1, for the normalisation: python check_data.py --stats PATH",
+        help="mean of each channel on a scale of 0 to 1, for the normalisation: python"
+        " check_data.py --stats PATH",
     )
     add(
         "--std",
         default=IMAGENET_STD,
         nargs="+",
         type=number(float, above=0),
-        help="standard deviation of each channel, of 1",
+        help="standard deviation of each channel on that scale",
     )
     add(
         "--augmentation",
@@ -120,6 +122,6 @@ def add_view_arguments(group):
         "--augment",
         default="auto",
         choices=["auto", "cpu", "device"],
-        help="where views get their colours: cpu is Pillow in the loader's processes; device does"
-        " it for whole batches, which asks a fifth of the loader; auto is device on a GPU",
+        help="where the colour augmentation runs: cpu is Pillow in the loader's processes; device"
+        " does whole batches, for about a fifth of the loader's time; auto is device on a GPU",
     )

@@ -146,7 +146,7 @@ def describe(checkpoint):
 
 
 def check_description(described, source):
-    """Raise UserError unless the fields that a file states can be what their names say."""
+    """Raise UserError if a field that a file states has an invalid type or range."""
 
     def is_count(value):
         return type(value) is int and 0 < value <= 2**13

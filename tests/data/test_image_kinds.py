@@ -84,8 +84,8 @@ REFUSED = {
     "not finite": np.where(GREY > 250, np.nan, GREY / 255).astype(np.float32),
     "that are not finite": np.where(GREY > 250, np.inf, GREY / 255).astype(np.float32),
     "values below 0": (GREY / 127.5 - 1).astype(np.float32),
-    "values up to 1.5, which tell no range": (GREY / 170).astype(np.float32),
-    "values up to 1000, which tell no range": (GREY / 0.255).astype(np.float32),
+    "values up to 1.5, from which it cannot be told": (GREY / 170).astype(np.float32),
+    "values up to 1000, from which it cannot be told": (GREY / 0.255).astype(np.float32),
     "values up to 1e\\+06": (GREY / 255 * 1e6).astype(np.float32),
     "below 0": GREY.astype(np.int16) - 128,
     "values below": GREY.astype(np.uint32) << 24,  # which Pillow takes for signed
