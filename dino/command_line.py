@@ -15,6 +15,15 @@ MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit; decoding so many tak
 LARGEST_SEED = 2**31 - 1
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of a flag, unless that is nothing, or an official /path/to/something."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, "", []) or str(action.default).startswith("/path/to/"):
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose error is one paragraph, and whose result knows which flags were given.
 
@@ -22,9 +31,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs):
-        super().__init__(
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
-        )
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)

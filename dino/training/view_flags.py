@@ -72,8 +72,8 @@ def add_view_arguments(group):
         default=(0.4, 0.4, 0.2, 0.1),
         nargs="+",
         type=number(float, 0, 1),
-        help="greatest changes of brightness, contrast, saturation and hue, as fractions; the last two do"
-        " nothing to grey images",
+        help="greatest changes of brightness, contrast, saturation and hue, as fractions; the last"
+        " two do nothing to grey images",
     )
     add(
         "--grayscale_p",
