@@ -175,6 +175,7 @@ PRESETS = {
             epochs=14,
             warmup_epochs=2,
             augment="device",
+            compile="false",  # which takes longer than the run on a GPU
             data_path="demo://",
             output_dir="runs/demo",
             knn_freq=2,
