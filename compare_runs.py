@@ -10,7 +10,7 @@ The report is one file without scripts, which any browser opens offline.
 from dino.command_line import Parser, check_output_file
 from dino.errors import exit_on_user_error
 from dino.printable import printable
-from dino.training.comparison import COLUMNS, describe_run
+from dino.training.comparison import COLUMNS, FOLLOWER_COLUMNS, describe_run, follow_knn
 from dino.training.html_report import write_report
 from dino.training.plots import LoggedRun, draw_curves
 
@@ -29,19 +29,26 @@ def get_args_parser():
 
 
 def compare_runs(args):
-    """Print the table, draw the picture."""
+    """Print the tables, draw the picture."""
     check_output_file(args.output)
     if args.html:
         check_output_file(args.html, "--html")
-    table = [COLUMNS, *map(describe_run, args.runs)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+    print_table([COLUMNS, *map(describe_run, args.runs)])
+    if followers := list(filter(None, map(follow_knn, args.runs))):
+        print("\nSpearman's correlation with the teacher's k-NN accuracy over a run:")
+        print_table([FOLLOWER_COLUMNS, *followers])
     draw_curves(args.output, [LoggedRun(folder) for folder in args.runs])
     print(printable(f"Curves: {args.output}"))
     if args.html:
         write_report(args.html, args.runs)
         print(printable(f"Report: {args.html}"))
+
+
+def print_table(rows):
+    """Print rows of texts, the columns aligned on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
 
 
 def main():

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """How runs compare: a row of figures for each."""
 
+import math
 import statistics
 from pathlib import Path
 
+from scipy.stats import spearmanr
+
 from dino.errors import UserError
+from dino.json_files import is_number
 from dino.printable import printable
 from dino.run_log import RunLog
+
+# How the measures that need no labels follow the one that does.
+FOLLOWERS = ("rank_me", "alignment", "uniformity")
+FOLLOWER_COLUMNS = ("run", "measurements", *FOLLOWERS)
+FEWEST = 4  # measurements to correlate
 
 COLUMNS = ("run", "epochs", "loss", "h % ln K", "KL % ln K", "best k-NN %", "images/s")
 
@@ -30,3 +39,26 @@ def describe_run(folder):
         best,
         f"{rate:.0f}",
     )
+
+
+def follow_knn(folder):
+    """A text for each of FOLLOWER_COLUMNS; None for a run with fewer than FEWEST k-NN accuracies.
+
+    Spearman's rank correlation of each measure with the teacher's k-NN accuracy over the run, the
+    measurement before training included. A good measure without labels has 1 (RankMe) or -1
+    (alignment, uniformity).
+    """
+    lines = RunLog(folder).read_all()
+    measured = [
+        line for line in lines["knn_teacher"] if all(is_number(line.get(f)) for f in FOLLOWERS)
+    ]
+    if len(measured) < FEWEST:
+        return None
+    knn = [line["knn_teacher"] for line in measured]
+    found = []
+    for name in FOLLOWERS:
+        values = [line[name] for line in measured]
+        constant = len(set(values)) == 1 or len(set(knn)) == 1
+        found.append(math.nan if constant else spearmanr(knn, values).statistic)
+    name = printable(Path(folder).resolve().name)
+    return name, str(len(measured)), *("-" if math.isnan(v) else f"{v:.2f}" for v in found)

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compare_runs.py: how the measures without labels follow k-NN."""
+
+import json
+
+import pytest
+
+from dino.training.comparison import follow_knn
+
+
+def spearman(a, b):
+    """1 - 6 sum d^2 / (n (n^2 - 1)), for numbers that all differ."""
+    ranks = [[sorted(values).index(value) for value in values] for values in (a, b)]
+    n, squares = len(a), sum((i - j) ** 2 for i, j in zip(*ranks, strict=True))
+    return 1 - 6 * squares / (n * (n**2 - 1))
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_measures_without_labels_are_set_beside_knn_if_there_are_four(count, tmp_path):
+    knn, ranks = [40.0, 50.0, 45.0, 60.0, 61.0], [10.0, 12.0, 15.0, 14.0, 11.0]
+    alignments = [0.5, 0.3, 0.4, 0.2, 0.1]
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for epoch in range(count):
+            line = {"iteration": 10 * epoch, "epoch": epoch, "knn_student": 0.0, "uniformity": -1.0}
+            line |= {"knn_teacher": knn[epoch], "rank_me": ranks[epoch]}
+            file.write(json.dumps(line | {"alignment": alignments[epoch]}) + "\n")
+        file.write(json.dumps(line | {"knn_teacher": 1.0, "alignment": "hostile"}) + "\n")
+    found = follow_knn(tmp_path)
+    if count == 3:
+        assert found is None
+    else:
+        rho = spearman(knn, ranks)
+        assert found == (tmp_path.name, "5", f"{rho:.2f}", "-1.00", "-")  # "-": of a constant
