@@ -5,8 +5,6 @@ import math
 import statistics
 from pathlib import Path
 
-from scipy.stats import spearmanr
-
 from dino.errors import UserError
 from dino.json_files import is_number
 from dino.printable import printable
@@ -48,6 +46,8 @@ def follow_knn(folder):
     measurement before training included. A good measure without labels has 1 (RankMe) or -1
     (alignment, uniformity).
     """
+    from scipy.stats import spearmanr  # takes a second, which training does not wait for
+
     lines = RunLog(folder).read_all()
     measured = [
         line for line in lines["knn_teacher"] if all(is_number(line.get(f)) for f in FOLLOWERS)
