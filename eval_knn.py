@@ -86,7 +86,7 @@ def get_args_parser():
 
 
 def eval_knn(args):
-    """Print and return {k: (top-1, top-5)} in percent."""
+    """Print and return {k: (top-1, top-5)} in percent; top-5 is nan for fewer than 5 classes."""
     check_knn_flags(args)
     limit_pixels(args.max_image_pixels)
     _, device = init_distributed(args.device, args.dist_url)

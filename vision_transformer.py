@@ -241,7 +241,9 @@ class VisionTransformer(nn.Module):
     """ViT whose output is the normalised [CLS] token.
 
     `img_size` (an int, or a list of one or two: height, width) sets the grid of position
-    embeddings. Images of any other size that `patch_size` divides get interpolated ones.
+    embeddings. Images of any other size that `patch_size` divides get interpolated ones; for
+    another ValueError is raised. `drop_path_rate` is that of the last block (stochastic depth); it
+    rises linearly from 0 in the first.
     """
 
     def __init__(
@@ -269,7 +271,6 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-        # Rising linearly from 0 in the first block.
         drop_path_rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             Block(

@@ -10,6 +10,7 @@ def cosine_scheduler(
 ):
     """A value per iteration: linear warm-up to `base_value`, half a cosine to `final_value`.
 
+    An array of `epochs` * `niter_per_ep` values. ValueError for a warm-up longer than the run.
     As in the official code, the base value comes twice (last of the warm-up, first of the cosine),
     and the final one would come one iteration after the end.
     """
@@ -23,7 +24,7 @@ def cosine_scheduler(
 
 
 def get_params_groups(model):
-    """Two groups of trainable parameters: with weight decay, and without.
+    """Two groups of trainable parameters: the first with weight decay, the second without.
 
     Biases and all other parameters with one dimension have none; [CLS], the position embeddings
     and the head's last layer are decayed, as in the official code.

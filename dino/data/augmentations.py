@@ -298,7 +298,8 @@ class Solarization:
 def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Central crop of `image_size` pixels after resizing the short side to 256/224 of that.
 
-    Of a PIL image or, where there is a mean for more or fewer channels than 3, of an array.
+    Gives (C, `image_size`, `image_size`), normalised, of a PIL image or, where there is a mean for
+    more or fewer channels than 3, of an array.
     """
     return EvalTransform(image_size, mean, std)
 

@@ -141,7 +141,7 @@ class DeviceStage:
 
     @torch.no_grad()
     def coloured(self, crops, parameters):
-        """(B, v, 3, S, S) uint8 -> v views (B, 3, S, S), with colours changed and normalised."""
+        """(B, v, C, S, S) uint8 -> v views (B, C, S, S), with colours changed and normalised."""
         batch, views = crops.shape[:2]
         pixels = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float()
         plan = list(colour_plan(parameters))
@@ -195,7 +195,7 @@ def colour_plan(parameters):
         yield operation, rows, amounts[rows]
 
 
-# ---- operations: pixels (n, 3, S, S) and amounts (n, 1, 1, 1) -> pixels ----
+# ---- operations: pixels (n, C, S, S) and amounts (n, 1, 1, 1) -> pixels ----
 
 
 def luma(pixels):

@@ -21,6 +21,7 @@ def knn_classifier(
 ):
     """Official interface: (top-1, top-5) in percent, for one k. Every rank counts all images.
 
+    Features (n, D) and (m, D), each of length 1; labels (n,) and (m,), from 0 to `num_classes` - 1.
     As in the official function, classes without a vote fill the first five in their order.
     """
     votes = count_correct(
@@ -34,10 +35,11 @@ def knn_accuracies(
 ):
     """{k: (top-1, top-5)} in percent, the test images split over the ranks.
 
-    A class gets exp(cosine / temperature) from each of its images among the k nearest. A class
-    without a vote never counts as a hit: with the 1,000 classes of the official script it
-    practically never did. Top-5 is nan for fewer than 5 classes.
-    `ks` above the number of training images must have been clipped.
+    Features (n, D) and (m, D), each of length 1; labels (n,) and (m,). A class gets
+    exp(cosine / temperature) from each of its images among the k nearest. A class without a vote
+    never counts as a hit: with the 1,000 classes of the official script it practically never did.
+    Top-5 is nan for fewer than 5 classes. `ks` above the number of training images must have been
+    clipped.
     """
     share = slice(get_rank(), None, get_world_size())
     args = (
