@@ -15,6 +15,7 @@ import collections
 import os
 import statistics
 import sys
+from pathlib import Path
 
 from dino.command_line import Parser, add_image_arguments, check_output_file, count_cores, number
 from dino.data.channels import count_channels, reader
@@ -26,7 +27,7 @@ from dino.data.images import (
 )
 from dino.data.inspection import Facts, look_at_all
 from dino.data.survey import GREY
-from dino.errors import exit_on_user_error
+from dino.errors import UserError, exit_on_user_error
 from dino.meters import progress_bar
 from dino.printable import printable
 from dino.training.advice import MOST_FOR_STATS, print_settings_that_fit, print_stats
@@ -190,7 +191,9 @@ def check_data(args):
     data_path = given_path(args.path, "PATH")
     paths = list_training_images(data_path, "PATH")
     if args.views:
-        check_output_file(args.views, "--views")
+        check_output_file(args.views, "--views", ending=".png")
+        if data_path.is_dir() and data_path.resolve() in Path(args.views).resolve().parents:
+            raise UserError(f"--views {args.views} would be one of the images of {data_path}.")
     found, errors = {}, []
     in_chans = count_channels(paths)
     results = look_at_all(paths, args.num_workers or count_cores(), in_chans)

@@ -30,9 +30,9 @@ def get_args_parser():
 
 def compare_runs(args):
     """Print the tables, draw the picture."""
-    check_output_file(args.output)
+    check_output_file(args.output, ending=".png")
     if args.html:
-        check_output_file(args.html, "--html")
+        check_output_file(args.html, "--html", ending=".html")
     print_table([COLUMNS, *map(describe_run, args.runs)])
     if followers := list(filter(None, map(follow_knn, args.runs))):
         print("\nSpearman's correlation with the teacher's k-NN accuracy over a run:")

@@ -81,7 +81,7 @@ def eval_attention(args):
     """Print and return {threshold: summary}, see `summarise_scores`."""
     limit_pixels(args.max_image_pixels)
     if args.output:
-        check_output_file(args.output)
+        check_output_file(args.output, ending=".json")
     images = SegmentedImages(args.data_path, args.ground_truth)
     pretrained = open_for_attention(args)
     scores = {}  # name of the image: {threshold: Jaccard (h + 1, n)}

@@ -117,7 +117,7 @@ def eval_copy_detection(args):
 def check_flags(args):
     """Raise UserError for invalid flags, before anything is opened."""
     if args.output:
-        check_output_file(args.output)
+        check_output_file(args.output, ending=".json")
     check_flag_is_vit(args, lacks_patch_tokens)
 
 

@@ -140,7 +140,7 @@ def eval_image_retrieval(args):
 def check_flags(args):
     """Raise UserError for invalid flags, before anything is opened."""
     if args.output:
-        check_output_file(args.output)
+        check_output_file(args.output, ending=".json")
     if args.save_pictures:
         check_output_folder(args.output_dir)
     arch, patch_size = canonical_name(args.arch), args.patch_size

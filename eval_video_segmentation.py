@@ -118,7 +118,7 @@ def eval_video_segmentation(args):
     limit_pixels(args.max_image_pixels)
     check_output_folder(args.output_dir)
     if args.output:
-        check_output_file(args.output)
+        check_output_file(args.output, ending=".json")
     with owned(args.output_dir):
         videos = open_videos(args)
         results = Results(args.output_dir, describe_protocol(args))

@@ -34,6 +34,7 @@ MAX_TIMEOUTS = 30  # after so many time limits a job is not requeued again
 def get_args_parser():
     parser = Parser(
         prog="run_with_submitit.py",
+        empty=("partition",),
         parents=[training_parser()],
         description="Train DINO as a Slurm job.",
     )

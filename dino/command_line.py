@@ -27,11 +27,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """ArgumentParser whose error is one paragraph, and whose result knows which flags were given.
 
-    `parse_args(...).given` is {name: value} of the flags that the command line really has.
+    `parse_args(...).given` is {name: value} of the flags that the command line really has. An empty
+    text, as of an unset shell variable, is refused but for flags whose default it is, and `empty`.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, *, empty=(), **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        self.empty = empty
 
     def parse_args(self, args=None, namespace=None):
         parsed = super().parse_args(args, namespace)
@@ -39,6 +41,11 @@ class Parser(argparse.ArgumentParser):
         blank = argparse.Namespace(**dict.fromkeys(vars(parsed), absent))
         given = vars(super().parse_args(args, blank))
         parsed.given = {name: value for name, value in given.items() if value is not absent}
+        for name, value in parsed.given.items():
+            option = f"--{name}"
+            wanted = name in self.empty or self.get_default(name) == ""
+            if value == "" and option in self._option_string_actions and not wanted:
+                self.error(f"{option} '' is empty: give a value, or leave the flag out.")
         return parsed
 
     def error(self, message):
@@ -91,12 +98,32 @@ def check_output_folder(folder, flag="--output_dir"):
     check_can_be_made(Path(folder), f"{flag} {folder}")
 
 
-def check_output_file(path, flag="--output"):
-    """Raise UserError unless a file can be written to `path`, whose folder may not exist yet."""
+# What a file that a script may overwrite begins with, by the ending of its name: what we wrote.
+OURS = {".json": b"{", ".png": b"\x89PNG", ".html": b"<!DOCTYPE html>"}
+PLOT = b"Software\0Matplotlib"  # near the beginning of a PNG that Matplotlib wrote
+
+
+def check_output_file(path, flag="--output", ending=None):
+    """Raise UserError unless a file can be written to `path`, whose folder may not exist yet.
+
+    With an `ending`, one of OURS, the name must end so, and a file that is there must be of the
+    kind that the scripts write: a slip must not cost a photograph, or weights.
+    """
     if os.path.isdir(path):
         raise UserError(f"{flag} {path} is a folder. Give the name of a file.")
+    is_device = os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
+    if ending and not is_device and not str(path).endswith(ending):
+        raise UserError(f"{flag} {path}: give a name that ends in {ending}.")
     if os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode):
         raise UserError(f"{flag} {path} is a pipe, which may have no reader. Give a file.")
+    if ending and os.path.isfile(path):
+        with open(path, "rb") as file:
+            beginning = file.read(1000)
+        if not beginning.startswith(OURS[ending]) or (ending == ".png" and PLOT not in beginning):
+            raise UserError(
+                f"{flag} {path} exists and was not written by these scripts. Give another name, or"
+                " remove it."
+            )
     check_can_be_made(Path(path).parent, f"{flag} {path}")
 
 

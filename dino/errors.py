@@ -29,6 +29,9 @@ class LostRank(UserError):
     exit_code = 1
 
 
+NO_MEMORY = "there is not enough memory for this. Lower sizes or batches."
+
+
 @contextlib.contextmanager
 def exit_on_user_error(program):
     """Print a UserError as `program: error: ...` on stderr and exit with its code.
@@ -47,7 +50,11 @@ def exit_on_user_error(program):
         advice = "Lower --batch_size_per_gpu, the crops or the network; or free the device."
         print_and_exit(program, f"{reason}. {advice}")
     except MemoryError:
-        print_and_exit(program, "there is not enough memory for this. Lower sizes or batches.")
+        print_and_exit(program, NO_MEMORY)
+    except RuntimeError as error:
+        if "DefaultCPUAllocator: " not in str(error):  # torch's error has no type of its own
+            raise
+        print_and_exit(program, NO_MEMORY)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

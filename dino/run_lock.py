@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def owned(output_dir, flag="--output_dir"):
         yield
         return
     folder = Path(output_dir)
+    refuse_pipes(folder, f"{flag} {output_dir}")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = lock(folder / NAME, f"{flag} {output_dir}")
     try:
@@ -49,12 +51,21 @@ def owned(output_dir, flag="--output_dir"):
                 path.rmdir()
 
 
+def refuse_pipes(folder, given):
+    """Raise UserError for a pipe or a socket in `folder`: to write to one may wait for ever."""
+    for entry in os.scandir(folder) if folder.is_dir() else ():
+        with contextlib.suppress(OSError):  # a broken link is replaced
+            mode = entry.stat().st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+                raise UserError(f"{given}: {entry.name} in it is a pipe or a socket. Remove it.")
+
+
 def lock(path, given):
     """The open file `path`, locked, with this process as its owner."""
     end = time.monotonic() + PATIENCE
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)  # its last owner may have left it empty
-        file = open(path, "a+")  # noqa: SIM115
+        file = open_lock(path, given)
         refusal = try_lock(file)
         if refusal not in REFUSED and is_same(file, path):
             break
@@ -75,6 +86,15 @@ def lock(path, given):
     file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid()}) + "\n")
     file.flush()
     return file
+
+
+def open_lock(path, given):
+    """The file `path`, for reading and writing; UserError for a link, a pipe or a device."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise UserError(f"{given}: {path.name} in it is not a regular file. Remove it.")
+    # the link may have come in between: to follow it would empty what it points to
+    return open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
 
 def is_same(file, path):

@@ -30,6 +30,13 @@ KINDS = {
 }
 
 
+MOST = 1e15  # of any figure; sums and squares of such stay finite
+
+
+def is_figure(value):
+    return is_number(value) and abs(value) < MOST
+
+
 def is_measurement(line):
     return "rank_me" in line or "knn_teacher" in line
 
@@ -133,10 +140,11 @@ class RunLog:
         found = {kind: [] for kind in KINDS}
         for line in read_lines(self.folder / "metrics.jsonl")[0]:
             for kind, (numbers, texts) in KINDS.items():
-                if all(is_number(line.get(name)) for name in numbers) and all(
+                if all(is_figure(line.get(name)) for name in numbers) and all(
                     isinstance(line.get(name), str) for name in texts
                 ):
                     found[kind].append(line)
+        found["loss"] = [line for line in found["loss"] if line["epoch"] > 0]
         return found
 
     def append(self, name, record):

@@ -370,3 +370,9 @@ def test_a_full_device_and_a_full_disk_are_told_without_a_traceback(capsys):
         with pytest.raises(SystemExit, match="2"), exit_on_user_error("a.py"):
             raise error
         assert capsys.readouterr().err.startswith(f"a.py: error: {message}")
+
+
+def test_a_lack_of_memory_on_a_cpu_is_a_sentence(capsys):
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error("a.py"):
+        torch.empty(2**55)
+    assert capsys.readouterr().err.startswith("a.py: error: there is not enough memory")

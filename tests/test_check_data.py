@@ -24,6 +24,7 @@ import check_data
 from check_data import find_flaws, get_args_parser
 from dino.data import inspection
 from dino.data.inspection import look_at_file
+from dino.errors import UserError
 
 
 def check(path, *flags):
@@ -51,9 +52,10 @@ def cut(path):
 
 
 def test_the_settings_that_fit_are_printed_with_mean_deviation_and_views(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
     for i, image in enumerate(crops(9, 24)):
-        image.save(tmp_path / f"{i}.png")
-    assert check(tmp_path, "--stats", "--views", tmp_path / "views.out") == 0
+        image.save(tmp_path / "images" / f"{i}.png")
+    assert check(tmp_path / "images", "--stats", "--views", tmp_path / "views.png") == 0
     output = capsys.readouterr().out
     assert "--blur_radius" in output
     assert "in proportion" in output
@@ -61,7 +63,7 @@ def test_the_settings_that_fit_are_printed_with_mean_deviation_and_views(tmp_pat
     printed = output.split("--mean ")[2].split()
     np.testing.assert_allclose([float(n) for n in printed[:3]], pixels.mean(axis=0), atol=1e-4)
     np.testing.assert_allclose([float(n) for n in printed[4:7]], pixels.std(axis=0), atol=1e-4)
-    assert Image.open(tmp_path / "views.out").format == "PNG"
+    assert Image.open(tmp_path / "views.png").format == "PNG"
 
 
 def test_a_folder_of_many_channels_is_looked_at_with_all_of_them(tmp_path, capsys):
@@ -294,3 +296,10 @@ def test_no_process_outlives_a_check_that_is_killed(tmp_path):
     while any(os.path.exists(f"/proc/{child}") for child in children):
         assert time.monotonic() < end, "they wait for a parent that is gone"
         time.sleep(0.05)
+
+
+def test_the_picture_of_the_views_is_not_put_among_the_images(tmp_path):
+    for i, image in enumerate(crops(3)):
+        image.save(tmp_path / f"{i}.png")
+    with pytest.raises(UserError, match="would be one of the images"):
+        check(tmp_path, "--views", tmp_path / "views.png")

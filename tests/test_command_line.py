@@ -6,11 +6,12 @@ import json
 import os
 
 import pytest
-from conftest import ROOT, run_python
+from conftest import ROOT, photograph, run_python
 
 import main_dino
 from dino.command_line import Parser, check_output_file
 from dino.errors import UserError
+from dino.training import plots
 from dino.training.flag_checks import check_training_flags
 from dino.training.flags import parse_args
 from dino.training.presets import CONTINUE, PRESETS
@@ -152,3 +153,34 @@ def test_help_needs_no_network(helps, script):
     assert end == 0, end
     assert text.startswith(f"usage: {script} ")
     assert "(default: " in text
+
+
+def test_an_empty_value_is_refused_unless_the_official_default_is_empty(capsys):
+    """`--init_from "$UNSET"` would otherwise train from scratch without a word."""
+    with pytest.raises(SystemExit, match="2"):
+        parse_args(["--data_path", "photos", "--init_from", ""])
+    assert "--init_from '' is empty" in capsys.readouterr().err
+    parser = Parser(empty=("partition",))
+    parser.add_argument("--partition", default="learnfair")
+    parser.add_argument("--pretrained_weights", default="")
+    args = parser.parse_args(["--partition", "", "--pretrained_weights", ""])
+    assert args.partition == args.pretrained_weights == ""
+
+
+def test_an_output_never_replaces_a_file_that_these_scripts_did_not_write(tmp_path):
+    photograph().save(tmp_path / "photo.png")
+    (tmp_path / "backbone.pth").write_bytes(b"weights")
+    (tmp_path / "notes.json").write_text("not JSON")
+    figure, _ = plots.plt.subplots()
+    plots.save(figure, tmp_path / "curves.png")
+    (tmp_path / "scores.json").write_text('{"jaccard": 1.0}')
+    for name, ending in (("curves.png", ".png"), ("scores.json", ".json"), ("new.json", ".json")):
+        check_output_file(tmp_path / name, ending=ending)
+    for name, ending, message in (
+        ("photo.png", ".png", "was not written by these scripts"),
+        ("notes.json", ".json", "was not written by these scripts"),
+        ("backbone.pth", ".json", "give a name that ends in .json"),
+    ):
+        with pytest.raises(UserError, match=f"{name}.*{message}"):
+            check_output_file(tmp_path / name, ending=ending)
+    check_output_file("/dev/null", ending=".json")

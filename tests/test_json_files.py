@@ -105,3 +105,16 @@ def test_a_run_with_odd_flags_is_named_and_not_drawn(class_folders, tmp_path, ar
     assert compared.returncode == 2
     assert f"{tmp_path}/args.json" in compared.stderr
     assert "Traceback" not in compared.stderr
+
+
+HUGE = [{"epoch": 0}, {"epoch": 1e308}, {"loss": 1e308}, {"iteration": 10**300}, {"lr": 1e16}]
+
+
+@pytest.mark.parametrize("odd", HUGE, ids=map(str, range(len(HUGE))))
+def test_figures_that_no_run_can_have_are_left_out_of_a_comparison(tmp_path, odd):
+    line = dict.fromkeys(KINDS["loss"][0], 1.0)
+    lines = [dumps(line | odd), dumps(line), dumps(line | {"epoch": 1e14})]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "args.json").write_text('{"out_dim": 64}')
+    compared = run_script("compare_runs.py", tmp_path, "--output", tmp_path / "curves.png")
+    assert compared.returncode == 0, compared.stderr

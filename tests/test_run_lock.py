@@ -80,3 +80,19 @@ def test_folders_that_an_error_leaves_empty_are_removed(tmp_path):
     with owned(tmp_path / "a" / "b"):
         (tmp_path / "a" / "b" / "checkpoint.pth").touch()
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["checkpoint.pth"]
+
+
+def test_a_lock_that_is_a_link_does_not_empty_what_it_points_to(tmp_path):
+    (tmp_path / "letter").write_text("dear")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "letter")
+    refused = pytest.raises(UserError, match=r".lock in it is not a regular file")
+    with refused, owned(tmp_path / "run"):
+        pytest.fail("owned by way of a link")
+    assert (tmp_path / "letter").read_text() == "dear"
+
+
+def test_a_pipe_in_the_folder_is_refused_as_writing_to_it_would_wait_for_ever(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics.jsonl in it is a pipe"), owned(tmp_path):
+        pytest.fail("owned with a pipe in it")

@@ -208,7 +208,7 @@ class EndlessSampler(EpochSampler):
 
     def count_batches(self, used):
         """Of an epoch without its first `used` images, without drawing its order."""
-        share = math.ceil((len(self.dataset) - used) / self.num_replicas)
+        share = math.ceil(max(0, len(self.dataset) - used) / self.num_replicas)
         return share // self.batch_size
 
 

@@ -185,6 +185,10 @@ def restore_progress(progress, checkpoint, source, images):
         raise UserError(f"{source}: claims {steps} steps of a {before}-step epoch.")
     if "images" not in checkpoint:
         progress.images = steps * progress.global_batch
+    if progress.images > before * progress.global_batch:
+        raise UserError(f"{source}: claims {progress.images} used images of an epoch of fewer.")
+    if progress.unlogged and "epoch" not in progress.unlogged:
+        raise UserError(f"{source}: its entry 'unlogged' has no epoch.")
     if (before, progress.global_batch) != (now, batch_now):
         print0(
             f"An epoch had {before} iterations of {progress.global_batch} images, and has {now} of"

@@ -267,7 +267,7 @@ def draw_throughput(axis, run, color, prefix):
 
 
 def is_first_of_epoch(step):
-    iterations_per_epoch = round((step["iteration"] + 1) / step["epoch"])
+    iterations_per_epoch = max(1, round((step["iteration"] + 1) / step["epoch"]))
     return step["iteration"] % iterations_per_epoch == 0
 
 

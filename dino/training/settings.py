@@ -5,7 +5,9 @@ import argparse
 
 from dino.backbones import canonical_name
 from dino.distributed import print0
-from dino.printable import printable
+from dino.errors import UserError
+from dino.printable import brief, printable
+from dino.training.flags import get_args_parser
 from dino.training.saver import find_checkpoint
 from dino.weights.files import flags_in
 from vision_transformer import ARCHITECTURES
@@ -24,12 +26,26 @@ def open_settings(args):
     saved = flags_in(found[1]) if found else {}
     resumes = isinstance(saved.get(REASONS), dict)
     if resumes:
-        settings.adopt(saved)
+        settings.adopt(saved, printable(found[0]))
         print0(
             f"--preset {args.preset}: the settings of {printable(found[0])}, decided when that run"
             " began."
         )
     return settings, resumes
+
+
+# The flags that presets decide. A checkpoint may state these: none is a path, or names code.
+DECIDABLE = frozenset(
+    (
+        *("arch", "stem", "patch_size", "in_chans", "out_dim", "use_bn_in_head"),
+        *("head_hidden_dim", "head_bottleneck_dim", "global_crop_size", "local_crop_size"),
+        *("local_crops_number", "global_crops_scale", "local_crops_scale", "min_crop_pixels"),
+        *("jitter", "blur_radius", "solarize_p", "grayscale_p", "mean", "std", "augment"),
+        *("batch_size_per_gpu", "lr", "amp_dtype", "epochs", "warmup_epochs"),
+        *("momentum_teacher", "momentum_teacher_end", "freeze_last_layer", "freeze_backbone"),
+        *("knn_freq", "resume_freq", "saveckp_freq"),
+    )
+)
 
 
 class Settings:
@@ -43,6 +59,8 @@ class Settings:
         return self.flags[name]
 
     def decide(self, name, value, reason):
+        if name not in DECIDABLE:
+            raise KeyError(name)
         if name not in self.locked:
             self.flags[name], self.reasons[name] = value, reason
 
@@ -51,11 +69,18 @@ class Settings:
         self.decide(name, value, reason)
         self.locked.add(name)
 
-    def adopt(self, saved):
-        """Take what was decided in the flags `saved` of an earlier run."""
+    def adopt(self, saved, source):
+        """Take what was decided in the flags `saved` of an earlier run, of the file `source`.
+
+        UserError for a flag that no preset decides, or a value that a command line could not give.
+        """
         for name, reason in saved[REASONS].items():
-            if name in self.flags and name in saved:
-                self.decide(name, saved[name], str(reason))
+            if name not in DECIDABLE or not is_valid_flag(name, saved.get(name)):
+                raise UserError(
+                    f"{source}: says that --{name} was decided to be {brief(saved.get(name))},"
+                    " which no preset does. Restore the file, or give another --output_dir."
+                )
+            self.decide(name, saved[name], str(reason))
 
     def namespace(self):
         return argparse.Namespace(**self.flags)
@@ -80,6 +105,23 @@ class Settings:
             printable(f"{name:{widths[0]}}  {value:{widths[1]}}  {why}")
             for name, value, why in rows
         )
+
+
+def is_valid_flag(name, value):
+    """Whether `value` is one that a command line may give as --`name`."""
+    flag = next(action for action in get_args_parser()._actions if action.dest == name)
+    if isinstance(value, list | tuple) != bool(flag.nargs):
+        return False
+    return all(is_valid_item(flag, item) for item in (value if flag.nargs else [value]))
+
+
+def is_valid_item(flag, item):
+    if not isinstance(item, str | int | float) or (flag.choices and item not in flag.choices):
+        return False
+    try:
+        return (flag.type or str)(str(item)) == item
+    except (argparse.ArgumentTypeError, ValueError):  # ValueError: an integer of too many digits
+        return False
 
 
 def shown(value):

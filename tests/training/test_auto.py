@@ -2,6 +2,7 @@
 """--preset auto: what it decides for which data, that given flags stand, that a run keeps all."""
 
 import json
+import sys
 import time
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from dino.training.auto import fit_data, fit_hours, fit_length, soften_views
 from dino.training.budget import seconds_per_step
 from dino.training.correlation import view_correlation
 from dino.training.flags import parse_args
-from dino.training.settings import Settings
+from dino.training.settings import DECIDABLE, REASONS, Settings
 from main_dino import train_dino
 
 
@@ -323,3 +324,44 @@ def test_backbone_pth_is_the_network_that_measured_better(class_folders, tmp_pat
     found = file["teacher"]["conv1.weight"]
     keys = {"student": "module.backbone.conv1.weight", "teacher": "module.backbone.conv1.weight"}
     assert torch.equal(found, checkpoint[better][keys[better]])
+
+
+def test_a_checkpoint_cannot_have_its_own_code_imported(tmp_path, monkeypatch):
+    """By stating that --preset auto decided --augmentation, which names a function."""
+    train("--epochs", 2, "--output_dir", tmp_path / "run", images=pictures(*[(20, 20)] * 12))
+    path = tmp_path / "run/checkpoint.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["args"] |= {"augmentation": "dino_evil:build", "warmup_epochs": 0}
+    checkpoint["args"][REASONS]["augmentation"] = "found to be best"
+    torch.save(checkpoint, path)
+    (tmp_path / "dino_evil.py").write_text("raise SystemExit('code of a checkpoint runs')")
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = ("--epochs", 3, "--output_dir", tmp_path / "run")
+    with pytest.raises(UserError, match=r"checkpoint.pth: says that --augmentation was decided"):
+        train(*flags, images=pictures(*[(20, 20)] * 12))
+    assert "dino_evil" not in sys.modules
+
+
+ODD = [
+    *[("epochs", None), ("epochs", True), ("epochs", "5"), ("epochs", 10**5000), ("arch", 7)],
+    *[("global_crops_scale", 5), ("batch_size_per_gpu", [1]), ("use_bn_in_head", "true")],
+    *[("jitter", [0.1, "--wandb"]), ("lr", float("nan")), ("amp_dtype", "int8"), ("mean", {})],
+    *[("output_dir", "elsewhere"), ("wandb", True), ("data_path", "/"), ("nothing", 1)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), ODD, ids=range(len(ODD)))
+def test_what_no_command_line_could_give_is_not_adopted_from_a_checkpoint(name, value):
+    args = parse_args(["--preset", "auto"])
+    settings = Settings(vars(args), args.given)
+    with pytest.raises(UserError, match=f"checkpoint.pth: says that --{name} was decided"):
+        settings.adopt({name: value, REASONS: {name: "why"}}, "checkpoint.pth")
+
+
+def test_all_that_a_preset_may_decide_is_adopted():
+    args = parse_args(["--preset", "auto"])
+    saved = {name: getattr(args, name) for name in DECIDABLE}
+    settings = Settings(vars(args), args.given)
+    settings.adopt(saved | {REASONS: dict.fromkeys(saved, "why")}, "checkpoint.pth")
+    assert settings.reasons == dict.fromkeys(saved, "why")
+    assert {name: settings[name] for name in saved} == saved

@@ -171,10 +171,11 @@ def test_a_description_that_cannot_be_is_refused(name, value):
         *[{"epoch": 10**18}, {"epoch": 10**6}, {"epoch": True}, {"iteration": 5}, {"sums": 3}],
         *[{"iteration": 10**15}, {"sums": {"loss": [1.0, 0]}}, {"iterations_per_epoch": 0}],
         *[{"best_knn": float("nan")}, {"images": -4}, {"unlogged": {1: 2}}],
+        *[{"unlogged": {"loss": 1.0}}, {"images": 10**9, "iteration": 8, "epoch": 1}],
     ],
 )
 def test_progress_that_cannot_be_is_refused(payload, wrong):
-    with pytest.raises(UserError, match=r"invalid value|claims"):
+    with pytest.raises(UserError, match=r"invalid value|claims|has no epoch"):
         own = Progress(iterations_per_epoch=6, global_batch=4)
         restore_progress(own, {**payload, **wrong}, "run/checkpoint.pth", 24)
 
