@@ -13,12 +13,16 @@ def replacing(path):
     A device or a pipe, such as /dev/null, is yielded itself: root could replace it by a file.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        yield path
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise

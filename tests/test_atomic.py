@@ -38,3 +38,9 @@ def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path):
     assert os.read(reader, 100) == b"content"
     assert path.is_fifo()
     os.close(reader)
+
+
+def test_the_error_of_a_full_disk_names_the_file():
+    with pytest.raises(OSError, match="No space left") as error, replacing("/dev/full") as target:
+        target.write_text("content")
+    assert error.value.filename == "/dev/full"
