@@ -38,6 +38,7 @@ __all__ = ["eval_knn", "get_args_parser", "knn_classifier"]
 
 # The official files of --dump_features, in the order in which they are passed around here.
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+ROUNDING = 1e-2  # that the length of a row may be off 1: bfloat16 takes 4e-3 of a number at most
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
@@ -160,7 +161,7 @@ def dump_features(folder, features):
 
 
 def load_features(folder):
-    """What dump_features, or the official script, wrote to `folder`."""
+    """What dump_features, or the official script, wrote to `folder`, as float32 and int64."""
     features = [read(Path(folder) / name, "--load_features") for name in FEATURE_FILES]
     for i in (0, 2):
         problem = mismatch_of(*features[i : i + 2], *FEATURE_FILES[i : i + 2])
@@ -173,7 +174,22 @@ def load_features(folder):
             f"--load_features {folder}: {widths[0]} numbers in a row of {FEATURE_FILES[0]} and"
             f" {widths[1]} in one of {FEATURE_FILES[2]}: they come from two networks."
         )
+    for i in (0, 2):
+        longest = deviating_length(features[i])
+        if longest is not None:
+            raise UserError(
+                f"--load_features {folder}: {FEATURE_FILES[i]} has a row of length {longest:.3g},"
+                " and the weights of the vote are for length 1. Normalise the features with"
+                " torch.nn.functional.normalize."
+            )
     return features
+
+
+def deviating_length(table):
+    """The length of the row (n, D) whose length is farthest from 1, or None if all are near 1."""
+    lengths = table.norm(dim=1)
+    worst = lengths[(lengths - 1).abs().argmax()].item()
+    return None if abs(worst - 1) <= ROUNDING else worst
 
 
 def mismatch_of(table, labels, table_name, labels_name):
@@ -186,7 +202,10 @@ def mismatch_of(table, labels, table_name, labels_name):
         return f"{table_name} is not a 2-D tensor of floating-point numbers"
     if len(table) != len(labels) or len(table) == 0:
         return f"{table_name} does not have one row per label"
-    return None if table.isfinite().all() else f"{table_name} has values that are not finite"
+    if table.shape[1] == 0:
+        return f"{table_name} has rows without a number"
+    finite = table.float().isfinite().all()  # a float64 may be infinite as the float32 it becomes
+    return None if finite else f"{table_name} has values that are not finite in float32"
 
 
 def count_classes(train_labels, test_labels):

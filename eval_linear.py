@@ -45,6 +45,7 @@ from dino.evaluation.linear_files import (
     build_heads,
     check_backbone,
     check_head_description,
+    check_own_log,
     describe_head,
     labels_of_head,
     load_head,
@@ -54,7 +55,6 @@ from dino.evaluation.linear_files import (
     save_training,
     stated_flags,
 )
-from dino.json_files import read_lines
 from dino.precision import choose_amp_dtype
 from dino.printable import printable
 from dino.randomness import fix_random_seeds
@@ -157,12 +157,7 @@ def check_linear_flags(args):
     if args.evaluate:
         return  # nothing is written
     check_output_folder(args.output_dir)
-    folder = Path(args.output_dir)
-    if any("train_wd" in line for line in read_lines(folder / "log.txt")[0]):
-        raise UserError(
-            f"--output_dir {folder}: log.txt there is of a run of main_dino.py, and would be lost."
-            f" Give the classifier a folder of its own, such as {folder / 'linear'}."
-        )
+    check_own_log(Path(args.output_dir))
 
 
 def evaluate_head(args, device):

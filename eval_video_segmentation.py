@@ -33,7 +33,7 @@ from dino.data.images import limit_pixels
 from dino.distributed import Launch, choose_device, print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.video_pictures import draw_video
-from dino.evaluation.video_results import Results, hash_file
+from dino.evaluation.video_results import Results, check_apart, hash_file
 from dino.evaluation.video_scores import summarise, table, write_tables
 from dino.evaluation.video_segmentation import (
     LONG_SIDE_STEP,
@@ -143,6 +143,7 @@ def open_videos(args):
         data_path = Path(args.output_dir) / "demo_videos"
         write_demo_videos(data_path)
     videos = find_videos(data_path, args.split)
+    check_apart(Path(args.output_dir), videos)
     for video in progress_bar(videos, "checking frames and masks"):
         check_frame_size(check_video(video), args.image_size, args.max_image_pixels, video.name)
     return videos

@@ -140,16 +140,18 @@ def extract_features(args, images=None):
     amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
     describe = token_features(args.tokens, pretrained, device, amp_dtype)
     settings = describe_settings(args, listed, pretrained, amp_dtype, device)
+    side = pretrained.image_size
+    shape = describe(torch.zeros(1, pretrained.in_chans, side, side)).shape[1:]
     print0(f"{listed}")
 
     if os.path.exists(args.output):
-        check_settings(read_features(args.output).settings, settings, args.output)
+        check_complete(args.output, settings, (len(listed.paths), *shape))
         print0(f"{args.output} is complete.")
     else:
         skip_bad = args.on_bad_image == "skip"
         shown = pretrained.transform, pretrained.image_size
         dataset = TransformedImages(images, labels, *shown, skip_bad)
-        write(args, settings, listed.paths, dataset, describe, device)
+        write(args, settings, listed.paths, dataset, describe, shape, device)
     if args.neighbours and is_main_process():
         draw_pictures(args, images, queries, pretrained, describe)
     shut_down()
@@ -211,11 +213,24 @@ def describe_settings(args, listed, pretrained, amp_dtype, device):
     }
 
 
-def write(args, settings, paths, dataset, describe, device):
-    """Compute the features, or what an interrupted extraction left to do, and write the file."""
+def check_complete(path, settings, shape):
+    """Raise UserError unless the file has features of this shape, made with these settings."""
+    file = read_features(path)
+    check_settings(file.settings, settings, path)
+    if file.features.shape != shape:
+        found, wanted = (" x ".join(map(str, sides)) for sides in (file.features.shape, shape))
+        raise UserError(
+            f"--output {path} has features of shape {found}, and this backbone gives {wanted} for"
+            " these images. Move it away."
+        )
+
+
+def write(args, settings, paths, dataset, describe, shape, device):
+    """Compute the features, or what an interrupted extraction left to do, and write the file.
+
+    `shape` is that of the features of one image.
+    """
     folder = Path(f"{args.output}.unfinished")
-    size = settings["image_size"]
-    shape = describe(torch.zeros(1, len(settings["mean"]), size, size)).shape[1:]
     with owned(folder, "--output"):
         unfinished = Unfinished(folder, settings, shape, args.dtype)
         left, start = len(unfinished.missing()), time.perf_counter()

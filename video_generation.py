@@ -9,14 +9,14 @@
 The first writes the frames to output/frames/, a map of each to output/attention/, all maps as
 numbers to output/attention.npy, and output/video.mp4; the second begins with frames, the third with
 maps. The map is the mean of the heads, each patch a square of equal pixels. Videos need PyAV (pip
-install av); no GPU is needed.
+install av); no GPU is needed. Frames, maps and video carry a mark: a later run replaces those of an
+earlier one, and refuses to replace any other.
 
 Unlike in the official code, one colour scale serves the whole video; there each frame's own lowest
 and highest value are its limits, so that the brightness flickers (--color_scale frame). --threshold
 has an effect. A given --fps wins over the file's own rate, and frames are not held in memory.
 """
 
-import io
 import itertools
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,15 @@ from dino.command_line import (
 )
 from dino.data.frames import check_frames, list_frames
 from dino.data.images import given_path, limit_pixels, read_image
-from dino.data.videos import ENCODERS, frames_per_second, import_av, read_frames, writing
+from dino.data.own_pictures import check_own, remove_others, save
+from dino.data.videos import (
+    ENCODERS,
+    frames_per_second,
+    import_av,
+    is_own_video,
+    read_frames,
+    writing,
+)
 from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.attention import (
@@ -54,7 +62,6 @@ from dino.weights.published import PUBLISHED_FOR_PICTURES
 
 # Names of files that this script writes, as regular expressions; and of what may be a frame.
 EXTRACTED, MAPS, FRAMES = r"frame-\d{4,}\.jpg", r"attn-.*", r"(?!attn-).*"
-JPEG_QUALITY = 95
 
 
 def get_args_parser():
@@ -116,6 +123,7 @@ def video_generation(args):
     check_flags(args, source, video)
     limit_pixels(args.max_image_pixels)
     import_av()  # or say at once that it is not there
+    check_replaced(args, source, video)
     if args.video_only:
         film(video, args.fps, map(read_pixels, list_pictures(source, MAPS)))
         return
@@ -162,6 +170,20 @@ def check_flags(args, source, video):
         )
 
 
+def check_replaced(args, source, video):
+    """Raise UserError for a picture or video without the mark that would be replaced or removed."""
+    given = f"--output_path {args.output_path}"
+    if video.is_file() and not is_own_video(video):
+        raise UserError(
+            f"{given}: {video} would be replaced, and has no mark of this script: it is somebody's"
+            " own, or of an earlier version. Move it away, or give another --output_path."
+        )
+    if source.is_file():
+        check_own(video.parent / "frames", EXTRACTED, given)
+    if not args.video_only:
+        check_own(video.parent / "attention", MAPS, given)
+
+
 def list_pictures(folder, names):
     """Paths of the frames, or of the maps, in a folder, in order; UserError for unequal sizes."""
     if not folder.is_dir():
@@ -188,20 +210,6 @@ def extract_frames(video, folder):
         save(image, paths[-1])
     remove_others(folder, EXTRACTED, paths)
     return frames_per_second(video)
-
-
-def save(image, path):
-    """Write a picture; Pillow itself may not notice that the disk is full."""
-    content = io.BytesIO()
-    format_ = "PNG" if path.suffix.lower() == ".png" else "JPEG"
-    image.save(content, format_, quality=JPEG_QUALITY)
-    path.write_bytes(content.getvalue())
-
-
-def remove_others(folder, names, kept):
-    """Remove the pictures with such names that are not among the `kept` ones."""
-    for path in set(list_frames(folder, names)) - set(kept):
-        path.unlink()
 
 
 def mean_attention(model, image):

@@ -413,6 +413,35 @@ def test_the_folder_of_another_run_is_refused(finished, tmp_path):
         run(*flags, "--output_dir", tmp_path)
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        {"train_loss": 1, "train_lr": 1, "epoch": 0, "layer_decay": 0.75},  # of finetune.py
+        {"train_loss": 1, "epoch": 0, "test_acc1": 3, "n_parameters": 5},  # of MAE's script
+        "my notes\nof two lines\n",
+    ],
+)
+def test_the_log_of_another_program_is_not_replaced(log, finished, tmp_path):
+    flags, folder, _ = finished
+    own = (folder / "log.txt").read_text()
+    text = log if isinstance(log, str) else own + json.dumps(log) + "\n"
+    (tmp_path / "log.txt").write_text(text)
+    with pytest.raises(UserError, match=r"another program than eval_linear\.py, and would be lost"):
+        run(*flags, "--output_dir", tmp_path)
+    assert (tmp_path / "log.txt").read_text() == text
+
+
+def test_an_unfinished_line_of_the_log_does_not_stop_a_run_from_resuming(
+    finished, tmp_path, capsys
+):
+    flags, folder, best = finished
+    shutil.copytree(folder, tmp_path / "run")
+    with open(tmp_path / "run" / "log.txt", "a") as file:
+        file.write('{"train_loss": 2.1, "tr')
+    assert run(*flags, "--output_dir", tmp_path / "run") == best
+    assert "1 damaged lines of log.txt are dropped" in capsys.readouterr().out
+
+
 def test_a_mistake_is_one_paragraph_and_exit_code_2(labelled):
     result = run_script("eval_linear.py", "--device", "cpu", "--data_path", labelled / "train")
     assert result.returncode == 2

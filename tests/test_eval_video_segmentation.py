@@ -135,8 +135,9 @@ def test_masks_of_another_network_protocol_or_program_are_not_taken_for_ones_own
         segment(davis, weights, output, "--n_last_frames", 3)
     segment(davis, other, output, "--resume", "never")
     (output / "segmentation.json").unlink()
-    with pytest.raises(UserError, match=r"dog has masks, but no segmentation\.json"):
+    with pytest.raises(UserError, match=r"dog has masks, but no segmentation\.json") as refusal:
         segment(davis, other, output)
+    assert "--resume never" not in str(refusal.value), "they may be somebody's own"
 
 
 def test_masks_of_before_are_not_taken_for_new_ones_after_a_run_that_replaced_them_was_cut_off(
@@ -150,6 +151,56 @@ def test_masks_of_before_are_not_taken_for_new_ones_after_a_run_that_replaced_th
     capsys.readouterr()
     segment(davis, weights, output, "--topk", 2)
     assert "2 videos, of which 0 were finished before" in capsys.readouterr().out
+
+
+def link_video_folder(davis, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dog").symlink_to(davis / "Annotations" / "480p" / "two-kites")
+    return tmp_path / "out"
+
+
+def link_masks_to_results(davis, tmp_path):
+    masks = davis / "Annotations" / "480p" / "dog"
+    masks.rename(tmp_path / "dog")
+    masks.mkdir()
+    for path in (tmp_path / "dog").iterdir():
+        (masks / path.name).symlink_to(path)
+    return tmp_path
+
+
+def link_data_set(davis, tmp_path):
+    (tmp_path / "link").symlink_to(davis)
+    return tmp_path / "link" / "JPEGImages" / "480p"
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize(
+    "output_of",
+    [
+        lambda davis, _: davis / "Annotations" / "480p",
+        lambda davis, _: davis / "JPEGImages" / "480p",
+        lambda davis, _: davis / "JPEGImages" / "480p" / "dog" / "new",
+        link_data_set,
+        link_video_folder,
+        link_masks_to_results,
+    ],
+)
+def test_masks_are_not_written_among_the_files_of_the_data_set(
+    output_of, resume, davis, weights, tmp_path
+):
+    output = output_of(davis, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.png")}
+    with pytest.raises(UserError, match="among the frames or masks of --data_path"):
+        segment(davis, weights, output, "--resume", resume)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == {
+        **before,
+        davis / "ImageSets" / "2017" / "val.txt": b"dog\ntwo-kites\n",
+    }
+
+
+def test_results_may_lie_beside_the_folders_of_the_data_set(davis, weights):
+    assert segment(davis, weights, davis)["J&F-Mean"] == 1
+    assert segment(davis, weights, davis, "--resume", "never")["J&F-Mean"] == 1
 
 
 def test_videos_without_true_masks_are_segmented_and_not_scored(davis, weights, tmp_path, capsys):

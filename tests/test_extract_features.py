@@ -280,6 +280,21 @@ def test_a_damaged_file_of_features_is_refused(checkpoint, class_folders, tmp_pa
                 read_features(path)
 
 
+def test_a_file_with_features_of_another_shape_is_not_taken_for_complete(
+    checkpoint, class_folders, tmp_path
+):
+    path = tmp_path / "f.npz"
+    extract(checkpoint, class_folders / "val", path)
+    with np.load(path) as content:
+        parts = dict(content)
+    flags, count = ("--neighbours", 2), len(parts["features"])
+    for features in (parts["features"][:, :5], parts["features"][:, None]):
+        np.savez(path, **{**parts, "features": features})
+        shape = " x ".join(map(str, features.shape))
+        with pytest.raises(UserError, match=f"of shape {shape}, and .* gives {count} x 96"):
+            extract(checkpoint, class_folders / "val", path, *flags)
+
+
 def test_a_file_of_features_cannot_hold_objects(tmp_path):
     good = dict(features=np.zeros((2, 3), np.float32), labels=np.zeros(2, int), paths=["a", "b"])
     objects = np.array([print, print], dtype=object)

@@ -14,7 +14,9 @@ from PIL import Image
 
 import video_generation
 from dino.backbones import build_backbone
+from dino.data.own_pictures import save
 from dino.data.videos import frames_per_second, read_frames, writing
+from dino.errors import UserError
 from dino.evaluation.attention import keep_mass
 
 pytest.importorskip("av")
@@ -161,17 +163,55 @@ def test_a_given_rate_wins_over_the_file_s_own(film, weights, tmp_path):
     assert frames_per_second(tmp_path / "video.mp4") == 25
 
 
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_what_an_earlier_longer_video_left_is_not_filmed(film, weights, tmp_path):
     """The official code films its frames too."""
     for folder, name in (("frames", "frame-0005.jpg"), ("attention", "attn-frame-0005.jpg")):
         (tmp_path / folder).mkdir()
-        photograph().save(tmp_path / folder / name)
+        save(photograph(), tmp_path / folder / name)
         photograph().save(tmp_path / folder / "frame-mine.jpg")
-    pictures = generate(film, tmp_path, "--pretrained_weights", weights)
-    assert len(pictures) == COUNT
-    for folder in ("frames", "attention"):
-        assert len(list((tmp_path / folder).iterdir())) == COUNT + 1
-        assert (tmp_path / folder / "frame-mine.jpg").exists()
+    for _ in range(2):
+        pictures = generate(film, tmp_path, "--pretrained_weights", weights)
+        assert len(pictures) == COUNT
+        for folder in ("frames", "attention"):
+            assert len(list((tmp_path / folder).iterdir())) == COUNT + 1
+            assert (tmp_path / folder / "frame-mine.jpg").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["frames/frame-0003.jpg", "frames/frame-9999.jpg", "attention/attn-other.png", "video.mp4"],
+)
+def test_pictures_and_videos_of_others_are_not_replaced_or_removed(name, film, weights, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    photograph().save(path, "PNG" if path.suffix == ".png" else "JPEG")
+    before = content_of(tmp_path)
+    with pytest.raises(UserError, match=rf"{name} would be replaced.* --output_path\.$"):
+        generate(film, tmp_path, "--pretrained_weights", weights)
+    assert content_of(tmp_path) == before
+
+
+def test_frames_of_ones_own_are_input_beside_the_output(weights, tmp_path):
+    """They are neither replaced nor taken for maps, whatever their names are."""
+    frames = save_frames(tmp_path / "frames")
+    for i, path in enumerate(sorted(frames.iterdir())):
+        path.rename(frames / f"frame-{i:04}.jpg")
+    before = content_of(frames)
+    for _ in range(2):
+        generate(frames, tmp_path, "--pretrained_weights", weights)
+    assert content_of(frames) == before
+
+
+def test_a_second_video_of_maps_replaces_the_first(tmp_path):
+    save_frames(tmp_path / "maps", 2)
+    for path in (tmp_path / "maps").iterdir():
+        path.rename(path.with_name(f"attn-{path.name}"))
+    for _ in range(2):
+        assert len(generate(tmp_path / "maps", tmp_path, "--video_only")) == 2
 
 
 def empty(folder):

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dino.atomic import replacing
+from dino.data.own_pictures import MARK
 from dino.distributed import print0
 from dino.errors import UserError
 from dino.printable import printable
@@ -83,6 +84,15 @@ def frames_per_second(path):
         return float(stream.average_rate or stream.guessed_rate or 30)
 
 
+def is_own_video(path):
+    """Whether `writing` wrote the file."""
+    try:
+        with opened(path) as (container, _):
+            return container.metadata.get("comment") == MARK
+    except UserError:
+        return False
+
+
 @contextlib.contextmanager
 def writing(path, fps, width, height):
     """Yield a function that appends a frame (height, width, 3) uint8; the file is whole or absent.
@@ -97,6 +107,7 @@ def writing(path, fps, width, height):
         replacing(path) as temporary,
         av.open(file_name(temporary), "w", format=suffix) as container,
     ):
+        container.metadata["comment"] = MARK
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream(encoder, rate=rate, options=GOOD_QUALITY[encoder])
         stream.pix_fmt = "yuv420p"

@@ -8,6 +8,7 @@ settings are metadata.
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from dino.atomic import replacing
+from dino.data.labels import UNLABELLED
 from dino.errors import UserError
 from dino.json_files import dumps, parse
 from dino.weights.files import sync_folder
@@ -25,6 +27,13 @@ from dino.weights.files import sync_folder
 SUFFIXES = (".npz", ".safetensors")
 CHUNK = 2**24  # bytes copied at a time
 SAFETENSORS_TYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}
+LONGEST_HEADER = 10**8  # bytes of a .safetensors file; the limit of its library
+# The types that an array may have, by its name: above all not a pointer to an object.
+TYPES = {"features": ("<f4", "<f2"), "labels": ("<i8",), "paths": ("u1",), "settings": ()}
+
+
+class Unfit(ValueError):
+    """Why a file is not one of features."""
 
 
 @dataclass
@@ -40,17 +49,32 @@ def read_features(path):
     path = Path(path)
     try:
         file = read_npz(path) if path.suffix == ".npz" else read_features_safetensors(path)
-        counts = {len(file.features), len(file.labels), len(file.paths)}
-        if len(counts) > 1 or not isinstance(file.settings, dict):
-            raise ValueError("parts that do not belong together")
-    except OSError:
+        problem = problem_of(file)
+    except (OSError, UserError):
         raise
     except Exception as error:  # whatever a parser may raise on somebody's bytes
+        problem = error if isinstance(error, Unfit) else type(error).__name__
+    if problem:
         raise UserError(
-            f"{path}: damaged, or not a file of extract_features.py ({type(error).__name__}). Move"
-            " it away."
-        ) from None
+            f"{path}: damaged, or not a file of extract_features.py ({problem}). Move it away."
+        )
     return file
+
+
+def problem_of(file):
+    """What keeps the parts of a FeatureFile from belonging together, or None."""
+    features, labels = file.features, file.labels
+    if features.ndim not in (2, 3) or features.size == 0:
+        return f"features of shape {features.shape}, not (n, D) or (n, N, D)"
+    if labels.shape != (len(features),) or len(file.paths) != len(features):
+        return f"{len(features)} features, {len(file.paths)} paths, labels of shape {labels.shape}"
+    if not isinstance(file.settings, dict):
+        return "settings that are not a JSON object"
+    classes = file.settings.get("classes") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return "settings whose classes are not names"
+    wrong = labels[(labels < UNLABELLED) | (bool(classes) & (labels >= len(classes)))]
+    return f"label {wrong[0]} of {len(classes)} classes" if len(wrong) else None
 
 
 def write_features(path, features, labels, paths, settings):
@@ -83,23 +107,37 @@ def member(archive, name):
 
 
 def read_npz(path):
-    with np.load(path) as content:
-        labels, paths = content["labels"], content["paths"].tolist()
-        settings = parse(content["settings"].item())
-    return FeatureFile(map_member(path, "features.npy"), labels, paths, settings)
-
-
-def map_member(path, name):
-    """The array of a member of a .npz, on disk; np.load would read all of it."""
     with zipfile.ZipFile(path) as archive:
-        start = archive.getinfo(name).header_offset
+        features, labels, paths, settings = (
+            map_member(path, archive, name) for name in ("features", "labels", "paths", "settings")
+        )
+    if labels.ndim != 1 or paths.shape != labels.shape:  # as texts of no width take no bytes
+        raise Unfit("not one label and one path for each image")
+    return FeatureFile(features, np.array(labels), paths.tolist(), parse(settings.item()))
+
+
+def map_member(path, archive, name):
+    """The array of a member of a .npz, on disk; np.load would read all of it."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise UserError(
+            f"{path}: its {name} are compressed, so that they cannot be mapped into memory. Move it"
+            " away; or write it with numpy.savez instead of numpy.savez_compressed."
+        )
     with open(path, "rb") as file:
-        file.seek(start + 26)  # where the local header gives the lengths of its last two fields
+        file.seek(info.header_offset + 26)  # where the local header has its last two lengths
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        if dtype not in (np.float32, np.float16):  # above all not a pointer to an object
-            raise ValueError(dtype)
+        end = file.tell() + info.file_size
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise Unfit("a header of another version")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        is_text = name in ("paths", "settings") and dtype.kind == "U"
+        if not is_text and dtype not in TYPES[name]:
+            raise Unfit(f"{name} of type {dtype}")
+        if fortran_order:
+            raise Unfit(f"{name} in Fortran order")
+        if file.tell() + math.prod(shape) * dtype.itemsize != end:
+            raise Unfit("an array of another size than its member")
         return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
@@ -134,17 +172,34 @@ def write_features_safetensors(file, features, labels, paths, settings):
 
 
 def read_features_safetensors(path):
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        if length > os.fstat(file.fileno()).st_size:
-            raise ValueError("a header longer than the file")
+        if length > min(size, LONGEST_HEADER):
+            raise Unfit("a header longer than the file")
         header = json.loads(file.read(length))
+    settings = parse(header.pop("__metadata__")["settings"])
+    check_tiling(header.values(), size - 8 - length)
 
     def array(name):
         entry = header[name]
         dtype, shape = SAFETENSORS_TYPES[entry["dtype"]], tuple(entry["shape"])
+        if dtype not in TYPES[name]:
+            raise Unfit(f"{name} of type {entry['dtype']}")
         return np.memmap(path, dtype, "r", 8 + length + entry["data_offsets"][0], shape)
 
     paths = array("paths").tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
-    settings = parse(header["__metadata__"]["settings"])
-    return FeatureFile(array("features"), array("labels"), paths, settings)
+    return FeatureFile(array("features"), np.array(array("labels")), paths, settings)
+
+
+def check_tiling(entries, size):
+    """Raise Unfit unless the arrays of a header fill `size` bytes without gap or overlap."""
+    end = 0
+    for entry in sorted(entries, key=lambda entry: entry["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        itemsize = np.dtype(SAFETENSORS_TYPES[entry["dtype"]]).itemsize
+        if start != end or stop - start != math.prod(entry["shape"]) * itemsize:
+            raise Unfit("arrays with gaps or overlaps")
+        end = stop
+    if end != size:
+        raise Unfit("arrays that end before the file, or after it")

@@ -17,7 +17,7 @@ from torch import nn
 from dino.backbones import canonical_name, is_vit
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
-from dino.json_files import is_number
+from dino.json_files import is_number, read_lines
 from dino.networks import unwrap
 from dino.printable import brief
 from dino.weights.files import (
@@ -35,6 +35,9 @@ from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
 PUBLISHED = "the published backbone"
 MOST_EPOCHS = 2**31
+# Keys of a line of log.txt: those of the official code, and ours.
+LOG_KEYS = {"train_loss", "train_lr", "epoch", "test_loss", "test_acc1", "test_acc5"}
+LOG_KEYS |= {"lr", "train_loss_by_lr", "test_acc1_by_lr"}
 
 
 class LinearClassifier(nn.Module):
@@ -91,6 +94,20 @@ class HeadsProgress:
             self.best_acc = max(accuracies)
             self.best_head = accuracies.index(self.best_acc)
         return improved
+
+
+def check_own_log(folder):
+    """Raise UserError if log.txt in `folder` is not of eval_linear.py, official or ours.
+
+    A line that a killed run left unfinished is not held against it, unless it is the only one.
+    """
+    lines, damaged = read_lines(folder / "log.txt")
+    if (damaged and not lines) or not all(line.keys() <= LOG_KEYS for line in lines):
+        raise UserError(
+            f"--output_dir {folder}: log.txt there is of a run of main_dino.py, or of another"
+            " program than eval_linear.py, and would be lost. Give the classifier a folder of its"
+            f" own, such as {folder / 'linear'}."
+        )
 
 
 def describe_head(pretrained, classes, **flags):

@@ -89,7 +89,8 @@ def draw_neighbours(sheet, title):
     for row_axes, row in zip(axes, sheet, strict=True):
         for axis, panel in zip(row_axes, row, strict=False):
             draw_result(axis, panel)
-    figure.suptitle(printable(title), fontsize=11, y=1 - 0.1 / height, va="top")
+    place = dict(y=1 - 0.1 / height, va="top")
+    figure.suptitle(printable(title), fontsize=11, parse_math=False, **place)
     return figure
 
 
@@ -100,5 +101,6 @@ def draw_result(axis, panel):
     axis.imshow(image)
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_title(panel.text, fontsize=8, color=panel.color)
+    text = "\n".join(map(printable, panel.text.split("\n")))
+    axis.set_title(text, fontsize=8, color=panel.color, parse_math=False)
     axis.spines[:].set(color=panel.color, linewidth=2.5)

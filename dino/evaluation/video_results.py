@@ -6,6 +6,7 @@ folder/segmentation.json     what all masks depend on besides the videos
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ class Results:
 
     def check_protocol(self, videos):
         """Raise UserError if the folder holds masks made by another protocol, or program."""
-        advice = "Give another folder, or --resume never to replace them."
+        advice = "Give another folder"
         try:
             before = read_object(self.folder / PROTOCOL)
         except FileNotFoundError:
@@ -45,14 +46,15 @@ class Results:
                 if any(self.path(video, frame).exists() for frame in video.frames):
                     raise UserError(
                         f"--output_dir {self.folder}: {video.name} has masks, but no {PROTOCOL}"
-                        f" says what they were made with. {advice}"
+                        f" says what they were made with. {advice}, or move them away."
                     ) from None
             return
         for name, value in self.protocol.items():
             if before.get(name) != value:
                 raise UserError(
                     f"--output_dir {self.folder}: its masks were made with {name}"
-                    f" {before.get(name)}, not {value}. {advice}"
+                    f" {before.get(name)}, not {value}. {advice}, or --resume never to replace"
+                    " them."
                 )
 
     def finished(self, videos):
@@ -98,6 +100,29 @@ class Results:
                 " frames without a true mask, or no frame between the first and the last."
             )
         return scores
+
+
+def check_apart(folder, videos):
+    """Raise UserError if the masks of `videos` in `folder` would lie among the data set's files.
+
+    Links are followed, of folders and of files.
+    """
+    files = [path for video in videos for path in (*video.frames, *video.annotations)]
+    folders = {path.parent for path in files}
+    of_data = {real(path) for path in folders} | {real(path.parent) for path in folders}
+    of_linked_files = {real(path).parent for path in files}
+    for place in (folder, *(folder / video.name for video in videos)):
+        found = real(place)
+        if found in of_linked_files or not of_data.isdisjoint((found, *found.parents)):
+            raise UserError(
+                f"--output_dir {folder}: the masks would be written to {found}, among the frames or"
+                " masks of --data_path. Give another folder, such as results/."
+            )
+
+
+def real(path):
+    """The absolute path without links. Path.resolve fails for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def hash_file(path, flag="--pretrained_weights"):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dino.data.images import limit_pixels
-from dino.data.videos import frames_per_second, import_av, read_frames, writing
+from dino.data.videos import frames_per_second, import_av, is_own_video, read_frames, writing
 from dino.errors import UserError
 
 pytest.importorskip("av")
@@ -30,6 +30,7 @@ def write(path, count=6, fps=12, width=64, height=32):
 def test_frames_come_back_in_order_and_at_their_rate(suffix, tmp_path):
     path = write(tmp_path / f"video.{suffix}", fps=29.97, width=65, height=33)
     assert frames_per_second(path) == pytest.approx(29.97)
+    assert is_own_video(path)
     frames = list(read_frames(path))
     assert {frame.size for frame in frames} == {(64, 32)}  # an odd side loses a pixel
     for i, frame in enumerate(frames):

@@ -20,7 +20,7 @@ from dino.evaluation.features import extract_features
 from dino.precision import choose_amp_dtype
 from dino.training.data import build_augmentation, open_images
 from dino.training.flags import parse_args
-from eval_knn import eval_knn, get_args_parser, knn_classifier
+from eval_knn import FEATURE_FILES, eval_knn, get_args_parser, knn_classifier
 from main_dino import build_probes
 
 
@@ -238,6 +238,31 @@ def test_labels_of_any_whole_numbers_are_classes_and_others_are_refused(labels, 
     flags = ["--load_features", str(tmp_path), "--device", "cpu", "--nb_knn", "1"]
     if classes is None:
         with pytest.raises(UserError, match="not a 1-D tensor of class numbers"):
+            eval_knn(get_args_parser().parse_args(flags))
+    else:
+        assert eval_knn(get_args_parser().parse_args(flags))[1][0] == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.double() * 1e200, r"testfeat\.pth has values that are not finite"),
+        (lambda table: table * 5, r"testfeat\.pth has a row of length 5, .* Normalise"),
+        (lambda table: table * (torch.arange(4) > 0)[:, None], r"testfeat.* a row of length 0"),
+        (lambda table: table[:, :0], r"testfeat\.pth has rows without a number"),
+        (lambda table: table.double(), None),
+        (lambda table: table.half(), None),
+        (lambda table: table.bfloat16(), None),
+    ],
+)
+def test_loaded_features_must_be_normalised_but_for_their_rounding(change, message, tmp_path):
+    features = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    tables = (features, torch.arange(4), change(features).clone(), torch.arange(4))
+    for name, table in zip(FEATURE_FILES, tables, strict=True):
+        torch.save(table, tmp_path / name)
+    flags = ["--load_features", str(tmp_path), "--device", "cpu", "--nb_knn", "1"]
+    if message:
+        with pytest.raises(UserError, match=message):
             eval_knn(get_args_parser().parse_args(flags))
     else:
         assert eval_knn(get_args_parser().parse_args(flags))[1][0] == 100

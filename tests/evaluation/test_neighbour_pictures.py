@@ -1,14 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neighbours in a file of features are those of all its rows at once."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from dino.errors import UserError
 from dino.evaluation import neighbour_pictures
-from dino.evaluation.neighbour_pictures import nearest_rows, spread_rows, without_self
+from dino.evaluation.neighbour_pictures import (
+    Panel,
+    draw_neighbours,
+    nearest_rows,
+    neighbour_panel,
+    spread_rows,
+    without_self,
+)
+from dino.printable import printable
 
 
 def test_neighbours_by_parts_are_those_of_the_whole(tmp_path, monkeypatch):
@@ -42,3 +52,16 @@ def test_spread_rows_pass_over_those_without_features():
     features[5] = np.nan
     assert spread_rows(features, 4) == [0, 2, 7]
     assert spread_rows(features[:3], 8) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "name", [b"\xff\xfe".decode("utf-8", "surrogateescape"), "v$x^$", "\x1b[2J"]
+)
+def test_class_names_of_any_characters_are_drawn_as_they_are_printed(name):
+    image = Image.new("RGB", (8, 8))
+    sheet = [[Panel(image, name), neighbour_panel(image, 0.5, name, name)]]
+    figure = draw_neighbours(sheet, f"{name}.npz")
+    figure.canvas.draw()
+    assert figure.axes[0].get_title() == printable(name)
+    assert figure.axes[1].get_title() == f"0.500\n{printable(name)}"
+    plt.close(figure)
