@@ -11,6 +11,7 @@ resume an interrupted run.
 """
 
 import contextlib
+import gc
 import os
 
 # Threads that wait for each other yield their core; this must be set before torch is loaded.
@@ -104,6 +105,7 @@ def train_dino(args, images=None, augmentation=None):
         images, knn_data_path = open_images(args)
     if args.preset in DECIDED:
         args = decide_settings(args, images, device, correlate_views, time_a_step, weights)
+        gc.collect()  # compiled networks are in cycles: those on trial would stay on the device
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
@@ -143,6 +145,7 @@ def train_dino(args, images=None, augmentation=None):
         fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
         if found is not None:
             run.resume(state, len(images), *found)
+        found = weights = None  # each rank would keep a checkpoint in memory
 
         # ---- training ----
         interruption.defer()
@@ -365,7 +368,7 @@ def build_state(args, views, device, amp_dtype):
         center_momentum=args.center_momentum,
         accum_steps=args.accum_steps,
     )
-    if choose_compile(args.compile, device):
+    if choose_compile(args.compile, device, student):
         compile_networks(student, teacher, dino_loss)
     optimizer = build_optimizer(args.optimizer, get_params_groups(student))
     if args.teacher_update == "previous_iteration":

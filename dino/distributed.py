@@ -192,8 +192,8 @@ def choose_device(name, launch):
             f"--device {name}: PyTorch {torch.__version__} sees no CUDA device. Try --device cpu."
         )
     index = launch.local_rank
-    if launch.launcher == "slurm":
-        index %= count  # with --gpus-per-task=1 every task sees one GPU, its own, as number 0
+    if launch.launcher == "slurm" and count == 1:
+        index = 0  # with --gpus-per-task=1 every task sees one GPU, its own
     if index >= count:
         raise UserError(
             f"process {launch.local_rank} of this node has no GPU: there are {count}. Start at most"

@@ -20,6 +20,7 @@ from dino.backbones import (
 from dino.distributed import get_world_size, print0
 from dino.errors import UserError
 from dino.printable import printable
+from dino.signals import signals_blocked
 from dino.sync_batchnorm import sync_batchnorms
 from vision_transformer import DINOHead
 
@@ -129,17 +130,24 @@ def checkpoint_gradients(backbone, arch):
     backbone.set_grad_checkpointing(True)
 
 
-def choose_compile(choice, device):
+def choose_compile(choice, device, student=None):
     """Whether to compile, by --compile `choice` (auto, true or false); auto does on CUDA.
+
+    But not a `student` with synchronised batch norms: torch's select the processes that had images
+    by a mask, which breaks the graph at each layer (a ResNet-18 becomes 67 graphs).
 
     Compiles a trivial function first, since an installation may lack what torch.compile needs,
     such as a C compiler. If that fails, auto prints a warning and true raises UserError.
     """
     choice = str(choice).lower()  # a bool of a Python caller's is taken too
-    if choice == "false" or (choice == "auto" and device.type != "cuda"):
+    is_broken = student is not None and any(
+        isinstance(module, nn.SyncBatchNorm) for module in student.modules()
+    )
+    if choice == "false" or (choice == "auto" and (device.type != "cuda" or is_broken)):
         return False
     try:
-        torch.compile(torch.square)(torch.zeros(8, device=device))
+        with signals_blocked():  # a signal to all processes of a job would end the compiler's
+            torch.compile(torch.square)(torch.zeros(8, device=device))
     except Exception as error:  # of many kinds; the first line says what is missing
         reason = f"torch.compile does not work here ({(str(error).splitlines() or [error])[0]})"
         if choice == "true":
@@ -161,7 +169,8 @@ def compile_networks(student, teacher, dino_loss, backend="inductor"):
     torch._dynamo.config.recompile_limit = 64
     # GELU and LayerNorm are computed again in the backward pass, matrix products and attention are
     # not: 0.6 of the bytes of a ViT's activations, by count, under autocast in bfloat16.
-    torch._functorch.config.activation_memory_budget = 0.9
+    if torch._functorch.config.activation_memory_budget == 1.0:  # unless the user has set another
+        torch._functorch.config.activation_memory_budget = 0.9
     options = dict(dynamic=False, backend=backend)
     for network in (student, teacher):
         backbone, head = unwrap(network).backbone, unwrap(network).head

@@ -128,6 +128,9 @@ class LARS(torch.optim.Optimizer):
                         (param_norm > 0) & (update_norm > 0), trust, torch.ones_like(trust)
                     )
                     update = update * trust
-                buffer = self.state[param].setdefault("mu", torch.zeros_like(param))
+                state = self.state[param]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(param)
+                buffer = state["mu"]
                 buffer.mul_(group["momentum"]).add_(update)
                 param.add_(buffer, alpha=-group["lr"])

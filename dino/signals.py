@@ -101,6 +101,16 @@ def listen():
     return interruption
 
 
+@contextlib.contextmanager
+def signals_blocked():
+    """Hear no stop request meanwhile; processes that are started here never do."""
+    block()
+    try:
+        yield
+    finally:
+        unblock()
+
+
 def block():
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
 

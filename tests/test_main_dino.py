@@ -229,7 +229,7 @@ def step_by_hand(state, images, lr, weight_decay, momentum, epoch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("amp_dtype", ["float32", "bfloat16", "float16"])
 def test_a_run_on_a_gpu_writes_what_a_run_on_a_cpu_writes(class_folders, tmp_path, amp_dtype):
-    flags = ("--device", "cuda", "--amp_dtype", amp_dtype)
+    flags = ("--device", "cuda", "--amp_dtype", amp_dtype, "--compile", "false")
     result = train(class_folders / "train", tmp_path, *flags)
     assert result.returncode == 0, result.stderr
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)

@@ -4,15 +4,17 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 
 import pytest
 from conftest import SMALL_RUN, Started, run_python, start_forkserver
 
 from dino.errors import UserError
-from dino.signals import StopRequested
+from dino.signals import STOPPING, StopRequested, signals_blocked
 from dino.weights.files import read, write_atomically
 
 
@@ -206,3 +208,12 @@ def test_a_signal_while_a_checkpoint_is_read_is_not_taken_for_damage(tmp_path):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not issubclass(StopRequested, UserError)
+
+
+def test_a_compiler_does_not_die_of_the_signals_that_a_whole_job_gets():
+    """Its processes, which start while signals are blocked, inherit that."""
+    with signals_blocked():
+        status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, text=True)
+    mask = int(re.search(r"SigBlk:\s*(\w+)", status.stdout)[1], 16)
+    assert all(mask >> (number - 1) & 1 for number in STOPPING)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOPPING)

@@ -68,7 +68,7 @@ def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, k
                 output = first_of(model(images.to(device, non_blocking=True)))
             output = F.normalize(output.float(), dim=1)
             features.append(output if keep_on_device else output.cpu())
-            labels.append(targets.to(features[-1].device))
+            labels.append(targets.to(features[-1].device, non_blocking=True))
     return [
         gather_interleaved(torch.cat(rows) if rows else None, total) for rows in (features, labels)
     ]

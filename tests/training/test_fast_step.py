@@ -301,6 +301,8 @@ def test_compile_auto_is_for_gpus_and_the_bare_flag_is_true():
     assert not choose_compile("auto", torch.device("cpu"))
     assert not choose_compile("false", torch.device("cuda"))
     assert not choose_compile(False, torch.device("cuda"))
+    synchronised = torch.nn.Sequential(torch.nn.SyncBatchNorm(3))
+    assert not choose_compile("auto", torch.device("cuda"), synchronised)
     assert main_dino.parse_args([]).compile == "auto"
     assert main_dino.parse_args(["--compile", "--epochs", "3"]).compile == "true"
 
