@@ -4,6 +4,7 @@
 They are uint8 arrays (H, W, C), and stay arrays until they are tensors; RGB images are Pillow's.
 """
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -57,16 +58,27 @@ def read_channels(path):
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         check_shape(pixels.shape)
     elif ending in TIFF:
-        import tifffile  # comes with scikit-image; Pillow reads 8 bits and 4 channels at most
-
-        with tifffile.TiffFile(path) as file:
-            check_shape(file.series[0].shape)
-            pixels = file.asarray()
+        with open_tiff(path) as series:
+            check_shape(series.shape)
+            pixels = series.asarray()
     else:
         with open_image(path) as image:
             plain = image.mode in ("L", "RGB", "RGBA", "LA")
             pixels = np.asarray(image if plain else to_rgb(image))
     return to_levels(np.ascontiguousarray(channels_last(pixels)))
+
+
+@contextlib.contextmanager
+def open_tiff(path):
+    """The first image of a TIFF as a series of tifffile, of which only the headers are read yet.
+
+    Series of several files are off: tifffile would open whatever files the metadata name, and wait
+    for ever where one is a pipe.
+    """
+    import tifffile  # comes with scikit-image; Pillow reads 8 bits and 4 channels at most
+
+    with tifffile.TiffFile(path, is_ome=False, is_mmstack=False, is_ndtiff=False) as file:
+        yield file.series[0]
 
 
 def to_levels(values):

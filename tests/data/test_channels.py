@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of other channels than three: read, cropped, trained on, evaluated, adapted to."""
 
+import os
+
 import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import photograph, save_backbone
+from conftest import photograph, run_python, save_backbone
 from PIL import Image
 from torch import nn
 
@@ -91,6 +93,25 @@ def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(tmp_path
     for name in ("a.tif", "a.npy"):
         with pytest.raises(UnreadableImage, match="--max_image_pixels 1000"):
             read_any(tmp_path / name, 4)
+
+
+OME = """<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"
+UUID="urn:uuid:1"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8"
+SizeX="40" SizeY="40" SizeC="5" SizeZ="1" SizeT="1"><Channel ID="Channel:0" SamplesPerPixel="1"/>
+<TiffData IFD="0" FirstC="0" PlaneCount="1"><UUID FileName="a.tif">urn:uuid:1</UUID></TiffData>
+<TiffData IFD="0" FirstC="1" PlaneCount="4"><UUID FileName="{}">urn:uuid:2</UUID></TiffData>
+</Pixels></Image></OME>"""
+
+
+def test_a_tiff_whose_metadata_name_another_file_is_read_without_opening_it(tmp_path):
+    """A pipe here, which nobody writes to: opening it would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    name = OME.format(tmp_path / "pipe")
+    tifffile.imwrite(tmp_path / "a.tif", bands(1)[..., 0], description=name, metadata=None)
+    code = "import sys; from dino.data.channels import *;"
+    code += "print(count_channels(sys.argv[1:]), read_any(sys.argv[1], 1).shape)"
+    run = run_python("-c", code, tmp_path / "a.tif", timeout=60)
+    assert run.stdout.split() == ["3", "(40,", "40,", "1)"], run.stderr
 
 
 def test_views_of_five_channels_are_the_same_on_workers_and_device_and_for_each_channel():
