@@ -24,6 +24,7 @@ import check_data
 from check_data import find_flaws, get_args_parser
 from dino.data import inspection
 from dino.data.inspection import look_at_file
+from dino.errors import UserError
 
 
 def check(path, *flags):
@@ -81,6 +82,16 @@ UNREADABLE = {
     "bomb.png": bomb,
     "loop.jpg": lambda path: path.symlink_to(path),
 }
+
+
+def test_pages_that_may_be_frames_are_refused_by_name_until_in_chans_is_given(tmp_path, capsys):
+    pages = np.stack([np.asarray(photograph().crop((0, 0, 48, 48)).convert("L"))] * 4)
+    tifffile.imwrite(tmp_path / "a.tif", pages, photometric="minisblack")
+    with pytest.raises(UserError, match=r"a\.tif: .* several pages .*--in_chans 4 .*--in_chans 3"):
+        check(tmp_path)
+    for channels, said in ((4, "4 channels"), (3, "mode: L")):
+        assert check(tmp_path, "--in_chans", channels) == 0
+        assert said in capsys.readouterr().out
 
 
 def crops(count, size=64):

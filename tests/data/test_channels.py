@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of other channels than three: read, cropped, trained on, evaluated, adapted to."""
 
+import contextlib
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -112,6 +114,58 @@ def test_a_tiff_whose_metadata_name_another_file_is_read_without_opening_it(tmp_
     code += "print(count_channels(sys.argv[1:]), read_any(sys.argv[1], 1).shape)"
     run = run_python("-c", code, tmp_path / "a.tif", timeout=60)
     assert run.stdout.split() == ["3", "(40,", "40,", "1)"], run.stderr
+
+
+@pytest.mark.parametrize("metadata", [None, "ImageJ=1.11a\nchannels=2\n"])
+def test_pages_are_counted_in_the_headers_and_not_decoded(tmp_path, metadata):
+    pages = np.zeros((40, 1000, 1000), np.uint8)
+    written = dict(compression="zlib", photometric="minisblack", metadata=None)
+    tifffile.imwrite(tmp_path / "a.tif", pages, description=metadata, **written)
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match="40"):
+        read_any(tmp_path / "a.tif", 2)
+    with contextlib.suppress(UserError):
+        count_channels([tmp_path / "a.tif"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+def test_no_file_has_more_channels_than_the_flag_takes(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((1100, 2, 1101), np.uint8))
+    with pytest.raises(ValueError, match="1100 channels, more than 1024"):
+        read_channels(tmp_path / "a.npy")
+    assert count_channels([tmp_path / "a.npy"]) == 3
+
+
+PAGES = {"by tifffile": dict(metadata={"axes": "CYX"}), "by ImageJ": dict(imagej=True)}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_pages_that_the_metadata_call_channels_are_channels(tmp_path, kind):
+    pixels = bands(5)
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(pixels, -1, 0), **PAGES[kind])
+    assert count_channels([tmp_path / "a.tif"]) == 5
+    np.testing.assert_array_equal(read_any(tmp_path / "a.tif", 5), pixels)
+
+
+def test_pages_that_are_the_rows_of_an_image_are_told_from_a_long_stack(tmp_path):
+    tifffile.imwrite(tmp_path / "rows.tif", bands(5), photometric="minisblack")
+    assert count_channels([tmp_path / "rows.tif"]) == 5
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((50, 24, 24), np.uint8))
+    with pytest.raises(UserError, match=r"stack\.tif: .*several pages"):
+        count_channels([tmp_path / "stack.tif"])
+
+
+@pytest.mark.parametrize("metadata", [{"axes": "TYX"}, {}, None])
+def test_other_pages_are_channels_only_if_the_user_says_so(tmp_path, metadata):
+    pixels = bands(5)
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(pixels, -1, 0), metadata=metadata)
+    with pytest.raises(UserError, match=r"a\.tif: .*several pages .*--in_chans 5"):
+        count_channels([tmp_path / "a.tif"])
+    np.testing.assert_array_equal(read_any(tmp_path / "a.tif", 5), pixels)
+    first = np.asarray(read_any(tmp_path / "a.tif"))
+    np.testing.assert_array_equal(first, pixels[..., :1].repeat(3, axis=-1))
 
 
 def test_views_of_five_channels_are_the_same_on_workers_and_device_and_for_each_channel():
