@@ -114,6 +114,7 @@ def to_levels(values):
 
     16-bit integers by their type, 32-bit numbers by their range, as images.to_rgb does.
     """
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype == np.uint8:
         return values
     if not (np.isfinite(values).all() and values.min() >= 0):

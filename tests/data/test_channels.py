@@ -59,6 +59,17 @@ def test_sixteen_bits_and_shares_are_scaled_to_levels(tmp_path):
         np.testing.assert_array_equal(read_any(tmp_path / name, 4), pixels)
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_the_order_of_bytes_changes_no_level(tmp_path, kind):
+    """Dark values, whose range would tell another white: 255."""
+    values = bands(4).astype(kind)
+    for order in "<>":
+        np.save(tmp_path / f"{order}.npy", values.astype(values.dtype.newbyteorder(order)))
+    little, big = (read_any(tmp_path / f"{order}.npy", 4) for order in "<>")
+    np.testing.assert_array_equal(big, little)
+    assert little.max() == (1 if kind == np.uint16 else values.max())
+
+
 def test_formats_of_pillow_give_their_channels_too(tmp_path):
     photograph().resize((30, 20)).save(tmp_path / "rgb.png")
     photograph().convert("RGBA").save(tmp_path / "rgba.png")
