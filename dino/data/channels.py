@@ -60,19 +60,19 @@ def read_channels(path, in_chans=None):
     it is decoded.
     """
     check_is_regular(path)
-    ending = Path(path).suffix.lower()
+    ending, bits = Path(path).suffix.lower(), None
     if ending in ARRAYS:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         check_shape(pixels.shape, in_chans)
     elif ending in TIFF:
         with open_tiff(path) as series:
             check_shape(shape_of(series), in_chans)
-            pixels = series.asarray()
+            pixels, bits = series.asarray(), series.keyframe.bitspersample
     else:
         with open_image(path) as image:
             plain = image.mode in ("L", "RGB", "RGBA", "LA")
             pixels = np.asarray(image if plain else to_rgb(image))
-    return to_levels(np.ascontiguousarray(channels_last(pixels)))
+    return to_levels(np.ascontiguousarray(channels_last(pixels)), bits)
 
 
 @contextlib.contextmanager
@@ -109,17 +109,23 @@ def channels_are_told(series):
     return one_page or rows or bool(set(axes) & {"C", "S"})
 
 
-def to_levels(values):
+def to_levels(values, bits=None):
     """Numbers of any type as uint8 levels. ValueError for values that have no place in 0 to 255.
 
-    16-bit integers by their type, 32-bit numbers by their range, as images.to_rgb does.
+    Integers of up to 16 bits without a sign by their type, of which a TIFF may use fewer `bits`;
+    other numbers by their range, as images.to_rgb does.
     """
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
-    if values.dtype == np.uint8:
+    if values.dtype == np.uint8 and bits in (None, 8):
         return values
     if not (np.isfinite(values).all() and values.min() >= 0):
         raise ValueError("values below 0, or that are not finite")
-    highest = 65535 if values.dtype == np.uint16 else highest_by_range(values)
+    if values.dtype == np.bool_:
+        highest = 1
+    elif values.dtype in (np.uint8, np.uint16):
+        highest = 2 ** (bits or 8 * values.itemsize) - 1
+    else:
+        highest = highest_by_range(values)
     return np.floor(values * (255 / highest) + 0.5).astype(np.uint8)
 
 

@@ -284,7 +284,10 @@ WHITE_IS_ZERO = 0
 
 
 def highest_of_type(image, tags):
-    """The value of white in 16-bit integers, which Pillow gives as modes I;16 and I; else None."""
+    """The value of white in integers of 9 to 16 bits, Pillow's modes I;16 and I; else None."""
+    bits = set(tags.get(BITS, ()))
+    if len(bits) == 1 and 8 < max(bits) < 16:
+        return 2 ** max(bits) - 1
     if image.mode.startswith("I;16") or (image.format in ("PNG", "PPM") and image.mode == "I"):
         return 65535
     if image.mode == "I" and tags.get(BITS) == (16,):

@@ -17,7 +17,7 @@ import eval_knn
 import visualize_attention
 from dino.data.augmentations import LinearProbeAugmentation, MultiCrop, View, eval_transform
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
-from dino.data.channels import count_channels, read_any, read_channels
+from dino.data.channels import count_channels, read_any, read_channels, to_levels
 from dino.data.images import UnreadableImage
 from dino.data.items import collate_readable
 from dino.errors import UserError
@@ -68,6 +68,23 @@ def test_the_order_of_bytes_changes_no_level(tmp_path, kind):
     little, big = (read_any(tmp_path / f"{order}.npy", 4) for order in "<>")
     np.testing.assert_array_equal(big, little)
     assert little.max() == (1 if kind == np.uint16 else values.max())
+
+
+def test_true_is_white_and_false_is_black(tmp_path):
+    truth = bands(5) > 100
+    np.save(tmp_path / "a.npy", truth)
+    layout = dict(photometric="minisblack", planarconfig="separate")
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(truth, -1, 0), **layout)  # a bit per value
+    for name in ("a.npy", "a.tif"):
+        np.testing.assert_array_equal(read_any(tmp_path / name, 5), truth * np.uint8(255))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(np.uint8, 4), (np.uint16, 10), (np.uint16, 12)])
+def test_fewer_bits_than_the_type_has_room_for_reach_white_too(kind, bits):
+    """Values as tifffile gives them: it unpacks them only where imagecodecs is installed."""
+    grey = np.arange(2**bits, dtype=kind).reshape(4, -1, 1)
+    expected = np.floor(grey * (255 / (2**bits - 1)) + 0.5)
+    np.testing.assert_array_equal(to_levels(grey, bits), expected)
 
 
 def test_formats_of_pillow_give_their_channels_too(tmp_path):

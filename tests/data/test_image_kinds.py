@@ -36,9 +36,9 @@ def write_tiff(path, values, **tags):
     values = np.ascontiguousarray(values)
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     entries = {
-        256: values.shape[1],
+        256: tags.get("width", values.shape[1]),
         257: values.shape[0],
-        258: 8 * values.itemsize,
+        258: tags.get("bits", 8 * values.itemsize),
         259: 1,
         262: tags.get("photometric", 1),
         273: 8,
@@ -69,6 +69,14 @@ def test_numbers_of_any_type_become_the_levels_that_they_stand_for(tmp_path, kin
     levels = np.asarray(read_image(tmp_path / "a.tif"))
     assert levels.shape == (32, 48, 3)
     assert (levels == GREY[..., None]).all()
+
+
+def test_twelve_bits_become_the_levels_that_they_stand_for(tmp_path):
+    values = np.rint(GREY * (4095 / 255)).astype(int).reshape(-1, 2)
+    high, low = values.T  # two numbers in three bytes
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], axis=1).astype(np.uint8)
+    write_tiff(tmp_path / "a.tif", packed.reshape(32, 72), bits=12, width=48)
+    assert (np.asarray(read_image(tmp_path / "a.tif")) == GREY[..., None]).all()
 
 
 @pytest.mark.parametrize("kind", ["float32 to 1", "uint16"])
