@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from dino.command_line import Parser, add_image_arguments, check_output_file, count_cores, number
-from dino.data.channels import count_channels, reader
+from dino.data.channels import MOST_CHANNELS, count_channels, reader
 from dino.data.images import (
     ImageFiles,
     given_path,
@@ -175,6 +175,12 @@ def get_args_parser():
         metavar="FILE",
         help="draw the views of a few images with the settings that fit, as a PNG",
     )
+    add(
+        "--in_chans",
+        default=None,
+        type=number(int, 1, MOST_CHANNELS),
+        help="channels of the images; by default what the files agree on",
+    )
     add_image_arguments(parser)
     add(
         "--num_workers",
@@ -195,7 +201,7 @@ def check_data(args):
         if data_path.is_dir() and data_path.resolve() in Path(args.views).resolve().parents:
             raise UserError(f"--views {args.views} would be one of the images of {data_path}.")
     found, errors = {}, []
-    in_chans = count_channels(paths)
+    in_chans = args.in_chans or count_channels(paths)
     results = look_at_all(paths, args.num_workers or count_cores(), in_chans)
     for path, result in progress_bar(results, "images", len(paths)):
         if isinstance(result, Facts):

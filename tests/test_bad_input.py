@@ -85,7 +85,7 @@ RANGES = {  # values outside of the range of these flags
         " num_labels val_freq patch_size",
         "visualize_attention": "max_image_pixels patch_size",
         "eval_attention": "max_image_pixels patch_size",
-        "check_data": "max_image_pixels global_crop_size batch_size_per_gpu num_workers",
+        "check_data": "max_image_pixels global_crop_size batch_size_per_gpu num_workers in_chans",
     },
     "-1 2.5 many": {
         "main_dino": "warmup_teacher_temp_epochs warmup_epochs freeze_last_layer num_workers"

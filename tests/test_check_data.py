@@ -85,6 +85,16 @@ UNREADABLE = {
 }
 
 
+def test_pages_that_may_be_frames_are_refused_by_name_until_in_chans_is_given(tmp_path, capsys):
+    pages = np.stack([np.asarray(photograph().crop((0, 0, 48, 48)).convert("L"))] * 4)
+    tifffile.imwrite(tmp_path / "a.tif", pages, photometric="minisblack")
+    with pytest.raises(UserError, match=r"a\.tif: .* several pages .*--in_chans 4 .*--in_chans 3"):
+        check(tmp_path)
+    for channels, said in ((4, "4 channels"), (3, "mode: L")):
+        assert check(tmp_path, "--in_chans", channels) == 0
+        assert said in capsys.readouterr().out
+
+
 def crops(count, size=64):
     image = photograph()
     return [image.crop((4 * i, 0, 4 * i + size, size)) for i in range(count)]

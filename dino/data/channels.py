@@ -4,7 +4,9 @@
 They are uint8 arrays (H, W, C), and stay arrays until they are tensors; RGB images are Pillow's.
 """
 
+import contextlib
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,12 @@ from dino.data.images import (
     read_image,
     to_rgb,
 )
+from dino.errors import UserError
 
 RGB = 3
 TIFF = (".tif", ".tiff")
 LOOKED_AT = 8  # files, to find out how many channels there are
+MOST_CHANNELS = 1024  # of an image; of a checkpoint, see weights/pretrained.py
 
 
 def read_any(path, in_chans=RGB):
@@ -36,7 +40,7 @@ def read_any(path, in_chans=RGB):
     if in_chans == RGB and not is_array:
         return read_image(path)
     try:
-        image = with_channels(read_channels(path), in_chans)
+        image = with_channels(read_channels(path, in_chans), in_chans)
         return Image.fromarray(image) if in_chans == RGB else image
     except UnreadableImage:
         raise
@@ -49,52 +53,116 @@ def reader(in_chans):
     return functools.partial(read_any, in_chans=in_chans)
 
 
-def read_channels(path):
-    """The image of a file with all its channels, uint8 (H, W, C), values scaled by `to_levels`."""
+def read_channels(path, in_chans=None):
+    """The image of a file with all its channels, uint8 (H, W, C), values scaled by `to_levels`.
+
+    ValueError for a TIFF or .npy of too many pixels, or that is not for `in_chans` channels, before
+    it is decoded.
+    """
     check_is_regular(path)
-    ending = Path(path).suffix.lower()
+    ending, bits = Path(path).suffix.lower(), None
     if ending in ARRAYS:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
-        check_shape(pixels.shape)
+        check_shape(pixels.shape, in_chans)
     elif ending in TIFF:
-        import tifffile  # comes with scikit-image; Pillow reads 8 bits and 4 channels at most
-
-        with tifffile.TiffFile(path) as file:
-            check_shape(file.series[0].shape)
-            pixels = file.asarray()
+        with open_tiff(path) as series:
+            check_shape(shape_of(series), in_chans)
+            pixels, bits = series.asarray(), series.keyframe.bitspersample
     else:
         with open_image(path) as image:
             plain = image.mode in ("L", "RGB", "RGBA", "LA")
             pixels = np.asarray(image if plain else to_rgb(image))
-    return to_levels(np.ascontiguousarray(channels_last(pixels)))
+    return to_levels(np.ascontiguousarray(channels_last(pixels)), bits)
 
 
-def to_levels(values):
+@contextlib.contextmanager
+def open_tiff(path):
+    """The first image of a TIFF as a series of tifffile, of which only the headers are read yet.
+
+    Series of several files are off: tifffile would open whatever files the metadata name, and wait
+    for ever where one is a pipe.
+    """
+    import tifffile  # comes with scikit-image; Pillow reads 8 bits and 4 channels at most
+
+    with tifffile.TiffFile(path, is_ome=False, is_mmstack=False, is_ndtiff=False) as file:
+        yield file.series[0]
+
+
+def shape_of(series):
+    """The shape of a series of tifffile. ValueError if its pages hold more than the metadata say:
+    all of them would be decoded.
+    """
+    pages = (len(series), *series.keyframe.shape)
+    if math.prod(pages) > math.prod(series.shape):
+        raise ValueError(f"pages of {pages}, and metadata that make them {series.shape}")
+    return series.shape
+
+
+def channels_are_told(series):
+    """False for a series of several pages that may be frames, a volume or the channels.
+
+    An array (H, W, C) that tifffile saved without names ("Q") has H pages of (W, C).
+    """
+    shape, axes = series.shape, series.axes
+    one_page = math.prod(shape) == math.prod(series.keyframe.shape)
+    rows = axes[0] == "Q" and shape[-1] < min(shape[:-1])
+    return one_page or rows or bool(set(axes) & {"C", "S"})
+
+
+def to_levels(values, bits=None):
     """Numbers of any type as uint8 levels. ValueError for values that have no place in 0 to 255.
 
-    16-bit integers by their type, 32-bit numbers by their range, as images.to_rgb does.
+    Integers of up to 16 bits without a sign by their type, of which a TIFF may use fewer `bits`;
+    other numbers by their range, as images.to_rgb does.
     """
-    if values.dtype == np.uint8:
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    if values.dtype == np.uint8 and bits in (None, 8):
         return values
     if not (np.isfinite(values).all() and values.min() >= 0):
         raise ValueError("values below 0, or that are not finite")
-    highest = 65535 if values.dtype == np.uint16 else highest_by_range(values)
+    if values.dtype == np.bool_:
+        highest = 1
+    elif values.dtype in (np.uint8, np.uint16):
+        highest = 2 ** (bits or 8 * values.itemsize) - 1
+    else:
+        highest = highest_by_range(values)
     return np.floor(values * (255 / highest) + 0.5).astype(np.uint8)
 
 
-def check_shape(shape):
-    """Raise ValueError for more pixels than the limit, before they are decoded."""
-    sides = sorted(shape)[-2:]
-    check_pixels(*(sides if len(sides) == 2 else (1, 1)))
+def check_shape(shape, in_chans=None):
+    """The number of channels of an array of this shape, from its header, before it is decoded.
+
+    ValueError for more pixels or channels than the limits, or for other channels than `in_chans`.
+    """
+    axis = channel_axis(shape)
+    height, width, *_ = (side for number, side in enumerate(shape) if number != axis)
+    channels = 1 if axis is None else shape[axis]
+    check_pixels(width, height)
+    check_channels(channels, in_chans)
+    return channels
+
+
+def check_channels(channels, in_chans):
+    """Raise ValueError for an image that cannot become one of `in_chans` channels, if given."""
+    if channels > MOST_CHANNELS:
+        raise ValueError(f"{channels} channels, more than {MOST_CHANNELS}")
+    if in_chans not in (None, channels) and (in_chans, channels) != (1, RGB):
+        raise ValueError(f"{channels} channels, and --in_chans is {in_chans}")
+
+
+def channel_axis(shape):
+    """Where the channels are in (C, H, W) or (H, W, C): the shorter of both. None for (H, W)."""
+    if len(shape) == 2:
+        return None
+    if len(shape) != 3:
+        raise ValueError(f"an array of {len(shape)} dimensions, not (H, W) or (H, W, C)")
+    return 0 if shape[0] < shape[-1] else 2
 
 
 def channels_last(pixels):
-    """(H, W), (C, H, W) or (H, W, C) -> (H, W, C): the shortest of three sides has the channels."""
-    if pixels.ndim == 2:
-        return pixels[..., None]
-    if pixels.ndim != 3:
-        raise ValueError(f"an array of {pixels.ndim} dimensions, not (H, W) or (H, W, C)")
-    return np.moveaxis(pixels, 0, -1) if pixels.shape[0] < pixels.shape[-1] else pixels
+    """(H, W), (C, H, W) or (H, W, C) -> (H, W, C)."""
+    axis = channel_axis(pixels.shape)
+    return pixels[..., None] if axis is None else np.moveaxis(pixels, axis, -1)
 
 
 def with_channels(image, in_chans):
@@ -104,10 +172,9 @@ def with_channels(image, in_chans):
     """
     if isinstance(image, Image.Image):
         image = channels_last(np.asarray(image))
+    check_channels(image.shape[-1], in_chans)
     if in_chans == 1 and image.shape[-1] == RGB:
         image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
-    if image.shape[-1] != in_chans:
-        raise ValueError(f"{image.shape[-1]} channels, and --in_chans is {in_chans}")
     return image
 
 
@@ -115,17 +182,39 @@ def count_channels(paths):
     """What --in_chans should be for these files: 3, unless those looked at agree on another number.
 
     Only TIFF and .npy can have it; the transparency of other formats is not a channel of its own,
-    and grey TIFFs are read as RGB, like other grey images.
+    and grey TIFFs are read as RGB, like other grey images. UserError if they agree on the number
+    of pages of a TIFF, of which the metadata do not say that these are channels.
     """
-    counts = set()
+    counts, untold = set(), None
     for path in paths[:: -(-len(paths) // LOOKED_AT)]:
-        ending = Path(path).suffix.lower()
         try:
-            channels = read_channels(path).shape[-1] if ending in (*ARRAYS, *TIFF) else RGB
+            channels, told = channels_in_header(path)
         except Exception:  # reading it as an image will say what is wrong
-            channels = RGB
-        counts.add(RGB if channels == 1 and ending in TIFF else channels)
-    return counts.pop() if len(counts) == 1 else RGB
+            channels, told = RGB, True
+        counts.add(channels)
+        untold = untold or (None if told else path)
+    (channels, *others) = counts or {RGB}
+    if others or channels == RGB:
+        return RGB
+    if untold is not None:
+        raise UserError(
+            f"{untold}: this TIFF has several pages and does not say whether they are channels."
+            f" Give --in_chans {channels} if they are, --in_chans {RGB} to use the first page only."
+        )
+    return channels
+
+
+def channels_in_header(path):
+    """(number of channels, False if they may be frames) of a file, of which no pixel is decoded."""
+    ending = Path(path).suffix.lower()
+    if ending not in (*ARRAYS, *TIFF):
+        return RGB, True
+    check_is_regular(path)
+    if ending in ARRAYS:
+        return check_shape(np.load(path, mmap_mode="r", allow_pickle=False).shape), True
+    with open_tiff(path) as series:
+        channels = check_shape(shape_of(series))
+        return (RGB if channels == 1 else channels), channels_are_told(series)
 
 
 def to_levels_tensor(image):

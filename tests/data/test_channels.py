@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of other channels than three: read, cropped, trained on, evaluated, adapted to."""
 
+import contextlib
+import os
+import tracemalloc
+
 import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import photograph, save_backbone
+from conftest import photograph, run_python, save_backbone
 from PIL import Image
 from torch import nn
 
@@ -13,7 +17,7 @@ import eval_knn
 import visualize_attention
 from dino.data.augmentations import LinearProbeAugmentation, MultiCrop, View, eval_transform
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
-from dino.data.channels import count_channels, read_any, read_channels
+from dino.data.channels import count_channels, read_any, read_channels, to_levels
 from dino.data.images import UnreadableImage
 from dino.data.items import collate_readable
 from dino.errors import UserError
@@ -55,6 +59,34 @@ def test_sixteen_bits_and_shares_are_scaled_to_levels(tmp_path):
         np.testing.assert_array_equal(read_any(tmp_path / name, 4), pixels)
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_the_order_of_bytes_changes_no_level(tmp_path, kind):
+    """Dark values, whose range would tell another white: 255."""
+    values = bands(4).astype(kind)
+    for order in "<>":
+        np.save(tmp_path / f"{order}.npy", values.astype(values.dtype.newbyteorder(order)))
+    little, big = (read_any(tmp_path / f"{order}.npy", 4) for order in "<>")
+    np.testing.assert_array_equal(big, little)
+    assert little.max() == (1 if kind == np.uint16 else values.max())
+
+
+def test_true_is_white_and_false_is_black(tmp_path):
+    truth = bands(5) > 100
+    np.save(tmp_path / "a.npy", truth)
+    layout = dict(photometric="minisblack", planarconfig="separate")
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(truth, -1, 0), **layout)  # a bit per value
+    for name in ("a.npy", "a.tif"):
+        np.testing.assert_array_equal(read_any(tmp_path / name, 5), truth * np.uint8(255))
+
+
+@pytest.mark.parametrize(("kind", "bits"), [(np.uint8, 4), (np.uint16, 10), (np.uint16, 12)])
+def test_fewer_bits_than_the_type_has_room_for_reach_white_too(kind, bits):
+    """Values as tifffile gives them: it unpacks them only where imagecodecs is installed."""
+    grey = np.arange(2**bits, dtype=kind).reshape(4, -1, 1)
+    expected = np.floor(grey * (255 / (2**bits - 1)) + 0.5)
+    np.testing.assert_array_equal(to_levels(grey, bits), expected)
+
+
 def test_formats_of_pillow_give_their_channels_too(tmp_path):
     photograph().resize((30, 20)).save(tmp_path / "rgb.png")
     photograph().convert("RGBA").save(tmp_path / "rgba.png")
@@ -91,6 +123,77 @@ def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(tmp_path
     for name in ("a.tif", "a.npy"):
         with pytest.raises(UnreadableImage, match="--max_image_pixels 1000"):
             read_any(tmp_path / name, 4)
+
+
+OME = """<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"
+UUID="urn:uuid:1"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8"
+SizeX="40" SizeY="40" SizeC="5" SizeZ="1" SizeT="1"><Channel ID="Channel:0" SamplesPerPixel="1"/>
+<TiffData IFD="0" FirstC="0" PlaneCount="1"><UUID FileName="a.tif">urn:uuid:1</UUID></TiffData>
+<TiffData IFD="0" FirstC="1" PlaneCount="4"><UUID FileName="{}">urn:uuid:2</UUID></TiffData>
+</Pixels></Image></OME>"""
+
+
+def test_a_tiff_whose_metadata_name_another_file_is_read_without_opening_it(tmp_path):
+    """A pipe here, which nobody writes to: opening it would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    name = OME.format(tmp_path / "pipe")
+    tifffile.imwrite(tmp_path / "a.tif", bands(1)[..., 0], description=name, metadata=None)
+    code = "import sys; from dino.data.channels import *;"
+    code += "print(count_channels(sys.argv[1:]), read_any(sys.argv[1], 1).shape)"
+    run = run_python("-c", code, tmp_path / "a.tif", timeout=60)
+    assert run.stdout.split() == ["3", "(40,", "40,", "1)"], run.stderr
+
+
+@pytest.mark.parametrize("metadata", [None, "ImageJ=1.11a\nchannels=2\n"])
+def test_pages_are_counted_in_the_headers_and_not_decoded(tmp_path, metadata):
+    pages = np.zeros((40, 1000, 1000), np.uint8)
+    written = dict(compression="zlib", photometric="minisblack", metadata=None)
+    tifffile.imwrite(tmp_path / "a.tif", pages, description=metadata, **written)
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match="40"):
+        read_any(tmp_path / "a.tif", 2)
+    with contextlib.suppress(UserError):
+        count_channels([tmp_path / "a.tif"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+def test_no_file_has_more_channels_than_the_flag_takes(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((1100, 2, 1101), np.uint8))
+    with pytest.raises(ValueError, match="1100 channels, more than 1024"):
+        read_channels(tmp_path / "a.npy")
+    assert count_channels([tmp_path / "a.npy"]) == 3
+
+
+PAGES = {"by tifffile": dict(metadata={"axes": "CYX"}), "by ImageJ": dict(imagej=True)}
+
+
+@pytest.mark.parametrize("kind", PAGES)
+def test_pages_that_the_metadata_call_channels_are_channels(tmp_path, kind):
+    pixels = bands(5)
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(pixels, -1, 0), **PAGES[kind])
+    assert count_channels([tmp_path / "a.tif"]) == 5
+    np.testing.assert_array_equal(read_any(tmp_path / "a.tif", 5), pixels)
+
+
+def test_pages_that_are_the_rows_of_an_image_are_told_from_a_long_stack(tmp_path):
+    tifffile.imwrite(tmp_path / "rows.tif", bands(5), photometric="minisblack")
+    assert count_channels([tmp_path / "rows.tif"]) == 5
+    tifffile.imwrite(tmp_path / "stack.tif", np.zeros((50, 24, 24), np.uint8))
+    with pytest.raises(UserError, match=r"stack\.tif: .*several pages"):
+        count_channels([tmp_path / "stack.tif"])
+
+
+@pytest.mark.parametrize("metadata", [{"axes": "TYX"}, {}, None])
+def test_other_pages_are_channels_only_if_the_user_says_so(tmp_path, metadata):
+    pixels = bands(5)
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(pixels, -1, 0), metadata=metadata)
+    with pytest.raises(UserError, match=r"a\.tif: .*several pages .*--in_chans 5"):
+        count_channels([tmp_path / "a.tif"])
+    np.testing.assert_array_equal(read_any(tmp_path / "a.tif", 5), pixels)
+    first = np.asarray(read_any(tmp_path / "a.tif"))
+    np.testing.assert_array_equal(first, pixels[..., :1].repeat(3, axis=-1))
 
 
 def test_views_of_five_channels_are_the_same_on_workers_and_device_and_for_each_channel():

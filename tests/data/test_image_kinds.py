@@ -3,6 +3,7 @@
 
 import os
 import struct
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -36,9 +37,9 @@ def write_tiff(path, values, **tags):
     values = np.ascontiguousarray(values)
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
     entries = {
-        256: values.shape[1],
+        256: tags.get("width", values.shape[1]),
         257: values.shape[0],
-        258: 8 * values.itemsize,
+        258: tags.get("bits", 8 * values.itemsize),
         259: 1,
         262: tags.get("photometric", 1),
         273: 8,
@@ -69,6 +70,14 @@ def test_numbers_of_any_type_become_the_levels_that_they_stand_for(tmp_path, kin
     levels = np.asarray(read_image(tmp_path / "a.tif"))
     assert levels.shape == (32, 48, 3)
     assert (levels == GREY[..., None]).all()
+
+
+def test_twelve_bits_become_the_levels_that_they_stand_for(tmp_path):
+    values = np.rint(GREY * (4095 / 255)).astype(int).reshape(-1, 2)
+    high, low = values.T  # two numbers in three bytes
+    packed = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], axis=1).astype(np.uint8)
+    write_tiff(tmp_path / "a.tif", packed.reshape(32, 72), bits=12, width=48)
+    assert (np.asarray(read_image(tmp_path / "a.tif")) == GREY[..., None]).all()
 
 
 @pytest.mark.parametrize("kind", ["float32 to 1", "uint16"])
@@ -139,6 +148,36 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert len(reasons) == 2
     assert all(f"--max_image_pixels {MAX_PIXELS}" in reason for reason in reasons)
     assert int(kilobytes) < 100_000
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_of_very_many_empty_scans_is_refused(tmp_path, progressive):
+    def segment(marker, content):
+        return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+    def scan(component, last):
+        return segment(0xDA, bytes([1, component, 0, 0, last, 0])) + bytes(4)
+
+    components = bytes([3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0])
+    head = b"\xff\xd8" + segment(0xDB, bytes([0] + [1] * 64))
+    head += segment(0xC2 if progressive else 0xC0, struct.pack(">BHH", 8, 64, 64) + components)
+    for table in (0x00, 0x10):
+        head += segment(0xC4, bytes([table, 1, 1] + [0] * 14 + [0, 1]))
+    last = 0 if progressive else 63
+    head += b"".join(scan(component, last) for component in (1, 2, 3))
+    for more, refused in ((497, False), (498, True)):
+        (tmp_path / "a.jpg").write_bytes(head + more * scan(1, last) + b"\xff\xd9")
+        with pytest.raises(UnreadableImage, match="500 scans") if refused else nullcontext():
+            assert read_image(tmp_path / "a.jpg").size == (64, 64)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_photographs_are_read_with_ten_scans_or_a_megabyte_behind_them(tmp_path, progressive):
+    photograph().save(tmp_path / "a.jpg", progressive=progressive)
+    expected = np.asarray(Image.open(tmp_path / "a.jpg"))
+    with open(tmp_path / "a.jpg", "ab") as file:
+        file.write(np.random.default_rng(0).bytes(10**6))  # as of a video that a phone appends
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "a.jpg")), expected)
 
 
 def test_the_limit_is_a_flag_which_the_loader_processes_know_too(class_folders, tmp_path):
