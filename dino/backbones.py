@@ -31,6 +31,9 @@ REFUSED = {
     " as small and has one",
 }
 
+# of an image: 2048 pixels in patches of 8. The time that attention takes grows with the square.
+MOST_PATCHES = 2**16
+
 
 @dataclass(frozen=True)
 class Family:
@@ -272,12 +275,26 @@ def check_takes_sizes(backbone, arch, sizes, in_chans=3, source=None):
     source = source or f"--arch {arch}"
     for size in sizes:
         try:
+            check_patches(backbone, size)
+            if is_vit(backbone):  # which takes any other size; a pass of 2^16 patches takes minutes
+                continue
             features = features_of_blank(backbone, size, in_chans)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"{source} does not take crops of {size} pixels: {error}") from None
         if features.ndim != 2:
             shape = tuple(features.shape)
             raise UserError(f"{source} makes {shape} of an image, not one vector.")
+
+
+def check_patches(backbone, size):
+    """Raise ValueError for a size that our ViT's patches do not divide, or of too many patches."""
+    embed = getattr(backbone, "patch_embed", None)
+    if is_vit(backbone):
+        embed.check_divisible(size, size)
+    side = getattr(embed, "patch_size", size)  # timm's is (height, width)
+    patches = (size // (side[0] if isinstance(side, tuple | list) else side)) ** 2
+    if patches > MOST_PATCHES:
+        raise ValueError(f"{patches} patches, more than {MOST_PATCHES}; give a smaller size")
 
 
 def check_gradients(backbone, sizes, in_chans, device, amp_dtype):
