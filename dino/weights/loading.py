@@ -50,10 +50,10 @@ def check_fits(module, state_dict, what):
 
 def unlike(name, value, own):
     """[why a tensor cannot take the place of `own`], or []."""
-    if value.shape != own.shape:
-        return [f"{name} is {tuple(value.shape)}, expected {tuple(own.shape)}"]
     if value.is_complex() or (value.dtype in FLOATS) != own.is_floating_point():
         return [f"{name} holds {value.dtype}, expected {own.dtype}"]
+    if value.shape != own.shape:
+        return [f"{name} is {tuple(value.shape)}, expected {tuple(own.shape)}"]
     if not value.to(own.dtype).isfinite().all():
         return [f"{name} has values that are not finite in {own.dtype}"]
     return []
