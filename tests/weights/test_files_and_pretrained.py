@@ -13,7 +13,7 @@ from helpers import network, training_objects
 
 import utils
 from dino.backbones import build_backbone
-from dino.errors import UserError
+from dino.errors import UserError, exit_on_user_error
 from dino.randomness import random_state
 from dino.training.checkpoint import restore_training, training_payload
 from dino.weights.files import backbone_payload, read, write_atomically
@@ -299,6 +299,20 @@ def test_an_image_size_of_too_many_patches_is_refused_with_its_file(tmp_path):
         open_backbone(weights_flags(tmp_path / "large.pth"))
     pretrained = open_backbone(weights_flags(tmp_path / "large.pth"), image_size=2048)
     assert pretrained.image_size == 2048
+
+
+@pytest.mark.parametrize("wrong", ["arch", "name"])
+def test_an_error_about_a_value_of_any_length_is_short_and_keeps_its_end(tmp_path, capsys, wrong):
+    arch = "y" * 10**6 if wrong == "arch" else "vit_nano"
+    weights = {"x" * 10**6: torch.zeros(1)} if wrong == "name" else {}
+    torch.save({"arch": arch, "patch_size": 8, "teacher": weights}, tmp_path / "long.pth")
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error("a.py"):
+        open_backbone(weights_flags(tmp_path / "long.pth"))
+    said = capsys.readouterr().err
+    assert len(said) < 2100
+    assert said.count("\n") == 1
+    assert said.startswith("a.py: error: --")
+    assert said.endswith("timm:NAME.\n" if wrong == "arch" else "more.\n")
 
 
 def test_nothing_in_the_project_unpickles_code():
