@@ -150,7 +150,10 @@ def build_timm(arch, *, in_chans, drop_path_rate, **_):
     try:  # crops of two sizes
         backbone = timm.create_model(timm_name(arch), dynamic_img_size=True, **options)
     except TypeError:
-        backbone = timm.create_model(timm_name(arch), **options)
+        try:
+            backbone = timm.create_model(timm_name(arch), **options)
+        except TypeError as error:
+            raise UserError(f"--arch {arch}: timm cannot build it for DINO: {error}.") from None
     # not num_features, the width before a last hidden layer
     return backbone, backbone.head_hidden_size
 
