@@ -31,6 +31,9 @@ REFUSED = {
     " as small and has one",
 }
 
+# of an image: 2048 pixels in patches of 8. The time that attention takes grows with the square.
+MOST_PATCHES = 2**16
+
 
 @dataclass(frozen=True)
 class Family:
@@ -147,7 +150,10 @@ def build_timm(arch, *, in_chans, drop_path_rate, **_):
     try:  # crops of two sizes
         backbone = timm.create_model(timm_name(arch), dynamic_img_size=True, **options)
     except TypeError:
-        backbone = timm.create_model(timm_name(arch), **options)
+        try:
+            backbone = timm.create_model(timm_name(arch), **options)
+        except TypeError as error:
+            raise UserError(f"--arch {arch}: timm cannot build it for DINO: {error}.") from None
     # not num_features, the width before a last hidden layer
     return backbone, backbone.head_hidden_size
 
@@ -272,12 +278,26 @@ def check_takes_sizes(backbone, arch, sizes, in_chans=3, source=None):
     source = source or f"--arch {arch}"
     for size in sizes:
         try:
+            check_patches(backbone, size)
+            if is_vit(backbone):  # which takes any other size; a pass of 2^16 patches takes minutes
+                continue
             features = features_of_blank(backbone, size, in_chans)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise UserError(f"{source} does not take crops of {size} pixels: {error}") from None
         if features.ndim != 2:
             shape = tuple(features.shape)
             raise UserError(f"{source} makes {shape} of an image, not one vector.")
+
+
+def check_patches(backbone, size):
+    """Raise ValueError for a size that our ViT's patches do not divide, or of too many patches."""
+    embed = getattr(backbone, "patch_embed", None)
+    if is_vit(backbone):
+        embed.check_divisible(size, size)
+    side = getattr(embed, "patch_size", size)  # timm's is (height, width)
+    patches = (size // (side[0] if isinstance(side, tuple | list) else side)) ** 2
+    if patches > MOST_PATCHES:
+        raise ValueError(f"{patches} patches, more than {MOST_PATCHES}; give a smaller size")
 
 
 def check_gradients(backbone, sizes, in_chans, device, amp_dtype):

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from dino.printable import printable
 
+LONGEST = 2000  # characters of an error: somebody's file may name a network in 5 MB
+
 
 class UserError(Exception):
     """A mistake that the user can fix: the text names the flag, the value and the next step."""
@@ -70,11 +72,19 @@ def explain(error):
 
 
 def print_and_exit(program, error, exit_code=UserError.exit_code):
-    text = f"{program}: error: {printable(error)}"
+    text = f"{program}: error: {printable(shorten(str(error)))}"
     if speaks_first(text):
         with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
     sys.exit(exit_code)
+
+
+def shorten(text):
+    """At most LONGEST characters of `text`, its end too: that is where the advice stands."""
+    if len(text) <= LONGEST:
+        return text
+    half = (LONGEST - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def speaks_first(text):

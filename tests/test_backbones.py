@@ -51,6 +51,11 @@ def test_no_dropout_blurs_the_features_of_a_network_in_train_mode():
     assert not any(module.p for module in backbone.modules() if isinstance(module, nn.Dropout))
 
 
+def test_a_network_of_timm_without_our_options_is_refused_by_name():
+    with pytest.raises(UserError, match=r"--arch timm:vgg11: timm cannot build .*drop_path_rate"):
+        build_backbone("timm:vgg11")
+
+
 @pytest.mark.parametrize("arch", ["convnext_tiny", "swin_t", "efficientnet_b0"])
 def test_stochastic_depth_of_torchvision_rises_to_the_given_rate(arch):
     from torchvision.ops import StochasticDepth

@@ -21,7 +21,8 @@ import torch
 from dino.atomic import replacing
 from dino.errors import UserError
 from dino.networks import unwrap
-from dino.weights.integrity import HashingFile, NotWhole, check_whole, find_odd_tensor
+from dino.weights.integrity import HashingFile, check_whole, find_odd_tensor
+from dino.weights.pickles import NotWhole, Refused
 
 # What official checkpoints hold besides tensors: their parsed flags, and numbers of numpy. None
 # can run code.
@@ -107,8 +108,13 @@ def read(path, flag="--pretrained_weights"):
             with torch.serialization.safe_globals(SAFE_TYPES), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about pickles of other writers
                 content = torch.load(file, map_location="cpu", weights_only=True)
+            odd = find_odd_tensor(content, os.fstat(file.fileno()).st_size)
     except PermissionError:
         raise UserError(f"{name}: this process may not read it. Change its permissions.") from None
+    except Refused as error:
+        raise UserError(
+            f"{name}: {error}; refused. Only tensors and plain values are loaded."
+        ) from None
     except (NotWhole, zipfile.BadZipFile) as error:
         raise DamagedFile(f"{name}: damaged, or not a checkpoint ({error}).") from None
     except MemoryError:
@@ -122,7 +128,7 @@ def read(path, flag="--pretrained_weights"):
             ) from None
         kind = type(error).__name__
         raise DamagedFile(f"{name}: damaged, or not a checkpoint ({kind}).") from None
-    if odd := find_odd_tensor(content):
+    if odd:
         raise UserError(f"{name}: {odd}. Only dense tensors are loaded.")
     return content
 

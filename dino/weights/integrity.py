@@ -3,28 +3,26 @@
 
 torch.load does not look at the checksums of the zip archive that torch.save writes. We seal an
 archive with the SHA-256 of all its bytes, in the comment that a zip may have at its end, which
-other readers ignore; an archive without a seal is checked by the CRC of every member. A pickle is
-counted before it is run: 200 MB of empty lists would take minutes.
+other readers ignore; an archive without a seal is checked by the CRC of every member. What its
+pickle does is checked before it is run.
 """
 
-import contextlib
 import hashlib
 import io
-import pickletools
 import struct
 import zipfile
 
 import torch
 
+from dino.printable import brief
+from dino.weights.pickles import NotWhole, check_pickle
+
 SEAL = b"sha256 "
 END_OF_ARCHIVE, END_SIZE = b"PK\x05\x06", 22  # a record whose last two bytes count a comment
 CHUNK = 2**20
+SHOWN = 5  # keys of a place
 MOST_OPCODES = 2_000_000  # of a pickle; a checkpoint of ViT-B/16 has 60,000
-LEGACY_PICKLES = 4  # magic number, protocol, system and content, at the start of files before 1.6
-
-
-class NotWhole(Exception):
-    """Why a file is not a whole checkpoint."""
+LEGACY_PICKLES = 5  # magic number, protocol, system, content, names of storages, before torch 1.6
 
 
 class HashingFile:
@@ -56,7 +54,8 @@ def check_whole(file):
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     if not start.startswith(b"PK"):
-        check_pickles(file, LEGACY_PICKLES)
+        for _ in range(LEGACY_PICKLES):
+            check_pickle(file, MOST_OPCODES)
         return
     with zipfile.ZipFile(file) as archive:
         check_end(file, size, archive.comment)
@@ -65,6 +64,7 @@ def check_whole(file):
         elif archive.comment:
             raise NotWhole("the archive's comment is not a checksum")
         check_members(archive, size, checked=bool(archive.comment))
+    check_records(file, size)
 
 
 def check_end(file, size, comment):
@@ -94,40 +94,59 @@ def check_members(archive, size, checked):
         raise NotWhole("the archive's members overlap")
     if not checked and (broken := archive.testzip()):
         raise NotWhole(f"{broken} does not have its checksum")
-    for member in members:
-        if member.filename.endswith("data.pkl"):
-            with archive.open(member) as pickle:
-                check_pickles(pickle, 1)
 
 
-def check_pickles(file, count):
-    """Raise NotWhole for pickles of too many operations; torch.load finds other mistakes."""
-    operations = 0
-    with contextlib.suppress(ValueError, struct.error, OverflowError):  # of somebody's bytes
-        for _ in range(count):
-            for _ in pickletools.genops(file):
-                operations += 1
-                if operations > MOST_OPCODES:
-                    raise NotWhole(f"a pickle of more than {MOST_OPCODES} operations")
+def check_records(file, size):
+    """What torch's reader, which may find another archive in the file than zipfile, gets of it."""
+    file.seek(0)
+    try:
+        reader = torch._C.PyTorchFileReader(file)
+        if sum(map(reader.get_record_size, reader.get_all_records())) > size:
+            raise NotWhole("the archive's members are larger than the file")
+        pickle = reader.get_record("data.pkl")
+    except RuntimeError:
+        raise NotWhole("not an archive that torch.save writes") from None
+    check_pickle(io.BytesIO(pickle), MOST_OPCODES)
 
 
-def find_odd_tensor(content):
+def find_odd_tensor(content, size):
     """Why a value in nested dicts, lists and tuples is not a plain tensor on the CPU, or None.
 
-    Tensors that claim more numbers than their storage has (expanded) would fill the memory when
-    something is computed of them.
+    Tensors that claim more numbers than their storage has (expanded), or storages that together
+    are larger than the `size` of their file, would fill the memory when something is computed of
+    them.
     """
-    waiting, seen = [("", content)], set()
+    waiting, seen, storages = [((), content)], set(), {}
     while waiting:
-        name, value = waiting.pop()
+        place, value = waiting.pop()
         if isinstance(value, torch.Tensor):
             if reason := odd_tensor(value):
-                return f"{name.lstrip('.')} is {reason}"
+                return f"{name_of(place)} is {reason}"
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, dict | list | tuple) and id(value) not in seen:
             seen.add(id(value))
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            waiting += [(f"{name}.{key}", item) for key, item in items]
+            # not value.items(), which an attribute of an OrderedDict may hide
+            items = dict.items(value) if isinstance(value, dict) else enumerate(value)
+            waiting += [((place, key), item) for key, item in items]
+    if sum(storages.values()) > size:
+        return f"{sum(storages.values())} bytes of tensors are claimed by a file of {size}"
     return None
+
+
+def name_of(place):
+    """The keys that lead to a value, a few of them if there are many, for a sentence.
+
+    `place` is (place of what holds the value, its key), () for the content of the file.
+    """
+    keys = []
+    while place:
+        place, key = place
+        keys.append(brief(str(key)))
+    keys.reverse()
+    if len(keys) > SHOWN:
+        keys[SHOWN - 1 : -1] = ["..."]
+    return ".".join(keys) or "the content"
 
 
 def odd_tensor(value):

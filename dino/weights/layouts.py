@@ -21,6 +21,16 @@ from vision_transformer import ARCHITECTURES
 DESCRIPTION = "backbone"
 CONFIG, PREPROCESSOR, SAFETENSORS = "config.json", "preprocessor_config.json", "model.safetensors"
 
+# Arguments of a timm network that change nothing in evaluation, or show in the shapes and names of
+# the weights; of the heads the number is compared.
+TIMM_ARGUMENTS = {
+    *("num_heads", "num_classes", "in_chans", "global_pool", "img_size", "patch_size"),
+    *("embed_dim", "depth", "mlp_ratio", "qkv_bias", "init_values", "reg_tokens", "no_embed_class"),
+    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "weight_init", "fix_init"),
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    *("drop_path_rate", "pretrained_strict"),
+}
+
 # Ours: transformers', in files. Of the last one in a block each of the three is a third.
 OUTSIDE_BLOCKS = {
     "cls_token": ["embeddings.cls_token"],
@@ -158,7 +168,8 @@ def describe_transformers(config, preprocessor, source):
 def describe_timm(config, source):
     """What timm's config.json says of a backbone: image size, mean and std.
 
-    The shapes of the weights say the rest, save the number of heads: UserError if that is not ours.
+    The shapes of the weights say the rest, save the number of heads and some arguments: UserError
+    if those are not ours.
     """
     options, shown = (
         entry if is_named(entry) else {}
@@ -171,6 +182,12 @@ def describe_timm(config, source):
             f"{source} is not a ViT of this project: {brief(heads)} heads share a width of"
             f" {brief(width)}."
         )
+    for name, value in options.items():
+        if name not in TIMM_ARGUMENTS:
+            raise UserError(
+                f"{source} is not a network of this project: model_args in its {CONFIG} has"
+                f" {brief(name)} {brief(value)}. Remove the entry if it is timm's default."
+            )
     described = {name: shown[name] for name in ("mean", "std") if name in shown}
     if isinstance(shown.get("input_size"), list) and shown["input_size"]:
         described["image_size"] = shown["input_size"][-1]  # [channels, height, width]

@@ -26,6 +26,12 @@ SHOWN = 5  # names of a list that may be long
 
 def load_exactly(module, state_dict, what):
     """load_state_dict that names the first keys and shapes that differ, in a UserError."""
+    check_fits(module, state_dict, what)
+    module.load_state_dict(state_dict)
+
+
+def check_fits(module, state_dict, what):
+    """Raise the UserError of load_exactly; `module` may be without numbers, on the device meta."""
     own = module.state_dict()
     problems = [
         f"{name} is a {type(value).__name__}, not a tensor"
@@ -40,15 +46,14 @@ def load_exactly(module, state_dict, what):
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{what} does not fit this network: {'; '.join(problems[:3])}{more}.")
-    module.load_state_dict(state_dict)
 
 
 def unlike(name, value, own):
     """[why a tensor cannot take the place of `own`], or []."""
-    if value.shape != own.shape:
-        return [f"{name} is {tuple(value.shape)}, expected {tuple(own.shape)}"]
     if value.is_complex() or (value.dtype in FLOATS) != own.is_floating_point():
         return [f"{name} holds {value.dtype}, expected {own.dtype}"]
+    if value.shape != own.shape:
+        return [f"{name} is {tuple(value.shape)}, expected {tuple(own.shape)}"]
     if not value.to(own.dtype).isfinite().all():
         return [f"{name} has values that are not finite in {own.dtype}"]
     return []

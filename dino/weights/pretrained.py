@@ -8,7 +8,13 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from dino.backbones import build_backbone, canonical_name, check_arch, check_takes_sizes
+from dino.backbones import (
+    build_backbone,
+    canonical_name,
+    check_arch,
+    check_takes_sizes,
+    is_timm,
+)
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from dino.data.channels import RGB
 from dino.distributed import print0
@@ -18,7 +24,7 @@ from dino.printable import brief, printable
 from dino.small_resnet import STEMS
 from dino.weights.files import flags_in, is_named, without_prefix
 from dino.weights.layouts import in_our_names, read_weights
-from dino.weights.loading import list_names, load_exactly
+from dino.weights.loading import check_fits, list_names, load_exactly
 from dino.weights.published import PUBLISHED_BACKBONES, download, published_entry
 from vision_transformer import ARCHITECTURES
 
@@ -96,16 +102,20 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     print_loaded(backbone, arch, source)
     size = image_size or options.get("image_size") or trained_img_size(weights, arch, patch_size)
     pretrained = Pretrained(backbone.eval(), embed_dim, **{**options, "image_size": size})
-    check_takes_sizes(backbone, arch, [size], in_chans, f"--image_size {size}: {arch}")
+    stated = "--image_size" if image_size else f"{source}: image_size"
+    check_takes_sizes(backbone, arch, [size], in_chans, f"{stated} {size}: {arch}")
     return pretrained
 
 
 def build_with(weights, arch, patch_size, source, stem="auto", in_chans=3):
     """(backbone, embed_dim) that holds the `weights`; UserError where they do not fit."""
     img_size = trained_img_size(weights, arch, patch_size)
-    backbone, embed_dim = build_backbone(
-        arch, patch_size, img_size=img_size, stem=stem, in_chans=in_chans
-    )
+    options = dict(img_size=img_size, stem=stem, in_chans=in_chans)
+    if is_timm(arch):  # a file of 2 KB may name one of 7 billion weights
+        with torch.device("meta"):
+            empty, _ = build_backbone(arch, patch_size, **options)
+        check_fits(empty, weights_for(empty, weights, arch), f"{source}, as --arch {arch},")
+    backbone, embed_dim = build_backbone(arch, patch_size, **options)
     fit_weights(backbone, weights, arch, source)
     return backbone, embed_dim
 
@@ -246,12 +256,16 @@ def published_weights(arch, patch_size, published=PUBLISHED_BACKBONES):
 
 def fit_weights(backbone, weights, arch, source):
     """Load every tensor of `backbone`, or raise; a classifier that it lacks is ignored."""
+    load_exactly(backbone, weights_for(backbone, weights, arch), f"{source}, as --arch {arch},")
+
+
+def weights_for(backbone, weights, arch):
+    """`weights` in the names of `backbone`, without a classifier that it lacks."""
     if arch.startswith("xcit_"):
         from timm.models.xcit import checkpoint_filter_fn  # the official keys, in timm's names
 
         weights = checkpoint_filter_fn(dict(weights), backbone)
-    weights = without_classifier(weights, backbone)
-    load_exactly(backbone, weights, f"{source}, as --arch {arch},")
+    return without_classifier(weights, backbone)
 
 
 def without_classifier(weights, backbone):

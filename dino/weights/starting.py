@@ -112,12 +112,14 @@ def fit_channels(backbone, weights, what):
     """`weights` with a first layer for as many channels as `backbone` takes.
 
     Every channel gets the mean over the channels that there were, times their number over the new
-    one: an image whose channels are all equal gives what it gave before.
+    one: an image whose channels are all equal gives what it gave before. What is not numbers of
+    such a layer is left for load_exactly to refuse.
     """
     own = backbone.state_dict()
     for name in ("patch_embed.proj.weight", "conv1.weight"):
         first = weights.get(name)
-        if name in own and isinstance(first, torch.Tensor) and first.ndim == 4:
+        takes = isinstance(first, torch.Tensor) and first.ndim == 4 and first.dtype in FLOATS
+        if name in own and takes:
             before, now = first.shape[1], own[name].shape[1]
             if before != now:
                 print0(printable(f"{what}: {name} adapted from {before} channels to {now}."))

@@ -3,6 +3,7 @@
 
 import argparse
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from helpers import network, training_objects
 
 import utils
 from dino.backbones import build_backbone
-from dino.errors import UserError
+from dino.errors import UserError, exit_on_user_error
 from dino.randomness import random_state
 from dino.training.checkpoint import restore_training, training_payload
-from dino.weights.files import read, write_atomically
+from dino.weights.files import backbone_payload, read, write_atomically
 from dino.weights.pretrained import backbone_weights, describe, open_backbone
 from vision_transformer import vit_nano, vit_tiny
 
@@ -277,6 +278,41 @@ def test_a_mistyped_path_never_becomes_other_weights(tmp_path):
 def test_no_published_weights_for_a_network_is_an_error():
     with pytest.raises(UserError, match="no published weights for --arch vit_tiny --patch_size 4"):
         open_backbone(weights_flags("", arch="vit_tiny", patch_size=4))
+
+
+def test_a_network_that_a_file_names_is_compared_before_it_takes_memory(tmp_path):
+    """This one has 7 billion weights."""
+    backbone = {"arch": "timm:vit_7b_patch16_dinov3", "teacher": {"norm.weight": torch.zeros(1)}}
+    torch.save(backbone, tmp_path / "small.pth")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"vit_7b_patch16_dinov3, does not fit this network: cls_t"):
+        open_backbone(weights_flags(tmp_path / "small.pth"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + 2**20  # KiB
+
+
+def test_an_image_size_of_too_many_patches_is_refused_with_its_file(tmp_path):
+    described = dict(
+        arch="vit_nano", patch_size=8, image_size=8192, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    torch.save(backbone_payload(network(), **described), tmp_path / "large.pth")
+    with pytest.raises(UserError, match=r"large\.pth: image_size 8192: .* 1048576 patches, more"):
+        open_backbone(weights_flags(tmp_path / "large.pth"))
+    pretrained = open_backbone(weights_flags(tmp_path / "large.pth"), image_size=2048)
+    assert pretrained.image_size == 2048
+
+
+@pytest.mark.parametrize("wrong", ["arch", "name"])
+def test_an_error_about_a_value_of_any_length_is_short_and_keeps_its_end(tmp_path, capsys, wrong):
+    arch = "y" * 10**6 if wrong == "arch" else "vit_nano"
+    weights = {"x" * 10**6: torch.zeros(1)} if wrong == "name" else {}
+    torch.save({"arch": arch, "patch_size": 8, "teacher": weights}, tmp_path / "long.pth")
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error("a.py"):
+        open_backbone(weights_flags(tmp_path / "long.pth"))
+    said = capsys.readouterr().err
+    assert len(said) < 2100
+    assert said.count("\n") == 1
+    assert said.startswith("a.py: error: --")
+    assert said.endswith("timm:NAME.\n" if wrong == "arch" else "more.\n")
 
 
 def test_nothing_in_the_project_unpickles_code():

@@ -177,6 +177,20 @@ def test_other_heads_are_refused_in_timms_folder(tmp_path):
         opened(tmp_path / "hub")
 
 
+@pytest.mark.parametrize("options", [{"act_layer": "relu"}, {"norm_layer": "layernormbf16"}])
+def test_an_argument_of_timm_that_no_weight_shows_is_refused_by_name(tmp_path, options):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    shown = dict(num_classes=0, img_size=32, drop_path_rate=0.1)
+    for name, model_args in (("shown", shown), ("hidden", shown | options)):
+        timm.models.save_for_hf(
+            model, str(tmp_path / name), model_args=model_args, safe_serialization=True
+        )
+    assert opened(tmp_path / "shown").arch == "vit_tiny"
+    (name, value), *_ = options.items()
+    with pytest.raises(UserError, match=rf"model_args in its config.json has {name} {value}"):
+        opened(tmp_path / "hidden")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

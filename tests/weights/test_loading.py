@@ -149,6 +149,16 @@ def test_position_embeddings_that_are_not_a_grid_are_refused(positions):
         initialise_from({"teacher": weights}, "other.pth", *networks)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float8_e4m3fn, torch.complex64])
+def test_a_first_layer_of_another_type_is_refused_before_it_is_fitted_to_channels(dtype):
+    weights = {**network().backbone.state_dict()}
+    weights["patch_embed.proj.weight"] = torch.ones(96, 4, 8, 8).to(dtype)
+    objects = training_objects()
+    networks = objects["student"], objects["teacher"], objects["dino_loss"]
+    with pytest.raises(UserError, match=rf"patch_embed\.proj\.weight holds {dtype}, expected"):
+        initialise_from({"teacher": weights}, "other.pth", *networks)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
