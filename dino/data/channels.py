@@ -28,7 +28,7 @@ from dino.errors import UserError
 RGB = 3
 TIFF = (".tif", ".tiff")
 LOOKED_AT = 8  # files, to find out how many channels there are
-MOST_CHANNELS = 1024  # of an image; of a checkpoint, see weights/pretrained.py
+MOST_CHANNELS = 1024  # of an image
 
 
 def read_any(path, in_chans=RGB):

@@ -16,7 +16,7 @@ from dino.backbones import (
     is_timm,
 )
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
-from dino.data.channels import RGB
+from dino.data.channels import MOST_CHANNELS, RGB
 from dino.distributed import print0
 from dino.errors import UserError
 from dino.json_files import is_number
@@ -125,7 +125,6 @@ def print_loaded(backbone, arch, source):
     print0(printable(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}."))
 
 
-MOST_CHANNELS = 1024  # of an image
 # of Pretrained, that a file may state
 FIELDS = tuple(f.name for f in fields(Pretrained) if f.name not in ("backbone", "embed_dim"))
 
