@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             option = f"--{name}"
             wanted = name in self.empty or self.get_default(name) == ""
             if value == "" and option in self._option_string_actions and not wanted:
-                self.error(f"{option} '' is empty: give a value, or leave the flag out.")
+                raise UserError(f"{option} '' is empty: give a value, or leave the flag out.")
         return parsed
 
     def error(self, message):

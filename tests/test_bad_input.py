@@ -341,24 +341,27 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, capsys, script):
 
 
 @pytest.mark.parametrize(
-    ("script", "flag"),
+    ("script", "flag", "name"),
     [
-        *[("main_dino", "--output_dir"), ("eval_linear", "--output_dir")],
-        *[("visualize_attention", "--output_dir"), ("eval_knn", "--dump_features")],
-        *[("eval_attention", "--output"), ("compare_runs", "measured --output")],
+        *[("main_dino", "--output_dir", "new"), ("eval_linear", "--output_dir", "new")],
+        *[("visualize_attention", "--output_dir", "new"), ("eval_knn", "--dump_features", "new")],
+        ("eval_attention", "--output", "new.json"),
+        ("compare_runs", "measured --output", "new.png"),
     ],
 )
-def test_a_folder_that_may_not_be_written_to_is_refused(monkeypatch, capsys, script, flag):
+def test_a_folder_that_may_not_be_written_to_is_refused(monkeypatch, capsys, script, flag, name):
     Path().chmod(0o755)
     Path("locked").mkdir(mode=0o555, exist_ok=True)
     user = os.geteuid()
     if user == 0:  # to whom every folder is open
         os.seteuid(65534)
     try:
-        said = refused(monkeypatch, capsys, script, f"{flag} locked/new")
+        said = refused(monkeypatch, capsys, script, f"{flag} locked/{name}")
     finally:
         os.seteuid(user)
-    assert f"{flag.split()[-1]} locked/new: locked is not a folder that can be written to" in said
+    assert (
+        f"{flag.split()[-1]} locked/{name}: locked is not a folder that can be written to" in said
+    )
 
 
 def test_a_full_device_and_a_full_disk_are_told_without_a_traceback(capsys):
