@@ -80,12 +80,16 @@ def open_tiff(path):
     """The first image of a TIFF as a series of tifffile, of which only the headers are read yet.
 
     Series of several files are off: tifffile would open whatever files the metadata name, and wait
-    for ever where one is a pipe.
+    for ever where one is a pipe. ValueError for strips that share their bytes: each would be
+    decompressed, and a few bytes of zlib may be gigabytes.
     """
     import tifffile  # comes with scikit-image; Pillow reads 8 bits and 4 channels at most
 
     with tifffile.TiffFile(path, is_ome=False, is_mmstack=False, is_ndtiff=False) as file:
-        yield file.series[0]
+        series = file.series[0]
+        if sum(sum(page.databytecounts) for page in series.pages if page) > file.filehandle.size:
+            raise ValueError("strips of more bytes than the file has")
+        yield series
 
 
 def shape_of(series):

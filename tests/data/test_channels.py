@@ -285,3 +285,17 @@ def test_a_folder_of_four_channel_tiffs_trains_and_evaluates_unattended(tmp_path
     flags += ["--num_workers", 0, "--device", "cpu"]
     args = eval_knn.get_args_parser().parse_args([str(flag) for flag in flags])
     assert 0 <= eval_knn.eval_knn(args)[3][0] <= 100
+
+
+def test_strips_that_share_their_bytes_are_refused_as_each_would_be_decompressed(tmp_path):
+    path = tmp_path / "a.tif"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 5), np.uint8)
+    tifffile.imwrite(path, noise, photometric="minisblack", compression="zlib", rowsperstrip=1)
+    assert np.array_equal(read_channels(path), noise)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        tags = file.pages[0].tags
+        strips, first = len(tags["StripOffsets"].value), tags["StripOffsets"].value[0]
+        tags["StripOffsets"].overwrite([first] * strips)
+        tags["StripByteCounts"].overwrite([path.stat().st_size - first] * strips)
+    with pytest.raises(ValueError, match="strips of more bytes than the file has"):
+        read_channels(path)
