@@ -64,7 +64,7 @@ def check_whole(file):
         elif archive.comment:
             raise NotWhole("the archive's comment is not a checksum")
         check_members(archive, size, checked=bool(archive.comment))
-    check_records(file, size)
+        check_records(file, archive.namelist())
 
 
 def check_end(file, size, comment):
@@ -96,16 +96,21 @@ def check_members(archive, size, checked):
         raise NotWhole(f"{broken} does not have its checksum")
 
 
-def check_records(file, size):
-    """What torch's reader, which may find another archive in the file than zipfile, gets of it."""
+def check_records(file, names):
+    """Check the pickle that torch's reader gets, where it finds the members of these `names`.
+
+    It looks them up without regard to case, and might find another archive in the file.
+    """
     file.seek(0)
     try:
         reader = torch._C.PyTorchFileReader(file)
-        if sum(map(reader.get_record_size, reader.get_all_records())) > size:
-            raise NotWhole("the archive's members are larger than the file")
-        pickle = reader.get_record("data.pkl")
+        found, pickle = reader.get_all_records(), reader.get_record("data.pkl")
     except RuntimeError:
         raise NotWhole("not an archive that torch.save writes") from None
+    if sorted(found) != sorted(name.partition("/")[2] for name in names):
+        raise NotWhole("zipfile and torch find other members in it")
+    if len({name.lower() for name in found}) < len(found):
+        raise NotWhole("two members of one name")
     check_pickle(io.BytesIO(pickle), MOST_OPCODES)
 
 
