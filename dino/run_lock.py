@@ -64,8 +64,14 @@ def lock(path, given):
     """The open file `path`, locked, with this process as its owner."""
     end = time.monotonic() + PATIENCE
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)  # its last owner may have left it empty
-        file = open_lock(path, given)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open_lock(path, given)
+        except (FileExistsError, FileNotFoundError):  # its last owner is removing the empty folder
+            if time.monotonic() > end or path.parent.is_file():
+                raise
+            time.sleep(0.05)
+            continue
         refusal = try_lock(file)
         if refusal not in REFUSED and is_same(file, path):
             break

@@ -96,3 +96,17 @@ def test_a_pipe_in_the_folder_is_refused_as_writing_to_it_would_wait_for_ever(tm
     os.mkfifo(tmp_path / "metrics.jsonl")
     with pytest.raises(UserError, match=r"metrics.jsonl in it is a pipe"), owned(tmp_path):
         pytest.fail("owned with a pipe in it")
+
+
+def test_a_folder_that_its_last_owner_removes_at_this_moment_is_made_anew(tmp_path, monkeypatch):
+    folder, mkdir = tmp_path / "run", os.mkdir
+    folder.mkdir()
+
+    def just_before(path, mode=0o777):
+        monkeypatch.setattr(os, "mkdir", mkdir)
+        folder.rmdir()
+        raise FileExistsError(17, "File exists", path)
+
+    monkeypatch.setattr(os, "mkdir", just_before)
+    with owned(folder):
+        assert (folder / ".lock").exists()
