@@ -35,7 +35,7 @@ from dino.training.checkpoint import INDIFFERENT, same
 from dino.training.flag_checks import check_training_flags
 from dino.training.flags import get_args_parser as get_training_parser
 from dino.training.flags import parse_args as parse_training_flags
-from dino.training.plots import LoggedRun
+from dino.training.logged_run import LoggedRun
 from dino.training.presets import DECIDED
 from dino.training.saver import NEWEST
 from dino.training.settings import REASONS
@@ -312,12 +312,11 @@ def stop_with_parent():
 
 def report(args, study, plans):
     """Write STUDY.md, STUDY.json and STUDY.png into --output_dir, and print the table."""
-    plans = [plan for plan in plans if RunLog(plan.folder).read("loss")]
-    if not plans:
+    logged = [(plan, run) for plan in plans if (run := LoggedRun(plan.folder)).steps]
+    if not logged:
         raise UserError(
             f"--output_dir {args.output_dir}: no run of {args.study} has logged a step yet."
         )
-    logged = [(plan, LoggedRun(plan.folder)) for plan in plans]
     rows = []
     for name, variant in (study.runs(args.demo) | study.variants).items():
         figures = {

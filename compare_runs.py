@@ -12,7 +12,8 @@ from dino.errors import exit_on_user_error
 from dino.printable import printable
 from dino.training.comparison import COLUMNS, FOLLOWER_COLUMNS, describe_run, follow_knn
 from dino.training.html_report import write_report
-from dino.training.plots import LoggedRun, draw_curves
+from dino.training.logged_run import open_run
+from dino.training.plots import draw_curves
 
 
 def get_args_parser():
@@ -33,14 +34,15 @@ def compare_runs(args):
     check_output_file(args.output, ending=".png")
     if args.html:
         check_output_file(args.html, "--html", ending=".html")
-    print_table([COLUMNS, *map(describe_run, args.runs)])
-    if followers := list(filter(None, map(follow_knn, args.runs))):
+    runs = [open_run(folder) for folder in args.runs]
+    print_table([COLUMNS, *map(describe_run, runs)])
+    if followers := list(filter(None, map(follow_knn, runs))):
         print("\nSpearman's correlation with the teacher's k-NN accuracy over a run:")
         print_table([FOLLOWER_COLUMNS, *followers])
-    draw_curves(args.output, [LoggedRun(folder) for folder in args.runs])
+    draw_curves(args.output, runs)
     print(printable(f"Curves: {args.output}"))
     if args.html:
-        write_report(args.html, args.runs)
+        write_report(args.html, runs)
         print(printable(f"Report: {args.html}"))
 
 

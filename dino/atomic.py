@@ -13,16 +13,15 @@ def replacing(path):
     A device or a pipe, such as /dev/null, is yielded itself: root could replace it by a file.
     """
     path = Path(path)
+    is_special = path.exists() and not path.is_file()
+    temporary = path if is_special else path.with_name(f".{path.name}.tmp")
     try:
-        if path.exists() and not path.is_file():
-            yield path
-            return
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            yield temporary
+        yield temporary
+        if not is_special:
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk names no file
         raise
+    finally:
+        if not is_special:
+            temporary.unlink(missing_ok=True)

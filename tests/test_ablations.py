@@ -20,7 +20,7 @@ import main_dino
 from dino.errors import UserError
 from dino.signals import REQUEUE, listen
 from dino.training.flags import parse_args
-from dino.training.plots import LoggedRun
+from dino.training.logged_run import LoggedRun
 from dino.training.studies import STUDIES
 from dino.training.study_plots import draw_study
 from dino.training.study_report import markdown, summarise

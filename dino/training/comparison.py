@@ -3,12 +3,8 @@
 
 import math
 import statistics
-from pathlib import Path
 
-from dino.errors import UserError
 from dino.json_files import is_number
-from dino.printable import printable
-from dino.run_log import RunLog
 
 # How the measures that need no labels follow the one that does.
 FOLLOWERS = ("rank_me", "alignment", "uniformity")
@@ -18,18 +14,13 @@ FEWEST = 4  # measurements to correlate
 COLUMNS = ("run", "epochs", "loss", "h % ln K", "KL % ln K", "best k-NN %", "images/s")
 
 
-def describe_run(folder):
-    """One row of the table, a text for each of COLUMNS."""
-    lines = RunLog(folder).read_all()
-    steps, knn = lines["loss"], lines["knn_teacher"]
-    if not steps:
-        found = "no metrics.jsonl with steps in it" if Path(folder).is_dir() else "no such folder"
-        raise UserError(f"RUN {folder}: {found}. Give the --output_dir of a run.")
-    last = steps[-1]
-    best = f"{max(line['knn_teacher'] for line in knn):.1f}" if knn else "-"
-    rate = statistics.median(step["images_per_s"] for step in steps)
+def describe_run(run):
+    """One row of the table, a text for each of COLUMNS, of a LoggedRun with steps."""
+    last = run.steps[-1]
+    best = f"{max(line['knn_teacher'] for line in run.knn):.1f}" if run.knn else "-"
+    rate = statistics.median(step["images_per_s"] for step in run.steps)
     return (
-        printable(Path(folder).resolve().name),
+        run.name,
         f"{last['epoch']:.1f}",
         f"{last['loss']:.3f}",
         f"{100 * last['teacher_entropy_share']:.1f}",
@@ -39,8 +30,9 @@ def describe_run(folder):
     )
 
 
-def follow_knn(folder):
-    """A text for each of FOLLOWER_COLUMNS; None for a run with fewer than FEWEST k-NN accuracies.
+def follow_knn(run):
+    """A text for each of FOLLOWER_COLUMNS; None for a LoggedRun with fewer than FEWEST k-NN
+    accuracies.
 
     Spearman's rank correlation of each measure with the teacher's k-NN accuracy over the run, the
     measurement before training included. A good measure without labels has 1 (RankMe) or -1
@@ -48,10 +40,7 @@ def follow_knn(folder):
     """
     from scipy.stats import spearmanr  # takes a second, which training does not wait for
 
-    lines = RunLog(folder).read_all()
-    measured = [
-        line for line in lines["knn_teacher"] if all(is_number(line.get(f)) for f in FOLLOWERS)
-    ]
+    measured = [line for line in run.knn if all(is_number(line.get(f)) for f in FOLLOWERS)]
     if len(measured) < FEWEST:
         return None
     knn = [line["knn_teacher"] for line in measured]
@@ -60,5 +49,4 @@ def follow_knn(folder):
         values = [line[name] for line in measured]
         constant = len(set(values)) == 1 or len(set(knn)) == 1
         found.append(math.nan if constant else spearmanr(knn, values).statistic)
-    name = printable(Path(folder).resolve().name)
-    return name, str(len(measured)), *("-" if math.isnan(v) else f"{v:.2f}" for v in found)
+    return run.name, str(len(measured)), *("-" if math.isnan(v) else f"{v:.2f}" for v in found)

@@ -20,7 +20,6 @@ from dino.distributed import is_main_process
 from dino.errors import UserError
 from dino.json_files import dumps, is_number, read_object
 from dino.printable import printable
-from dino.run_log import RunLog
 from dino.spread import spread_to_end
 from dino.training.backbone_pictures import (
     ATTENTION,
@@ -31,7 +30,8 @@ from dino.training.backbone_pictures import (
 )
 from dino.training.comparison import COLUMNS, describe_run
 from dino.training.flags import get_args_parser
-from dino.training.plots import PANELS, LoggedRun, draw_panel, whatever_happens
+from dino.training.logged_run import open_run
+from dino.training.plots import PANELS, draw_panel, whatever_happens
 from vision_transformer import ARCHITECTURES
 
 TEMPLATE = "report.html.jinja"  # beside this file
@@ -112,16 +112,12 @@ def report_run(folder, backbone, images, augmentation):
     with whatever_happens("the pictures of the backbone"):
         draw_backbone(folder, backbone, images, augmentation)
     with whatever_happens(path):
-        write_report(path, [folder])
+        write_report(path, [open_run(folder)])
 
 
-def write_report(path, folders):
-    """One HTML file, written atomically, of the runs in `folders`. UserError for one without
-    steps.
-    """
-    table = [describe_run(folder) for folder in folders]
-    logged = [LoggedRun(folder) for folder in folders]
-    runs = [read_run(folder, run) for folder, run in zip(folders, logged, strict=True)]
+def write_report(path, logged):
+    """One HTML file, written atomically, of each LoggedRun in `logged`; all have steps."""
+    runs = [read_run(run) for run in logged]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -131,7 +127,7 @@ def write_report(path, folders):
     )
     text = environment.get_template(TEMPLATE).render(
         columns=COLUMNS,
-        table=table,
+        table=[describe_run(run) for run in logged],
         runs=runs,
         differing=differing_flags(runs),
         flags=table_of([run.flags for run in runs]),
@@ -147,21 +143,20 @@ def write_report(path, folders):
         Path(temporary).write_text(text, encoding="utf-8")
 
 
-def read_run(folder, logged):
-    """The ReportedRun of a folder; what is not there, or damaged, is left out."""
-    folder, log = Path(folder), RunLog(folder)
-    pictures = {file: read_picture(folder / file, title) for file, title, _ in PICTURES}
+def read_run(logged):
+    """The ReportedRun of a LoggedRun; what is not there, or damaged, is left out."""
+    pictures = {file: read_picture(logged.folder / file, title) for file, title, _ in PICTURES}
     return ReportedRun(
         logged.name,
-        shown(log.flags()),
-        shown(read_versions(folder)),
+        shown(logged.flags),
+        shown(read_versions(logged.folder)),
         [
             (f"{line['epoch']:g}", printable(line["verdict"]), printable(line["text"]))
             for line in logged.verdicts
         ],
         [printable(line["text"]) for line in logged.bad_images],
         *describe_measurements(logged),
-        why_no_attention(log.flags().get("arch")),
+        why_no_attention(logged.flags.get("arch")),
         {file: picture for file, picture in pictures.items() if picture},
     )
 

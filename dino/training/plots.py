@@ -16,9 +16,10 @@ from dino.atomic import replacing
 from dino.data.channels import as_rgb
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
-from dino.printable import brief, printable
-from dino.run_log import RunLog, best_effort
+from dino.printable import printable
+from dino.run_log import best_effort
 from dino.spread import spread
+from dino.training.logged_run import LoggedRun
 
 matplotlib.rcParams["text.parse_math"] = False  # names of files may have a $ in them
 
@@ -102,30 +103,6 @@ def draw_run(folder):
             return
         if run.steps:  # none where the disk was full
             draw_curves(path, [run])
-
-
-class LoggedRun:
-    """The figures of a run's folder."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.name = printable(self.folder.resolve().name)
-        log = RunLog(folder)
-        self.flags = log.flags()
-        self.ln_k = math.log(self.whole_number("out_dim", 2))
-        lines = log.read_all()
-        self.steps, self.verdicts = lines["loss"], lines["verdict"]
-        self.knn, self.measures = lines["knn_teacher"], lines["rank_me"]
-        self.bad_images = lines["bad_image"]
-        for step in self.steps:
-            step["1 - momentum"] = 1 - step["momentum"]
-
-    def whole_number(self, name, least):
-        """The value of a flag, an int of at least `least`. UserError for any other."""
-        value = self.flags.get(name)
-        if type(value) is not int or value < least:
-            raise UserError(f"{self.folder / 'args.json'} has an invalid {name}: {brief(value)}.")
-        return value
 
 
 class PlainNumbers(LogFormatter):

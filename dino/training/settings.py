@@ -74,8 +74,9 @@ class Settings:
 
         UserError for a flag that no preset decides, or a value that a command line could not give.
         """
+        flags = {flag.dest: flag for flag in get_args_parser()._actions}
         for name, reason in saved[REASONS].items():
-            if name not in DECIDABLE or not is_valid_flag(name, saved.get(name)):
+            if name not in DECIDABLE or not is_valid(flags[name], saved.get(name)):
                 raise UserError(
                     f"{source}: says that --{name} was decided to be {brief(saved.get(name))},"
                     " which no preset does. Restore the file, or give another --output_dir."
@@ -107,9 +108,8 @@ class Settings:
         )
 
 
-def is_valid_flag(name, value):
-    """Whether `value` is one that a command line may give as --`name`."""
-    flag = next(action for action in get_args_parser()._actions if action.dest == name)
+def is_valid(flag, value):
+    """Whether `value` is one that a command line may give as this `flag` of argparse."""
     if isinstance(value, list | tuple) != bool(flag.nargs):
         return False
     return all(is_valid_item(flag, item) for item in (value if flag.nargs else [value]))

@@ -2,28 +2,27 @@
 """What the pickle of a checkpoint would do, found out before torch.load does it.
 
 torch.load(weights_only=True) runs no code, but a few bytes still make it reserve any memory
-(`bytearray` of a number) or compute for hours (keys of a dict that collide, or whose hash takes
-2^45 steps). So the operations are carried out here first, with stand-ins for what is called.
+(`bytearray` of a number) or compute for hours (keys of a dict whose hash takes 2^45 steps). So the
+operations are carried out first (see `PickleMachine`), with stand-ins for what is called.
 """
 
 import math
-import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MOST_DIMENSIONS = 64  # of a tensor, in PyTorch
+from dino.pickle_machine import PickleMachine
 
-# The operations of protocol 2 that torch.load knows, by what is done here.
-VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"}
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict}
-LAST_ITEMS = {
-    **{"APPEND": 1, "SETITEM": 2, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3},
-    **{"REDUCE": 2, "NEWOBJ": 2, "BUILD": 2, "BINPERSID": 1},
-}
-ITEMS_FROM_MARK = {"APPENDS", "SETITEMS", "TUPLE"}
-PUT, GET = {"BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
-NOTHING = {"PROTO", "STOP"}
+MOST_DIMENSIONS = 64  # of a tensor, in PyTorch
+MOST_OPERATIONS = 2_000_000  # of a pickle; a checkpoint of ViT-B/16 has 60,000
+# The plain operations of protocol 2 that torch.load knows.
+KNOWN = frozenset(
+    (
+        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
+        *("NONE", "NEWTRUE", "NEWFALSE", "EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "MARK"),
+        *("APPEND", "APPENDS", "SETITEM", "SETITEMS", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "PROTO", "STOP"),
+    )
+)
 
 
 class NotWhole(Exception):
@@ -48,71 +47,45 @@ class Made:
     name: str
     args: tuple
 
+    def update(self, items):
+        """The items of an OrderedDict, which nobody reads."""
 
-def check_pickle(file, most_operations):
+
+def check_pickle(file):
     """Raise Refused or NotWhole unless the pickle that begins here can be loaded at little cost."""
-    machine = Machine()
     try:
-        for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
-            if count == most_operations:
-                raise NotWhole(f"a pickle of more than {most_operations} operations")
-            machine.step(operation.name, argument)
+        CheckpointMachine().run(file, MOST_OPERATIONS)
     except NotWhole:
         raise
     except Exception as error:  # whatever a parser may raise on somebody's bytes
         raise NotWhole(f"{type(error).__name__} in a pickle") from None
 
 
-class Machine:
-    """The stacks and the memo of an unpickler that calls nothing."""
+class CheckpointMachine(PickleMachine):
+    """Puts stand-ins in the place of what torch.load would call."""
 
-    def __init__(self):
-        self.stack, self.below, self.memo = [], [], {}  # `below`: the stacks under the marks
+    known = KNOWN
 
-    def step(self, name, argument):
+    def refuse(self, what):
+        raise NotWhole(f"a pickle of {what}")
+
+    def other(self, name, argument):
         stack = self.stack
-        if name in VALUES:
-            stack.append(argument)
-        elif name in CONSTANTS:
-            stack.append(CONSTANTS[name])
-        elif name in EMPTY:
-            stack.append(EMPTY[name]())
-        elif name == "GLOBAL":
+        if name == "GLOBAL":
             stack.append(Global(argument.replace(" ", ".")))
-        elif name == "MARK":
-            self.below.append(stack)
-            self.stack = []
-        elif name in LAST_ITEMS:
-            items = [stack.pop() for _ in range(LAST_ITEMS[name])][::-1]
-            combine(name, stack, items)
-        elif name in ITEMS_FROM_MARK:
-            self.stack = self.below.pop()
-            combine(name, self.stack, stack)
-        elif name in PUT:
-            self.memo[argument] = stack[-1]
-        elif name in GET:
-            stack.append(self.memo[argument])
-        elif name not in NOTHING:
+        elif name in ("REDUCE", "NEWOBJ"):
+            args, function = stack.pop(), stack.pop()
+            stack.append(call(function, args))
+        elif name == "BUILD":
+            state = stack.pop()
+            check_state(stack[-1], state)
+        elif name == "BINPERSID":
+            stack.append(Made("storage", stack.pop()))
+        else:
             raise NotWhole(f"a pickle with {name}, which torch.save does not write")
 
-
-def combine(name, stack, items):
-    """Do an operation that takes `items` off the stack."""
-    if name in ("APPEND", "APPENDS"):
-        stack[-1].extend(items)
-    elif name in ("SETITEM", "SETITEMS"):
-        check_keys(items[::2])
-        if isinstance(stack[-1], dict):
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
-    elif name in ("REDUCE", "NEWOBJ"):
-        stack.append(call(*items))
-    elif name == "BUILD":
-        check_state(*items)
-        stack.append(items[0])
-    elif name == "BINPERSID":
-        stack.append(Made("storage", items[0]))
-    else:
-        stack.append(tuple(items))
+    def check_keys(self, keys):
+        check_keys(keys)
 
 
 def check_keys(keys):

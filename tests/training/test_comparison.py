@@ -6,6 +6,7 @@ import json
 import pytest
 
 from dino.training.comparison import follow_knn
+from dino.training.logged_run import LoggedRun
 
 
 def spearman(a, b):
@@ -25,7 +26,7 @@ def test_measures_without_labels_are_set_beside_knn_if_there_are_four(count, tmp
             line |= {"knn_teacher": knn[epoch], "rank_me": ranks[epoch]}
             file.write(json.dumps(line | {"alignment": alignments[epoch]}) + "\n")
         file.write(json.dumps(line | {"knn_teacher": 1.0, "alignment": "hostile"}) + "\n")
-    found = follow_knn(tmp_path)
+    found = follow_knn(LoggedRun(tmp_path))
     if count == 3:
         assert found is None
     else:

@@ -21,7 +21,8 @@ from dino.training.backbone_pictures import (
     TITLE,
     principal_colors,
 )
-from dino.training.plots import PANELS, LoggedRun, draw_panel, logarithmic
+from dino.training.logged_run import LoggedRun
+from dino.training.plots import PANELS, draw_panel, logarithmic
 
 VOID = {"meta", "img", "br", "link"}  # elements without an end
 

@@ -16,8 +16,8 @@ from dino.errors import UserError
 from dino.randomness import random_state
 from dino.training.checkpoint import Progress, training_payload
 from dino.training.saver import NEWEST, PREVIOUS, Saver, newest_whole
-from dino.weights import integrity
 from dino.weights.files import DamagedFile, backbone_payload, read, write_atomically
+from dino.weights.pickles import MOST_OPERATIONS
 
 PLACE = dict(arch="vit_nano", patch_size=8, image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -141,7 +141,7 @@ def test_at_every_moment_of_a_write_a_whole_checkpoint_is_found(tmp_path, monkey
 
 
 def test_a_pickle_of_many_operations_is_refused_before_it_runs(tmp_path):
-    operations = 2 * integrity.MOST_OPCODES
+    operations = 2 * MOST_OPERATIONS
     (tmp_path / "marks.pth").write_bytes(b"\x80\x02" + b"(" * operations + b".")
     with pytest.raises(DamagedFile, match="a pickle of more than 2000000 operations"):
         read(tmp_path / "marks.pth")
