@@ -4,10 +4,13 @@
 A single process needs no process group: every function here then answers for a world of one.
 """
 
+import contextlib
 import datetime
 import os
 import re
 import socket
+import sys
+import threading
 import time
 import uuid
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ _hosts = None
 # A rank that waits longer than this for the others raises; gloo's own limit is 30 minutes.
 TIMEOUT = datetime.timedelta(minutes=10)
 SECONDS_FOR_A_NAME = 20  # for which the name of the host where all meet may be unknown
+SILENT_SECONDS = 20  # of waiting for the others, before it is said
 
 
 @dataclass(frozen=True)
@@ -100,16 +104,19 @@ def init_distributed(device="auto", dist_url="env://"):
     if dist_url == "env://":
         complete_environment(launch)
     ranks = dict(rank=launch.rank, world_size=launch.world_size)
+    where = dist_url
+    if dist_url == "env://":
+        where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
     try:
-        store, _, _ = next(dist.rendezvous(dist_url, timeout=TIMEOUT, **ranks))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=agree_on_store(store, **ranks),
-            timeout=TIMEOUT,
-            **ranks,
-        )
+        with wait_announced(launch, where):
+            store, _, _ = next(dist.rendezvous(dist_url, timeout=TIMEOUT, **ranks))
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=agree_on_store(store, **ranks),
+                timeout=TIMEOUT,
+                **ranks,
+            )
     except (RuntimeError, ValueError) as error:
-        where = os.environ.get("MASTER_ADDR") if dist_url == "env://" else dist_url
         reason = " ".join(str(error).split())
         raise UserError(
             f"--dist_url {dist_url}: the {launch.world_size} processes could not meet at {where}"
@@ -119,6 +126,22 @@ def init_distributed(device="auto", dist_url="env://"):
     _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT)
     pulse.start(dist.distributed_c10d._get_default_store().clone(), **ranks)
     return launch, device
+
+
+@contextlib.contextmanager
+def wait_announced(launch, where):
+    """Say on stderr that the other processes have not come, if what runs inside takes long."""
+    text = (
+        f"Process {launch.rank} of {launch.world_size} has waited for the others at"
+        f" {printable(where)} for {SILENT_SECONDS} s, and gives up after {TIMEOUT}."
+    )
+    timer = threading.Timer(SILENT_SECONDS, print, [text], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def complete_environment(launch):

@@ -207,6 +207,24 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def test_a_process_that_waits_for_absent_ones_says_where(tmp_path):
+    port = free_port()
+    meet = "from dino import distributed; distributed.SILENT_SECONDS = 1;"
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{meet} distributed.init_distributed('cpu')"],
+        cwd=ROOT,
+        env={**os.environ, **ranks},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        said = next(line for line in process.stderr if line.startswith("Process"))
+        process.kill()
+    where = f"127.0.0.1:{port}"
+    assert said.startswith(f"Process 1 of 2 has waited for the others at {where} for 1 s")
+    assert "gives up after 0:10:00" in said
+
+
 def test_torch_distributed_launch_with_its_own_flag(class_folders, tmp_path):
     launcher = (
         "-m",
