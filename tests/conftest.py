@@ -231,6 +231,7 @@ def run_torchrun(processes, *command, **options):
 def run_processes(function, world_size, folder, *args):
     """Results of `function(*args)` in each of `world_size` gloo processes, by rank."""
     start_forkserver()
+    Path(folder).mkdir(exist_ok=True)  # in a folder that is not there FileStore waits for ever
     args = (function, world_size, str(folder), args)
     mp.start_processes(_run_rank, args, nprocs=world_size, start_method="forkserver")
     return [

@@ -4,6 +4,8 @@
 D width of the features, B images of a batch, P patch size.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -54,24 +56,36 @@ def image_features(
     return [features, labels]
 
 
-@torch.no_grad()
 def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, keep_on_device=True):
     """L2-normalised features (total, D) float32 and labels (total,), of all ranks, on every rank.
 
     `loader` gives this rank's share of the `total` images: see loaders.evaluation_loader. `model`
     is in evaluation mode meanwhile. The result is on the device, or else on the CPU.
     """
-    features, labels = [], []
-    with evaluating(model):
+    keep_on = device if keep_on_device else CPU
+    share = extract_share([model], loader, device, amp_dtype=amp_dtype, keep_on=keep_on)
+    return [gather_interleaved(rows, total) for rows in share]
+
+
+@torch.no_grad()
+def extract_share(models, loader, device, *, amp_dtype=torch.float32, keep_on):
+    """[L2-normalised features (n, D) float32 of each model, labels (n,)] of this rank's n images.
+
+    They are on the device `keep_on`, or None if `loader` gives no image, which it gives once for
+    all the models.
+    """
+    *features, labels = parts = [[] for _ in (*models, "labels")]
+    with contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
         for images, targets in loader:
-            with autocast(device, amp_dtype):
-                output = first_of(model(images.to(device, non_blocking=True)))
-            output = F.normalize(output.float(), dim=1)
-            features.append(output if keep_on_device else output.cpu())
-            labels.append(targets.to(features[-1].device, non_blocking=True))
-    return [
-        gather_interleaved(torch.cat(rows) if rows else None, total) for rows in (features, labels)
-    ]
+            images = images.to(device, non_blocking=True)
+            for model, rows in zip(models, features, strict=True):
+                with autocast(device, amp_dtype):
+                    output = first_of(model(images))
+                rows.append(F.normalize(output.float(), dim=1).to(keep_on))
+            labels.append(targets.to(keep_on, non_blocking=True))
+    return [torch.cat(rows) if rows else None for rows in parts]
 
 
 @torch.no_grad()

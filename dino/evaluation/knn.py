@@ -9,8 +9,8 @@ from torch import nn
 
 from dino.data.images import list_labelled_images
 from dino.data.loaders import evaluation_loader
-from dino.distributed import all_reduce_sum, get_rank, get_world_size
-from dino.evaluation.features import extract_features
+from dino.distributed import all_reduce_sum, gather_interleaved, get_rank, get_world_size
+from dino.evaluation.features import extract_share
 from dino.evaluation.neighbours import nearest
 
 VOTES_AT_A_TIME = 2**24  # classes times test images: 64 MiB
@@ -129,15 +129,28 @@ class KnnProbe:
         self.val = evaluation_loader(paths, labels, transform, **options), len(paths)
         self.device, self.test_images = device, len(paths)
 
-    def accuracy(self, backbone, wrap=iter):
-        """Top-1 in percent. `wrap` goes around the loaders, and may raise to stop early."""
-        train, val = (
-            extract_features(backbone, wrap(loader), total, self.device)
-            for loader, total in (self.train, self.val)
-        )
-        accuracies = knn_accuracies(*train, *val, [self.k], self.temperature, len(self.classes))
+    def accuracies(self, backbones, wrap=iter):
+        """[top-1 of each backbone in percent]. `wrap` goes around the loaders, and may raise.
+
+        Each image is read once. The features wait in this process's memory, of all ImageNet 2 GB
+        for ViT-S over all ranks, so that the device holds those of one backbone at a time.
+        """
+        parts = []
+        for loader, total in (self.train, self.val):
+            share = extract_share(backbones, wrap(loader), self.device, keep_on=torch.device("cpu"))
+            parts.append((share, total))
+        return [self.vote(parts, number) for number in range(len(backbones))]
+
+    def vote(self, parts, number):
+        """Top-1 of the features `number`; `parts`: this rank's share of train and val, totals."""
+        gathered = [
+            gather_interleaved(None if rows is None else rows.to(self.device), total)
+            for (*features, labels), total in parts
+            for rows in (features[number], labels)
+        ]
+        accuracies = knn_accuracies(*gathered, [self.k], self.temperature, len(self.classes))
         return accuracies[self.k][0]
 
     def raw_pixel_accuracy(self):
         """The baseline without a network: images at 32 x 32 pixels."""
-        return self.accuracy(nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten()))
+        return self.accuracies([nn.Sequential(nn.AdaptiveAvgPool2d(32), nn.Flatten())])[0]

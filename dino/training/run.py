@@ -170,9 +170,11 @@ class Run:
         until_asked = self.agreement.until_asked
         measured = {}
         with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
-            for name in ("teacher", "student") if probes.knn else ():
-                backbone = unwrap(getattr(state, name)).backbone
-                measured[f"knn_{name}"] = probes.knn.accuracy(backbone, until_asked)
+            if probes.knn:
+                networks = {"knn_teacher": state.teacher, "knn_student": state.student}
+                backbones = [unwrap(network).backbone for network in networks.values()]
+                accuracies = probes.knn.accuracies(backbones, until_asked)
+                measured |= zip(networks, accuracies, strict=True)
             measured |= probes.sample.measure(unwrap(state.teacher).backbone, until_asked)
         self.recorder.log.measurement(self.progress, measured)
         return measured

@@ -165,6 +165,35 @@ def test_two_processes_count_every_image_once(class_folders, tmp_path):
         assert rank_accuracy[3][0] == pytest.approx(accuracy[3][0])
 
 
+def accuracies_of_two(root, together):
+    """Of networks apart or together; and how many images this rank has read for them."""
+    read = []
+
+    def transform(image):
+        read.append(image)
+        return eval_transform(32)(image)
+
+    probe = knn.KnnProbe(root, transform, torch.device("cpu"), batch_size=4, num_workers=0, k=3)
+    torch.manual_seed(0)
+    networks = [build_backbone("vit_nano", 8, img_size=32)[0].train() for _ in range(2)]
+    groups = [networks] if together else [[network] for network in networks]
+    found = [accuracy for group in groups for accuracy in probe.accuracies(group)]
+    assert all(network.training for network in networks)
+    return found, len(read)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_teacher_and_student_share_the_reading_of_each_image(processes, class_folders, tmp_path):
+    (apart, twice), (together, once) = (
+        run_processes(accuracies_of_two, processes, tmp_path / str(flag), class_folders, flag)[0]
+        for flag in (False, True)
+    )
+    assert together == apart
+    assert len(set(apart)) == 2, "networks that differ"
+    assert once == 36 / processes
+    assert twice == 2 * once
+
+
 def test_script_needs_a_checkpoint_and_a_folder_only(checkpoint, class_folders, tmp_path):
     flags = ("--pretrained_weights", checkpoint, "--num_workers", 0, "--device", "cpu")
     alone = run_script(
@@ -214,7 +243,7 @@ def test_a_run_measures_in_float32_whatever_it_trains_in(class_folders, tmp_path
     backbone, _ = build_backbone("vit_nano", 8, img_size=32)
     types = []
     backbone.patch_embed.register_forward_hook(lambda *call: types.append(call[-1].dtype))
-    probes.knn.accuracy(backbone)
+    probes.knn.accuracies([backbone])
     probes.sample.measure(backbone)
     assert set(types) == {torch.float32}
     assert len(types) >= 3, "training images, held-out images, pairs of views"
