@@ -31,7 +31,19 @@ def open_settings(args):
             f"--preset {args.preset}: the settings of {printable(found[0])}, decided when that run"
             " began."
         )
+        warn_of_other_hours(settings, saved)
     return settings, resumes
+
+
+def warn_of_other_hours(settings, saved):
+    """Print a warning if --hours asks for another length than that of the run that is resumed."""
+    hours = settings["hours"]
+    if "hours" in settings.given and "epochs" not in settings.given and hours != saved.get("hours"):
+        print0(
+            f"Warning: --hours {hours:g} does not change this run, whose --epochs"
+            f" {settings['epochs']} was decided when it began. Give --epochs to train longer, or"
+            " another --output_dir to begin anew."
+        )
 
 
 # The flags that presets decide. A checkpoint may state these: none is a path, or names code.

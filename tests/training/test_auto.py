@@ -306,6 +306,22 @@ def test_a_resumed_run_keeps_its_settings_and_says_so(tmp_path, capsys):
     assert json.loads((folder / "args.json").read_text()) == begun
 
 
+def test_other_hours_for_a_run_that_is_resumed_are_answered_with_what_changes_its_length(
+    tmp_path, capsys
+):
+    flags = ("--output_dir", tmp_path / "run")
+    images = pictures(*[(20, 20)] * 12)
+    train("--hours", 1e-6, *flags, images=images)
+    capsys.readouterr()
+    train("--hours", 1e-6, *flags, images=images)
+    assert "Warning: --hours" not in capsys.readouterr().out
+    train("--hours", 2, *flags, images=images)
+    assert (
+        "Warning: --hours 2 does not change this run, whose --epochs 1 was"
+        in capsys.readouterr().out
+    )
+
+
 def test_backbone_pth_is_the_network_that_measured_better(class_folders, tmp_path, capsys):
     train(
         *("--data_path", class_folders / "train", "--knn_data_path", class_folders),
