@@ -267,7 +267,7 @@ def build_trial(args, images, device):
     fix_random_seeds(args.seed)
     state = build_state(args, augmentation.views, device, amp_dtype)
     fix_random_seeds(args.seed)  # building drew random numbers
-    workers = loader_workers(args.num_workers)
+    workers = loader_workers(args.num_workers, silent=True)
     return build_loader(args, images, augmentation, workers, device), state, amp_dtype
 
 

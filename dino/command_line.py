@@ -2,6 +2,7 @@
 """Command lines: flags that several scripts share, numbers with ranges, which flags were given."""
 
 import argparse
+import difflib
 import math
 import os
 import stat
@@ -13,13 +14,14 @@ from dino.precision import AMP_DTYPES
 
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit; decoding so many takes 0.8 GB
 LARGEST_SEED = 2**31 - 1
+PLACEHOLDER = "/path/to/"  # how the official defaults of folders begin
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default of a flag, unless that is nothing, or an official /path/to/something."""
+    """Adds the default of a flag, unless that is nothing, or an official PLACEHOLDER."""
 
     def _get_help_string(self, action):
-        if action.default in (None, "", []) or str(action.default).startswith("/path/to/"):
+        if action.default in (None, "", []) or str(action.default).startswith(PLACEHOLDER):
             return action.help
         return super()._get_help_string(action)
 
@@ -49,7 +51,24 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        close = [name for flag in unknown_in(message) if (name := self.closest(flag))]
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        self.exit(2, f"{self.prog}: error: {message} ({hint}see {self.prog} --help)\n")
+
+    def closest(self, flag):
+        """The known flag that `flag` abbreviates, if there is one, or is spelled most like."""
+        names = [name for name in self._option_string_actions if name.startswith("--")]
+        abbreviated = [name for name in names if name.startswith(flag)]
+        if len(abbreviated) == 1:
+            return abbreviated[0]
+        return next(iter(difflib.get_close_matches(flag, names, n=1)), None)
+
+
+def unknown_in(message):
+    """The flags, without values, that argparse's `message` calls unrecognized."""
+    _, found, rest = message.partition("unrecognized arguments: ")
+    words = [word.partition("=")[0] for word in rest.split()] if found else []
+    return [word for word in words if word.startswith("--") and len(word) > 2]
 
 
 def bool_flag(text):
@@ -247,10 +266,10 @@ def count_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def loader_workers(requested):
+def loader_workers(requested, *, silent=False):
     """`requested` loader processes, or this process's share of the cores, with a message."""
     available = max(1, count_cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
-    if requested > available:
+    if requested > available and not silent:
         print0(
             f"--num_workers {requested}: {available} used, as many as there are cores for each"
             " process."

@@ -81,6 +81,21 @@ def test_given_flags_are_those_on_the_command_line_only():
     assert parser.parse_args(["--lr", "0.0005", "--seed", "3"]).given == {"lr": 0.0005, "seed": 3}
 
 
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        ("--batch_size 32", "--batch_size 32 (did you mean --batch_size_per_gpu? see"),
+        ("--presett=auto --epoch 3", "(did you mean --preset, --epochs? see"),
+        ("--nothing_like_it 1", "--nothing_like_it 1 (see"),
+        ("a.jpg -x", "a.jpg -x (see"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_the_known_one_that_it_resembles(flags, hint, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(flags.split())
+    assert hint in capsys.readouterr().err
+
+
 def test_the_last_layer_may_stay_frozen_for_longer_than_the_run_as_in_the_official_code():
     flags = "--epochs 2 --warmup_epochs 0 --freeze_last_layer 3"
     check_training_flags(parse_args(flags.split()))

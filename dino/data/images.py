@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dino.command_line import PLACEHOLDER
 from dino.errors import UserError
 from dino.printable import printable
 
@@ -94,12 +95,14 @@ def list_training_images(data_path, flag="--data_path"):
 
 
 def given_path(data_path, flag="--data_path"):
-    """The Path; UserError for "", which Path would read as the current folder.
+    """The Path; UserError for "" and for the official default, which stands for a path.
 
-    It is usually an unset shell variable.
+    "" is usually an unset shell variable; Path would read it as the current folder.
     """
     if not str(data_path):
         raise UserError(f"{flag} '' is empty. Give a folder, or . for this one.")
+    if str(data_path).startswith(PLACEHOLDER) and not os.path.exists(data_path):
+        raise UserError(f"{flag} is missing: give the folder of your images.")
     return Path(data_path)
 
 

@@ -11,6 +11,8 @@ from conftest import photograph, run_python
 from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.datasets import ImageFolder
 
+import eval_knn
+import main_dino
 from dino.data.augmentations import DataAugmentationDINO
 from dino.data.image_loader import EpochSampler, ImageLoader, is_death
 from dino.data.images import (
@@ -82,6 +84,12 @@ def test_a_wrong_data_path_is_named_with_what_to_give_instead(tmp_path, make, me
     with pytest.raises(UserError, match=message) as error:
         list_training_images(path)
     assert f"--data_path {path}" in str(error.value)
+
+
+def test_a_data_path_that_was_not_given_is_called_missing_not_by_its_official_default():
+    for flags in (main_dino.get_args_parser(), eval_knn.get_args_parser()):
+        with pytest.raises(UserError, match=r"^--data_path is missing: give"):
+            list_training_images(flags.get_default("data_path"))
 
 
 def test_labels_agree_between_train_and_val_when_val_lacks_a_class(tmp_path):
