@@ -26,14 +26,16 @@ from dino.data.images import (
     list_training_images,
 )
 from dino.data.inspection import Facts, look_at_all
-from dino.data.survey import GREY
+from dino.data.survey import GREY, dark_images
 from dino.errors import UserError, exit_on_user_error
 from dino.meters import progress_bar
 from dino.printable import printable
 from dino.training.advice import MOST_FOR_STATS, print_settings_that_fit, print_stats
 
 LISTED = 20  # lines of a list that are printed; the rest are counted
-BLANK = 3.0  # standard deviation of the means over 32 x 32 pixels, of 255, below which one is blank
+# Standard deviation of the means over 32 x 32 pixels, below which an image is blank, where the
+# brightest value of all images is 255.
+BLANK = 3.0
 # From this ratio of its sides on, no crop holds half of an image: a crop's is at most 4 / 3.
 ELONGATED = 2.7
 FEW = 0.01  # share of the images from which on some flaws are worth a warning
@@ -114,7 +116,11 @@ def find_flaws(facts, surplus, crop_size, batch_size):
             f"{grey} are grey or nearly so: the colours of the augmentation do little for them, and"
             " runs with the official settings collapse more easily."
         )
-    if blank := share([image for image in facts if image.contrast < BLANK], FEW):
+    brightest = max((image.brightest for image in facts), default=255)
+    if dark := dark_images(brightest):
+        yield dark
+    least = BLANK * max(1, brightest) / 255
+    if blank := share([image for image in facts if image.contrast < least], FEW):
         yield f"{blank} are blank or nearly so: there is nothing to learn in them."
     if elongated := share([image for image in facts if image.elongation >= ELONGATED], FEW):
         yield (

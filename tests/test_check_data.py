@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import struct
@@ -74,6 +75,25 @@ def test_a_folder_of_many_channels_is_looked_at_with_all_of_them(tmp_path, capsy
     assert "mode: 5 channels (2)" in output
     assert "width: 30 to 30" in output
     assert "--in_chans" in output
+
+
+def test_arrays_of_three_channels_are_readable_as_they_are_to_training(tmp_path, capsys):
+    for i, image in enumerate(crops(3, 24)):
+        np.save(tmp_path / f"{i}.npy", np.asarray(image))
+    assert check(tmp_path) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert {"unreadable: 0", "format: NPY (3)", "mode: 3 channels (3)"} <= set(said)
+
+
+def test_12_bits_in_files_of_16_are_called_dark_and_not_blank(tmp_path, capsys):
+    for i, image in enumerate(crops(6, 48)):
+        levels = np.asarray(image).astype(np.uint16)
+        four = np.concatenate([levels, levels[..., :1]], axis=2)
+        tifffile.imwrite(tmp_path / f"{i}.tif", four * 16, photometric="rgb")
+    assert check(tmp_path) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"Warning: no value of the images is above 1\d of 255", said)
+    assert "blank" not in said
 
 
 UNREADABLE = {

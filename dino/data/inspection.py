@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dino.data.channels import RGB, read_any, size_of
-from dino.data.images import UnreadableImage
+from dino.data.images import ARRAYS, UnreadableImage
 from dino.signals import leave_signals_to_parent
 
 SECONDS = 60.0  # that an image may take
@@ -33,6 +33,7 @@ class Facts:
     is_rotated: bool  # by EXIF, which training ignores
     chroma: float  # mean distance of a pixel's highest and lowest channel, of 255
     contrast: float  # standard deviation of the grey values, of 255
+    brightest: int  # the highest value of any channel, of 255
 
     @property
     def short_side(self):
@@ -45,35 +46,37 @@ class Facts:
 
 def look_at_file(path, in_chans=RGB):
     """The Facts of an image. Raises UnreadableImage, or OSError for a file that vanishes."""
-    if in_chans != RGB:
-        return look_at_channels(path, in_chans)
-    image = read_any(path)
-    small = np.asarray(image.resize((32, 32), Image.Resampling.BOX), float)
-    with Image.open(path) as header, open(path, "rb") as file:
-        return Facts(
-            *image.size,
-            format=header.format,
-            mode=header.mode,
-            digest=hashlib.file_digest(file, "sha256").digest(),
-            is_rotated=orientation(header) not in UPRIGHT,
-            chroma=float((small.max(axis=2) - small.min(axis=2)).mean()),
-            contrast=float(small.mean(axis=2).std()),
-        )
-
-
-def look_at_channels(path, in_chans):
-    """The same of an image of other channels, of which none is a colour."""
     image = read_any(path, in_chans)
+    if in_chans == RGB:
+        small = np.asarray(image.resize((32, 32), Image.Resampling.BOX), float)
+        chroma = float((small.max(axis=2) - small.min(axis=2)).mean())
+    else:  # none of the channels is a colour
+        small, chroma = image, 255.0
+    has_header = in_chans == RGB and not str(path).lower().endswith(ARRAYS)
+    format, mode, is_rotated = read_header(path) if has_header else describe(path, in_chans)
     with open(path, "rb") as file:
-        return Facts(
-            *size_of(image),
-            format=Path(path).suffix.removeprefix(".").upper(),
-            mode=f"{in_chans} channels",
-            digest=hashlib.file_digest(file, "sha256").digest(),
-            is_rotated=False,
-            chroma=255.0,
-            contrast=float(image.mean(axis=2).std()),
-        )
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return Facts(
+        *size_of(image),
+        format=format,
+        mode=mode,
+        digest=digest,
+        is_rotated=is_rotated,
+        chroma=chroma,
+        contrast=float(small.mean(axis=2).std()),
+        brightest=int(np.asarray(image).max()),
+    )
+
+
+def read_header(path):
+    """(format, mode, whether EXIF rotates it) of a file that Pillow reads."""
+    with Image.open(path) as header:
+        return header.format, header.mode, orientation(header) not in UPRIGHT
+
+
+def describe(path, in_chans):
+    """The same of a file of arrays, or of other channels than RGB."""
+    return Path(path).suffix.removeprefix(".").upper(), f"{in_chans} channels", False
 
 
 def orientation(header):

@@ -20,6 +20,7 @@ PLACES = 8  # per side, over which brightness is averaged to see whether its pla
 # Tiles cut at random have at most 0.0007 in samples of 256, photographs of things 0.02 to 0.05,
 # clothes on hangers 0.02 to 0.07.
 LAYOUT = 0.005
+DARK = 64  # of 255: images without a higher value use less than a quarter of the 256 levels
 GREY = 3.0  # mean distance of a pixel's highest and lowest channel, of 255, below which it is grey
 
 
@@ -34,6 +35,7 @@ class Survey:
     mean: tuple  # of each channel, of 1
     std: tuple
     layout: float = 0.0  # share of the brightness' variance that the place in the image explains
+    brightest: int = 255  # the highest value of any channel, of 255
 
     @property
     def has_layout(self):
@@ -72,7 +74,7 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
                 raise
     if not looked_at:
         return Survey(len(images), 0, (1, 1, 1), 0.0, (0.5,) * in_chans, (0.25,) * in_chans)
-    sides, greys, means, squares, places = map(np.array, zip(*looked_at, strict=True))
+    sides, greys, means, squares, places, most = map(np.array, zip(*looked_at, strict=True))
     mean = means.mean(axis=0)
     # a channel that never changes must not be divided by 0
     std = np.maximum(squares.mean(axis=0) - mean**2, 1e-6) ** 0.5
@@ -84,21 +86,37 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
         mean=tuple(mean.round(4).tolist()),
         std=tuple(std.round(4).tolist()),
         layout=share_of_places(places),
+        brightest=int(most.max()),
     )
 
 
 def look_at(image):
-    """(shorter side, grey or not, mean and mean square of each channel, brightness by place)."""
+    """(shorter side, grey or not, mean and mean square of each channel, brightness by place, most).
+
+    `most` is the highest value of any channel, of 255.
+    """
     pixels = np.asarray(image)
     rows, columns = (-(-side // PIXELS) for side in pixels.shape[:2])
     pixels = pixels[::rows, ::columns].astype(float)
     places = F.adaptive_avg_pool2d(torch.from_numpy(pixels.mean(axis=2))[None], PLACES).flatten()
     pixels = pixels.reshape(-1, pixels.shape[-1])
     # of more channels than RGB none is a colour
+    most = pixels.max()
     is_grey = pixels.shape[-1] <= 3 and (pixels.max(axis=1) - pixels.min(axis=1)).mean() < GREY
     pixels /= 255
     means, squares = pixels.mean(axis=0), (pixels**2).mean(axis=0)
-    return min(size_of(image)), is_grey, means, squares, places.numpy() / 255
+    return min(size_of(image)), is_grey, means, squares, places.numpy() / 255, most
+
+
+def dark_images(brightest):
+    """A sentence about images without a value above `brightest` (of 255), "" unless DARK."""
+    if brightest >= DARK:
+        return ""
+    return (
+        f"no value of the images is above {brightest} of 255, so that they have {brightest + 1} of"
+        " 256 levels. Files of 16 bits are read as 8, with 65535 as white: where a sensor uses"
+        " fewer bits, as of 12 or 14, scale the values in the files up to 65535 first."
+    )
 
 
 def share_of_places(brightness):

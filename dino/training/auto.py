@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from dino.data.survey import survey
+from dino.data.survey import dark_images, survey
 from dino.distributed import get_world_size, print0, rank_share
 from dino.training.continuing import fit_continuation, keep_networks
 from dino.training.data import check_images
@@ -51,6 +51,8 @@ def decide_settings(args, images, device, correlate_views, time_a_step, weights=
         skip_bad = args.on_bad_image == "skip"
         seen = survey(images, args.seed, skip_bad, args.in_chans)
         print0(f"--preset {args.preset}: {seen}")
+        if dark := dark_images(seen.brightest):
+            print0(f"Warning: {dark}")
         if weights is not None:
             keep_networks(settings, weights)
         settings.decide("warmup_epochs", 0, "until the length is known")

@@ -91,6 +91,16 @@ def test_tiles_cut_at_random_have_no_layout_and_portraits_of_one_thing_have():
     assert survey(portraits[:1]).layout == 0
 
 
+def test_auto_warns_of_images_that_use_few_of_the_levels(tmp_path, capsys):
+    dark = [image.point(lambda level: level // 8) for image in pictures(*[(24, 24)] * 8)]
+    assert survey(dark).brightest == max(most for image in dark for _, most in image.getextrema())
+    flags = ("--epochs", 1, "--output_dir", tmp_path / "run", "--report", "false")
+    train(*flags, images=dark)
+    assert "Warning: no value of the images is above" in capsys.readouterr().out
+    train(*flags[:3], tmp_path / "sound", *flags[4:], images=pictures(*[(24, 24)] * 8))
+    assert "Warning: no value" not in capsys.readouterr().out
+
+
 def test_the_sample_is_drawn_by_the_seed():
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(600)]
