@@ -158,7 +158,7 @@ def train_dino(args, images=None, augmentation=None):
         except StopRequested as stop:
             run.stop(state, stop)
         run.saver.finish()
-        report_end(probes.knn, run.recorder.log, args.init_from)
+        report_end(probes.knn, run.recorder.log, args)
         if args.report:
             report_run(args.output_dir, run.better_backbone(state), images, augmentation)
     shut_down()

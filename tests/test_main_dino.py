@@ -54,8 +54,9 @@ def test_log_has_the_official_keys_first_and_their_official_values(finished):
         assert 0 < line["train_loss"] < 2 * math.log(64)
 
 
-def test_output_says_what_follows_from_the_flags(finished, class_folders):
-    _, _, result = finished
+def test_output_says_what_follows_from_the_flags_and_where_the_result_is(finished, class_folders):
+    folder, _, result = finished
+    assert f"The result is {folder / 'backbone.pth'}; curves.png" in result.stdout
     assert "24 images, 6 iterations of 4 images per epoch, 18 in all" in result.stdout
     assert "learning rate 0.0005 x 4 / 256 = 7.81e-06" in result.stdout
     assert "ln(out_dim) = 4.159" in result.stdout

@@ -151,7 +151,9 @@ def check_channels(channels, in_chans):
     if channels > MOST_CHANNELS:
         raise ValueError(f"{channels} channels, more than {MOST_CHANNELS}")
     if in_chans not in (None, channels) and (in_chans, channels) != (1, RGB):
-        raise ValueError(f"{channels} channels, and --in_chans is {in_chans}")
+        raise ValueError(
+            f"{channels} channels, and the network takes {in_chans}: see --in_chans of main_dino.py"
+        )
 
 
 def channel_axis(shape):

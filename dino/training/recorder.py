@@ -2,6 +2,7 @@
 """Logging during training. Synchronises with the device once per logged iteration."""
 
 import math
+from pathlib import Path
 
 import torch
 
@@ -168,7 +169,8 @@ def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
     if device.type == "cuda":
         place = torch.cuda.get_device_name(device)
     else:
-        place = f"CPU with {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        place = f"CPU with {threads} thread{'s' * (threads > 1)}"
     processes = "process" if launch.world_size == 1 else "processes"
     precision = str(amp_dtype).removeprefix("torch.")
     iterations, global_batch = progress.iterations_per_epoch, progress.global_batch
@@ -190,12 +192,15 @@ def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
         print0(f"1 of {gpus} GPUs is used; for all of them: {command} ...")
 
 
-def report_end(probe, log, init_from):
-    """The k-NN accuracy before and after training, and that of raw pixels.
+def report_end(probe, log, args):
+    """Where the result is; with labels the k-NN accuracy before and after, and of raw pixels.
 
-    Before: of random weights, or of those of `init_from`. After: of the better of teacher and
+    Before: of random weights, or of those of --init_from. After: of the better of teacher and
     student, which is in backbone.pth.
     """
+    beside = "curves.png and report.html" if args.report else "curves.png"
+    result = Path(args.output_dir) / "backbone.pth"
+    print0(printable(f"The result is {result}; {beside} beside it show the run."))
     if probe is None:
         return
     measured = log.read("knn_teacher")
@@ -203,7 +208,7 @@ def report_end(probe, log, init_from):
     accuracy, network = max(
         (measured[-1][f"knn_{network}"], network) for network in ("student", "teacher")
     )
-    before = "--init_from's backbone" if init_from else "untrained backbone"
+    before = "--init_from's backbone" if args.init_from else "untrained backbone"
     rows = {"raw pixels": raw, before: measured[0]["knn_teacher"], "trained backbone": accuracy}
     if is_main_process():
         print0(

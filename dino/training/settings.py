@@ -74,6 +74,7 @@ class Settings:
         if name not in DECIDABLE:
             raise KeyError(name)
         if name not in self.locked:
+            self.reasons.pop(name, None)  # the table has the order of the last decisions
             self.flags[name], self.reasons[name] = value, reason
 
     def fix(self, name, value, reason):

@@ -102,7 +102,7 @@ def test_formats_of_pillow_give_their_channels_too(tmp_path):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (np.zeros((4, 4, 3), np.uint8), "3 channels, and --in_chans is 5"),
+        (np.zeros((4, 4, 3), np.uint8), "3 channels, and the network takes 5"),
         (np.zeros((4, 4, 4, 5), np.uint8), "4 dimensions"),
         (np.full((8, 8, 5), np.nan), "not finite"),
         (np.array([{}, {}], dtype=object), "Python objects"),
