@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dino.atomic import replacing
 from dino.backbones import canonical_name
+from dino.data.channels import RGB
 from dino.data.images import UnreadableImage, read_image
 from dino.distributed import is_main_process
 from dino.errors import UserError
@@ -32,6 +33,7 @@ from dino.training.comparison import COLUMNS, describe_run
 from dino.training.flags import get_args_parser
 from dino.training.logged_run import open_run
 from dino.training.plots import PANELS, draw_panel, whatever_happens
+from dino.training.settings import REASONS
 from vision_transformer import ARCHITECTURES
 
 TEMPLATE = "report.html.jinja"  # beside this file
@@ -92,6 +94,7 @@ class ReportedRun:
 
     name: str
     flags: dict
+    reasons: dict  # of the flags that a preset decided
     versions: dict
     verdicts: list  # (epoch, name, text)
     bad_images: list  # texts
@@ -146,9 +149,12 @@ def write_report(path, logged):
 def read_run(logged):
     """The ReportedRun of a LoggedRun; what is not there, or damaged, is left out."""
     pictures = {file: read_picture(logged.folder / file, title) for file, title, _ in PICTURES}
+    flags = {name: value for name, value in logged.flags.items() if name != REASONS}
+    reasons = logged.flags.get(REASONS)
     return ReportedRun(
         logged.name,
-        shown(logged.flags),
+        shown(flags),
+        shown(reasons) if isinstance(reasons, dict) else {},
         shown(read_versions(logged.folder)),
         [
             (f"{line['epoch']:g}", printable(line["verdict"]), printable(line["text"]))
@@ -156,13 +162,15 @@ def read_run(logged):
         ],
         [printable(line["text"]) for line in logged.bad_images],
         *describe_measurements(logged),
-        why_no_attention(logged.flags.get("arch")),
+        why_no_attention(flags.get("arch"), flags.get("in_chans")),
         {file: picture for file, picture in pictures.items() if picture},
     )
 
 
-def why_no_attention(arch):
-    """A sentence for a network that is not a ViT of vision_transformer.py; "" for one that is."""
+def why_no_attention(arch, in_chans):
+    """A sentence for a network that is not a ViT of vision_transformer.py, or not of RGB; or ""."""
+    if is_number(in_chans) and in_chans != RGB:
+        return f"There are no pictures of the backbone, which takes images of {in_chans} channels."
     if not isinstance(arch, str) or canonical_name(arch) in ARCHITECTURES:
         return ""
     return f"There are no attention maps and no patch features: {printable(arch)} is not a ViT."

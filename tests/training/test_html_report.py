@@ -21,7 +21,8 @@ from dino.training.backbone_pictures import (
     TITLE,
     principal_colors,
 )
-from dino.training.logged_run import LoggedRun
+from dino.training.html_report import write_report
+from dino.training.logged_run import LoggedRun, open_run
 from dino.training.plots import PANELS, draw_panel, logarithmic
 
 VOID = {"meta", "img", "br", "link"}  # elements without an end
@@ -125,6 +126,19 @@ def test_a_network_without_patches_has_neighbours_alone(class_folders, tmp_path)
     assert not {"Where the class token looks", "Attention over the epochs"} & set(page.texts)
     assert "no attention maps and no patch features: resnet_nano is not a ViT." in page.text
     assert not (tmp_path / "attention_history").exists()
+
+
+def test_the_reasons_of_a_preset_are_a_table_and_no_setting(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    flags = json.loads((run / "args.json").read_text())
+    flags |= {"preset": "auto", "auto": {"lr": "short runs need a high one"}, "in_chans": 4}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(flags))
+    write_report(tmp_path / "page.html", [open_run(tmp_path / "run")])
+    page = Page(tmp_path / "page.html")
+    assert "Why --preset auto took these values" in page.text
+    assert "lr 0.0005 short runs need a high one" in page.text
+    assert "{" not in page.text[page.text.index("Settings") :]
+    assert "no pictures of the backbone, which takes images of 4 channels." in page.text
 
 
 def test_the_report_needs_no_network_and_no_script(run):
