@@ -259,6 +259,8 @@ def train_heads(args, device):
         f" features of {features.dim} dimensions, --lr x {global_batch} / 256 ="
         f" {', '.join(f'{lr:.3g}' for lr in scaled_lrs)}"
     )
+    if len(args.lr) > 1:
+        print0("The lines of an epoch are of the best classifier so far; log.txt has all of them.")
 
     # ---- resume ----
     output_dir, progress = Path(args.output_dir), HeadsProgress()

@@ -127,6 +127,7 @@ def test_a_finished_run_says_its_table_again_and_changes_nothing(finished, capsy
     output = capsys.readouterr().out
     assert "4 of 4 epochs are done" in output
     assert f"Top-1 test accuracy: {best:.1f}" in output
+    assert "The lines of an epoch are of the best classifier so far" in output
     table = output[output.index("      --lr  ") :].splitlines()
     assert [line.split()[0] for line in table[1:4]] == ["0.1", "0.5", "2"]
     assert sum("best_linear.pth" in line for line in table) == 1
