@@ -4,6 +4,7 @@
 import argparse
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -104,6 +105,15 @@ class Run:
         inside = f" and {progress.steps} iterations" if progress.steps else ""
         done = f"{progress.epoch} of {self.args.epochs} epochs{inside}"
         print0(printable(f"Resumed from {path}: {done} are done."))
+        self.save_missing(state, path)
+
+    def save_missing(self, state, path):
+        """Write the numbered checkpoint that is due with `path`, if a kill came between the two."""
+        names = [name for name in self.numbered_name() if not (self.saver.folder / name).exists()]
+        (names,) = gather_objects(names)[:1]  # rank 0 writes
+        if names and Path(path) == self.saver.folder / NEWEST:
+            self.save(state, names)
+            self.saver.wait()  # loader processes are forked next
 
     def after_step(self, state, loss, grad_norm, scheduled):
         """All that happens between two steps, in order. Raises StopRequested to end the run."""
@@ -128,10 +138,10 @@ class Run:
 
     def log_epoch(self, state, probes):
         """Measure and log the epoch in `progress.unlogged`; write the checkpoints due after it."""
-        progress, names, measured = self.progress, self.numbered_name(), {}
+        progress, best, measured = self.progress, [], {}
         if self.is_measurement_due():
             measured = self.measure(state, probes)
-            names += self.best_of(measured)
+            best = self.best_of(measured)
             ahead = measured.get("knn_student", 0) > measured.get("knn_teacher", 0)
             progress.student_ahead = int(ahead)
             self.recorder.judge_measurements(progress, probes.knn)
@@ -139,13 +149,20 @@ class Run:
         # before the save: a resumed run drops a line, adds none
         self.recorder.log.epoch(progress.unlogged | measured)
         progress.unlogged = {}
-        if names or measured or progress.epoch % self.args.resume_freq == 0:
-            self.save(state, [NEWEST, *names])
+        numbered = self.numbered_name()
+        if numbered or measured or progress.epoch % self.args.resume_freq == 0:
+            # the best one first: killed in between, the run measures again, and finds it best again
+            self.save(state, [*best, NEWEST, *numbered])
         self.draw_if_due(probes)
 
     def numbered_name(self):
-        """[name of the numbered checkpoint that is due after this epoch], or []."""
+        """[name of the numbered checkpoint that is due after this epoch], or [].
+
+        None is due inside an epoch, or before its line of the log.
+        """
         epoch, every = self.progress.epoch - 1, self.args.saveckp_freq
+        if epoch < 0 or self.progress.steps or self.progress.unlogged:
+            return []
         return [f"checkpoint{epoch:04}.pth"] if every and epoch % every == 0 else []
 
     def draw_if_due(self, probes):

@@ -18,7 +18,7 @@ from dino.errors import UserError
 from dino.training.checkpoint import Progress, restore_progress
 from dino.training.flags import parse_args
 from dino.training.saver import NEWEST, find_checkpoint
-from dino.weights.files import write_atomically
+from dino.weights.files import read, write_atomically
 from main_dino import train_dino
 
 # Three epochs of six steps; each end of an epoch stays.
@@ -72,6 +72,23 @@ def test_the_same_command_with_a_path_goes_on_with_what_it_began(data, unbroken,
     train(data, tmp_path, "--resume", path)
     assert f"Resumed from {tmp_path / NEWEST}: 2 of 3 epochs" in capsys.readouterr().out
     assert_equal_states(final_state(unbroken), final_state(tmp_path))
+
+
+def test_the_best_and_the_numbered_checkpoint_of_a_save_that_was_cut_off_are_written_after_all(
+    data, tmp_path
+):
+    numbered, best = tmp_path / "checkpoint0000.pth", tmp_path / "checkpoint_best_rank.pth"
+    best.mkdir()  # which a file cannot replace
+    with pytest.raises(UserError, match="the last checkpoint could not be written"):
+        train(data, tmp_path, "--epochs", 1)
+    assert not numbered.exists()
+    best.rmdir()
+    train(data, tmp_path, "--epochs", 1)
+    assert_equal_states(read(best)["teacher"], final_state(tmp_path)["teacher"])
+    assert read(best)["best_rank"] == final_state(tmp_path)["best_rank"] > 0
+    numbered.unlink()  # as if the run had been killed while it wrote the file
+    train(data, tmp_path, "--epochs", 1)
+    assert_equal_states(read(numbered), read(tmp_path / NEWEST))
 
 
 def test_resume_path_goes_back_within_a_folder_but_never_over_another_run(
