@@ -21,6 +21,8 @@ from dino.signals import leave_signals_to_parent
 
 MOST_BAD = 0.01  # share of bad images that --on_bad_image skip tolerates
 DYING = 5.0  # seconds that a process takes to die, at most
+LOOK = 5.0  # seconds between two looks for a batch and for dead workers: torch's own interval
+LATE = 60.0  # seconds without a batch after which it is said
 
 
 class ImageLoader(DataLoader):
@@ -39,6 +41,7 @@ class ImageLoader(DataLoader):
         self.finish = finish or (lambda batch: batch)
         super().__init__(
             dataset,
+            timeout=LOOK if options.get("num_workers") else 0,
             collate_fn=collate_readable,
             generator=torch.Generator(),
             worker_init_fn=functools.partial(start_worker, Image.MAX_IMAGE_PIXELS),
@@ -67,10 +70,11 @@ class ImageLoader(DataLoader):
         """An iterator over the batches of a pass after the first `delivered` ones."""
         if delivered and isinstance(self.sampler, EpochSampler):
             with self.sampler.further(delivered * self.batch_size):
-                iterator = whole = super().__iter__()
+                whole = super().__iter__()
+            iterator = awaited(whole)
         else:
             whole = super().__iter__()
-            iterator = itertools.islice(whole, delivered, None)
+            iterator = itertools.islice(awaited(whole), delivered, None)
         self.workers = getattr(whole, "_workers", [])
         # torch raises from this signal wherever the main thread is, in the middle of a step too;
         # without it the loader finds out by itself, when it waits for a batch
@@ -118,6 +122,32 @@ class ImageLoader(DataLoader):
         """[(path, reason)] of the images replaced since the last call."""
         taken, self.new_skipped = sorted(self.new_skipped), set()
         return taken
+
+
+def awaited(batches):
+    """Yield from a DataLoader's iterator; print a warning where the next batch takes long.
+
+    A worker may wait for a file system that does not answer, and be neither dead nor done.
+    """
+    waited = 0.0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            waited += LOOK
+            if waited - LOOK < LATE <= waited:
+                print(
+                    f"Warning: the loader processes have given no images for {LATE:.0f} s, and are"
+                    " waited for. Look at the disk or the file system of the images.",
+                    flush=True,
+                )
+        else:
+            waited = 0.0
+            yield batch
 
 
 def is_death(error):

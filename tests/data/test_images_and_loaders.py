@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 
 import eval_knn
 import main_dino
+from dino.data import image_loader
 from dino.data.augmentations import DataAugmentationDINO
 from dino.data.image_loader import EpochSampler, ImageLoader, is_death
 from dino.data.images import (
@@ -135,6 +136,26 @@ def test_an_unreadable_image_is_named_in_the_error_and_in_the_batch(tmp_path):
     with pytest.raises(UnreadableImage, match=r"bad\.png"):
         next(iter(loader))
     assert isinstance(LabelledImages([str(bad)], [0], None)[0], UnreadableImage)
+
+
+class Slow(torch.utils.data.Dataset):
+    """The second item comes after more than a second."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, number):
+        time.sleep(1.1 * (number == 1))
+        return number
+
+
+def test_images_that_do_not_come_are_said_to_be_late_once_and_are_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(image_loader, "LOOK", 0.1)
+    monkeypatch.setattr(image_loader, "LATE", 0.3)
+    batches = list(ImageLoader(Slow(), batch_size=1, num_workers=1))
+    assert torch.cat(batches).tolist() == [0, 1, 2]
+    said = capsys.readouterr().out
+    assert said.count("the loader processes have given no images for 0 s") == 1
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
