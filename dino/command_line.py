@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from dino.distributed import environment_number, print0
-from dino.errors import UserError
+from dino.errors import UserError, print_and_exit
 from dino.precision import AMP_DTYPES
 
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit; decoding so many takes 0.8 GB
@@ -45,6 +45,8 @@ class Parser(argparse.ArgumentParser):
         parsed.given = {name: value for name, value in given.items() if value is not absent}
         for name, value in parsed.given.items():
             option = f"--{name}"
+            if value == [] and option in self._option_string_actions:  # argparse drops a lone --
+                raise UserError(f"{option} '--' is not a value: give one, or leave the flag out.")
             wanted = name in self.empty or self.get_default(name) == ""
             if value == "" and option in self._option_string_actions and not wanted:
                 raise UserError(f"{option} '' is empty: give a value, or leave the flag out.")
@@ -53,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         close = [name for flag in unknown_in(message) if (name := self.closest(flag))]
         hint = f"did you mean {', '.join(close)}? " if close else ""
-        self.exit(2, f"{self.prog}: error: {message} ({hint}see {self.prog} --help)\n")
+        print_and_exit(self.prog, f"{message} ({hint}see {self.prog} --help)")
 
     def closest(self, flag):
         """The known flag that `flag` abbreviates, if there is one, or is spelled most like."""
@@ -97,7 +99,7 @@ def number(kind, low=-math.inf, high=math.inf, *, above=None):
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'a whole' if kind is int else 'a'} number"
             ) from None
-        if not math.isfinite(value):
+        if kind is float and not math.isfinite(value):  # an integer may be too large for isfinite
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not low <= value <= high or (above is not None and value <= above):
             lowest = f"above {above}" if above is not None else f"at least {low}"

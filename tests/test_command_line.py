@@ -181,6 +181,25 @@ def test_an_empty_value_is_refused_unless_the_official_default_is_empty():
     assert args.partition == args.pretrained_weights == ""
 
 
+@pytest.mark.parametrize("flag", ["--arch", "--epochs", "--jitter"])
+def test_two_hyphens_are_not_a_value(flag):
+    """argparse drops them, and gives [] to a flag of one value."""
+    with pytest.raises(UserError, match=f"{flag} '--' is not a value"):
+        parse_args([f"{flag}=--"])
+
+
+@pytest.mark.parametrize("flags", [["--seed", "9" * 400], ["--seed", "9" * 5000], ["--x\n\x1b[2J"]])
+def test_an_error_of_the_command_line_is_one_line_of_bounded_length(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(flags)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("main_dino.py: error: ")
+    assert len(said) < 2500
+    assert said.count("\n") == 1
+    assert "\x1b" not in said
+
+
 def test_an_output_never_replaces_a_file_that_these_scripts_did_not_write(tmp_path):
     photograph().save(tmp_path / "photo.png")
     (tmp_path / "backbone.pth").write_bytes(b"weights")
