@@ -38,9 +38,12 @@ def stop():
 
 
 def beat():
-    signs, looked = 0, time.monotonic()
+    signs, looked, awake = 0, time.monotonic(), time.monotonic()
     last = {}  # rank: (its last sign, when that was first seen)
     while (store := _store) is not None:
+        if time.monotonic() - awake > LOOK:  # stopped meanwhile, as the others may have been
+            last.clear()
+        awake = time.monotonic()
         try:
             signs += 1
             store.set(key(_rank), str(signs))
