@@ -74,7 +74,7 @@ class MetricLogger:
     def __init__(self, delimiter="\t"):
         self.meters = defaultdict(SmoothedValue)
         self.delimiter = delimiter
-        self.lap_start, self.waited, self.lap_iterations = time.time(), 0.0, 0
+        self.lap_start, self.waited, self.lap_iterations = time.monotonic(), 0.0, 0
 
     def update(self, **values):
         for name, value in values.items():
@@ -111,13 +111,13 @@ class MetricLogger:
         total = len(iterable)
         bar = tqdm(total=total, initial=start, desc=header, disable=not on_terminal(), leave=False)
         self.lap()
-        begin = end = time.time()
+        begin = end = time.monotonic()
         for i, item in enumerate(iterable, start):
-            data_time.update(time.time() - end)
+            data_time.update(time.monotonic() - end)
             self.waited += data_time.value
             self.lap_iterations += 1
             yield item
-            iteration_time.update(time.time() - end)
+            iteration_time.update(time.monotonic() - end)
             bar.update()
             if is_due(i, total, print_freq):
                 bar.set_postfix_str(str(self))
@@ -128,15 +128,15 @@ class MetricLogger:
                     fields.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
                 if bar.disable:
                     print0(self.delimiter.join(fields))
-            end = time.time()
+            end = time.monotonic()
         bar.close()
-        seconds = time.time() - begin
+        seconds = time.monotonic() - begin
         took = datetime.timedelta(seconds=int(seconds))
         print0(f"{header} Total time: {took} ({seconds / max(1, total - start):.4f} s / it)")
 
     def lap(self):
         """(seconds, seconds of them spent waiting for data, iterations) since the last call."""
-        now = time.time()
+        now = time.monotonic()
         lap = now - self.lap_start, self.waited, self.lap_iterations
         self.lap_start, self.waited, self.lap_iterations = now, 0.0, 0
         return lap
