@@ -225,7 +225,8 @@ def mean_attention(model, image):
 
 def read_fitting(path, resize, patch_size):
     """A frame as the network sees it: PIL, of whole patches."""
-    return fit_to_patches(read_image(path), resize, patch_size, printable(path))[0]
+    name = printable(path)
+    return fit_to_patches(read_image(path), resize, patch_size, name, flag="--resize")[0]
 
 
 def compute_maps(pretrained, frames, open_frame, path):

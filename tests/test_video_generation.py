@@ -254,7 +254,7 @@ def frames(folder):
         (two_sizes, "", r"picture1\.jpg: 80 x 40 pixels, and the first frame has 68 x 44"),
         (unreadable, "", r"picture1\.jpg: cannot be read as an image"),
         (frames, "--resize 10 20 30", "--resize 10 20 30: give height and width"),
-        (frames, "--resize 4", "do not hold a patch of 8 x 8"),
+        (frames, "--resize 4", "do not hold a patch of 8 x 8. Enlarge it with --resize"),
         (frames, "--resize 0", "--resize"),
         (frames, "--fps 0", "--fps"),
         (frames, "--fps nan", "--fps"),

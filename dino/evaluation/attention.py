@@ -36,12 +36,12 @@ def lacks_class_attention(arch):
     )
 
 
-def fit_to_patches(image, image_size, patch_size, name):
+def fit_to_patches(image, image_size, patch_size, name, flag="--image_size"):
     """(PIL image of whole patches, (height, width) before the rest of a patch was cut off).
 
     `image_size` is [height, width], or [short side], which keeps the aspect ratio, or [0], the
     image as it is. Rows and columns are cut at the bottom and on the right, as in the official
-    code. UserError, with the image's `name`, where not even one patch fits.
+    code. UserError, with the image's `name` and the `flag` of its size, where no patch fits.
     """
     if image_size != [0]:
         image = F.resize(image, image_size, InterpolationMode.BILINEAR)
@@ -50,7 +50,7 @@ def fit_to_patches(image, image_size, patch_size, name):
     if rows == 0 or columns == 0:
         raise UserError(
             f"{name}: {height} x {width} pixels do not hold a patch of {patch_size} x {patch_size}."
-            " Enlarge it with --image_size."
+            f" Enlarge it with {flag}."
         )
     return image.crop((0, 0, columns * patch_size, rows * patch_size)), (height, width)
 
