@@ -218,6 +218,7 @@ CASES = [
     ("main_dino", "--output_dir linear", r"eval_linear\.py"),
     ("main_dino", "--resume nowhere.pth", "no such file"),
     ("main_dino", "--resume text.pth", "damaged, or not a checkpoint"),
+    ("main_dino", "--output_dir .", "--output_dir .: holds backbone.pth, which would be lost"),
     ("main_dino", "--resume backbone.pth", "not a training checkpoint"),
     ("main_dino", "--resume training.pth --init_from backbone.pth", "exclude each other"),
     ("main_dino", "--data_path demo:// --batch_size_per_gpu 5000", "2800 images are fewer"),
