@@ -116,7 +116,7 @@ def init_distributed(device="auto", dist_url="env://"):
                 timeout=TIMEOUT,
                 **ranks,
             )
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever torch may raise on somebody's address
         reason = " ".join(str(error).split())
         raise UserError(
             f"--dist_url {dist_url}: the {launch.world_size} processes could not meet at {where}"

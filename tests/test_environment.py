@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Variables of a launcher that hold anything, and limits: one paragraph that somebody prints."""
 
+import re
+
 import pytest
 from conftest import SMALL_RUN, run_python, run_script
 
@@ -45,6 +47,14 @@ def test_a_single_process_needs_no_address(class_folders, tmp_path):
     command = ("main_dino.py", *SMALL_RUN, "--epochs", 1, "--data_path", class_folders / "train")
     result = run_script(*command, "--output_dir", tmp_path / "run", RANK="0", WORLD_SIZE="1")
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("url", ["env://?x", "tcp://", "http://x"])
+def test_an_address_that_cannot_be_is_named(url, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=re.escape(f"--dist_url {url}")):
+        distributed.init_distributed("cpu", url)
 
 
 NO_MORE_THREADS = """
