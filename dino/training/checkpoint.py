@@ -155,6 +155,16 @@ def check_same_run(path, saved, args):
             )
         )
 
+    weights, began = args.get("init_from"), saved.get("init_from")
+    if weights and weights != began:
+        print0(
+            printable(
+                f"Warning: --init_from {weights} has no effect: {path} is resumed, whose run began"
+                f" from {brief(began) if began else 'random weights'}. Give another --output_dir to"
+                " start from these."
+            )
+        )
+
 
 def same(name, a, b):
     """Whether two values of a flag are equivalent: list and tuple, `deit_small` and `vit_small`."""

@@ -101,7 +101,8 @@ class Run:
                 " many, or another --output_dir."
             )
         self.saver.folder.mkdir(parents=True, exist_ok=True)
-        self.recorder.log.rewind(vars(self.args), progress.logged_epochs, progress.epochs_done)
+        if progress.logged_epochs < self.args.epochs:  # else nothing is done with these flags
+            self.recorder.log.rewind(vars(self.args), progress.logged_epochs, progress.epochs_done)
         inside = f" and {progress.steps} iterations" if progress.steps else ""
         done = f"{progress.epoch} of {self.args.epochs} epochs{inside}"
         print0(printable(f"Resumed from {path}: {done} are done."))

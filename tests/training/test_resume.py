@@ -91,6 +91,25 @@ def test_the_best_and_the_numbered_checkpoint_of_a_save_that_was_cut_off_are_wri
     assert_equal_states(read(numbered), read(tmp_path / NEWEST))
 
 
+def test_weights_that_a_resumed_run_does_not_start_from_are_named(data, unbroken, tmp_path, capsys):
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "backbone.pth"
+    train(data, tmp_path, "--init_from", weights)
+    said = capsys.readouterr().out
+    assert f"--init_from {weights} has no effect" in said
+    assert "whose run began from random weights" in said
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_command_that_leaves_nothing_to_train_changes_no_log(data, unbroken, tmp_path, back):
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    names = ("args.json", "log.txt", "metrics.jsonl")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    first = ("--resume", tmp_path / "checkpoint0000.pth", "--epochs", 1)
+    train(data, tmp_path, *(first if back else ()), "--center_momentum", 0.5)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+
+
 def test_resume_path_goes_back_within_a_folder_but_never_over_another_run(
     data, unbroken, tmp_path, capsys
 ):
