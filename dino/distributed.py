@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -103,6 +104,8 @@ def init_distributed(device="auto", dist_url="env://"):
         os.environ.setdefault("MASTER_PORT", str(port))
     if dist_url == "env://":
         complete_environment(launch)
+    elif dist_url.startswith("file:"):
+        check_meeting_file(dist_url)
     ranks = dict(rank=launch.rank, world_size=launch.world_size)
     where = dist_url
     if dist_url == "env://":
@@ -160,6 +163,19 @@ def complete_environment(launch):
             f"environment variable MASTER_PORT={os.environ['MASTER_PORT']!r}: not a port."
         )
     check_host(os.environ["MASTER_ADDR"])
+
+
+def check_meeting_file(url):
+    """UserError for a file that cannot be made: PyTorch would wait for it, deaf to signals."""
+    path = urlsplit(url).path
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"--dist_url {url}: this is not a regular file. Give a new one.")
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise UserError(
+            f"--dist_url {url}: {error.strerror}. Give a file that all processes can write to."
+        ) from None
 
 
 def check_host(name):

@@ -49,7 +49,9 @@ def test_a_single_process_needs_no_address(class_folders, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("url", ["env://?x", "tcp://", "http://x"])
+@pytest.mark.parametrize(
+    "url", ["env://?x", "tcp://", "http://x", "file:///nowhere/x", "file:///dev/null"]
+)
 def test_an_address_that_cannot_be_is_named(url, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
