@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dino.command_line import PLACEHOLDER
@@ -238,6 +239,8 @@ def open_image(path):
             check_pixels(*image.size)
             if isinstance(image, JpegImageFile):
                 file.scans = 0
+            if isinstance(image, TiffImageFile):
+                check_decodable(image.tag_v2)
             yield image
     except UnidentifiedImageError:
         formats = ", ".join(known_formats())
@@ -264,8 +267,10 @@ def check_is_regular(path):
 
 
 def check_pixels(width, height):
-    """Raise ValueError for more pixels than the limit, before they are decoded."""
+    """Raise ValueError for no pixels, or more than the limit, before they are decoded."""
     limit = Image.MAX_IMAGE_PIXELS
+    if width * height == 0:
+        raise ValueError(f"{width} x {height} pixels")
     if limit is not None and width * height > limit:
         raise ValueError(f"{width} x {height} pixels, more than --max_image_pixels {limit}")
 
@@ -306,9 +311,23 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-# Tags of TIFF. The sample format 2 is "integer with a sign".
-BITS, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
-WHITE_IS_ZERO = 0
+# Tags of TIFF. The sample format 2 is "integer with a sign", 3 "floating-point number".
+BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339
+WHITE_IS_ZERO, NOT_COMPRESSED, APART = 0, 1, 2
+
+
+def check_decodable(tags):
+    """Raise ValueError for a TIFF of which Pillow 13 gives other numbers than it holds.
+
+    Each byte of the planes is a pixel to it, or the bytes are swapped once too often.
+    """
+    compressed = tags.get(COMPRESSION, NOT_COMPRESSED) != NOT_COMPRESSED
+    if tags.get(PLANES) == APART and max(tags.get(BITS, (1,))) > 8 and not compressed:
+        raise ValueError("planes of more than 8 bits that are not compressed; save them compressed")
+    if compressed and tags.prefix == b"MM" and {2, 3} & set(tags.get(SAMPLE_FORMAT, ())):
+        raise ValueError(
+            "big-endian numbers with a sign that are compressed; save it little-endian"
+        )
 
 
 def highest_of_type(image, tags):

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import tifffile
 from conftest import ROOT, SMALL_RUN, photograph, run_python, run_script
 from PIL import Image
 
@@ -116,6 +117,31 @@ def test_a_negative_is_read_as_a_positive_or_refused(tmp_path):
     write_tiff(tmp_path / "16.tif", (255 - GREY).astype(np.uint16) * 257, photometric=0)
     with pytest.raises(UnreadableImage, match="0 is white"):
         read_image(tmp_path / "16.tif")
+
+
+RGB16 = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=-1).astype(np.uint16) * 257
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_planes_of_16_bits_are_read_as_stored_or_refused(tmp_path, compression):
+    """Pillow takes each byte of planes that are not compressed for a pixel."""
+    options = dict(photometric="rgb", planarconfig="separate", compression=compression)
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(RGB16, -1, 0), **options)
+    refused = pytest.raises(UnreadableImage, match="planes of more than 8 bits")
+    with nullcontext() if compression else refused:
+        levels = np.asarray(read_image(tmp_path / "a.tif")).astype(int)
+        assert abs(levels - RGB16 // 257).max() <= 1
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_big_endian_numbers_with_a_sign_are_read_as_stored_or_refused(tmp_path, compression):
+    """Pillow swaps the bytes of compressed ones twice: 100 becomes 25600."""
+    values = np.rint(GREY[:, :24] / 255 * 100).astype(np.int16)
+    tifffile.imwrite(tmp_path / "a.tif", values, byteorder=">", compression=compression)
+    refused = pytest.raises(UnreadableImage, match="save it little-endian")
+    with refused if compression else nullcontext():
+        levels = np.asarray(read_image(tmp_path / "a.tif"))[..., 0]
+        assert (levels == np.floor(values * (255 / 32767) + 0.5)).all()
 
 
 # ---- bombs ----
