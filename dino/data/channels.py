@@ -64,15 +64,27 @@ def read_channels(path, in_chans=None):
     if ending in ARRAYS:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         check_shape(pixels.shape, in_chans)
-    elif ending in TIFF:
+    elif ending in TIFF and holds_levels(path):
         with open_tiff(path) as series:
             check_shape(shape_of(series), in_chans)
             pixels, bits = series.asarray(), series.keyframe.bitspersample
     else:
         with open_image(path) as image:
-            plain = image.mode in ("L", "RGB", "RGBA", "LA")
-            pixels = np.asarray(image if plain else to_rgb(image))
+            pixels = as_levels(image)
     return to_levels(np.ascontiguousarray(channels_last(pixels)), bits)
+
+
+def as_levels(image):
+    """A PIL image as an array; as RGB where its numbers are not the levels of its channels."""
+    return np.asarray(image if image.mode in ("L", "RGB", "RGBA", "LA") else to_rgb(image))
+
+
+def holds_levels(path):
+    """Whether the numbers in a TIFF are levels, and not indices of a palette, inks or differences
+    of colours, which Pillow converts to RGB.
+    """
+    with open_tiff(path) as series:
+        return series.keyframe.photometric.name in ("MINISBLACK", "RGB")
 
 
 @contextlib.contextmanager
@@ -122,6 +134,8 @@ def to_levels(values, bits=None):
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype == np.uint8 and bits in (None, 8):
         return values
+    if values.dtype == np.int8:
+        raise ValueError("8-bit integers with a sign")
     if not (np.isfinite(values).all() and values.min() >= 0):
         raise ValueError("values below 0, or that are not finite")
     if values.dtype == np.bool_:
@@ -174,10 +188,11 @@ def channels_last(pixels):
 def with_channels(image, in_chans):
     """An image, PIL or array, as uint8 (H, W, in_chans). ValueError if it has another number.
 
-    One channel is the grey value of a colour image.
+    One channel is the grey value of a colour image. Numbers are scaled by `to_levels`.
     """
     if isinstance(image, Image.Image):
-        image = channels_last(np.asarray(image))
+        image = channels_last(as_levels(image))
+    image = to_levels(np.ascontiguousarray(image))
     check_channels(image.shape[-1], in_chans)
     if in_chans == 1 and image.shape[-1] == RGB:
         image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
@@ -218,6 +233,8 @@ def channels_in_header(path):
     check_is_regular(path)
     if ending in ARRAYS:
         return check_shape(np.load(path, mmap_mode="r", allow_pickle=False).shape), True
+    if not holds_levels(path):
+        return RGB, True
     with open_tiff(path) as series:
         channels = check_shape(shape_of(series))
         return (RGB if channels == 1 else channels), channels_are_told(series)

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from dino.data.channels import RGB, reader, with_channels
+from dino.data.channels import RGB, reader, size_of, with_channels
 from dino.data.images import UnreadableImage, to_rgb
 
 MOST_ATTEMPTS = 10  # of --on_bad_image skip, to replace one image
@@ -51,19 +51,18 @@ class TrainingImages(Dataset):
 def image_of(item, number, in_chans=RGB):
     """The image of an item of a sequence of images or of tuples (image, label, ...).
 
-    As PIL RGB or, for other numbers of channels than 3, as uint8 (H, W, in_chans).
+    As PIL RGB or, for other numbers of channels than 3, as uint8 (H, W, in_chans). UnreadableImage
+    for anything else.
     """
-    image = item[0] if isinstance(item, tuple | list) else item
+    image = item[0] if isinstance(item, tuple | list) and item else item
     is_array = isinstance(image, np.ndarray) and in_chans != RGB
-    if not (is_array or isinstance(image, Image.Image)):
-        raise TypeError(
-            f"images[{number}] is a {type(item).__name__}, not a PIL image or (PIL image, label)"
-        )
-    if in_chans == RGB:
-        return to_rgb(image)
     try:
-        return with_channels(image, in_chans)
-    except ValueError as error:
+        if not (is_array or isinstance(image, Image.Image)):
+            raise ValueError(f"{type(image).__name__}, not a PIL image or (PIL image, label)")
+        if 0 in size_of(image):
+            raise ValueError("no pixels")
+        return to_rgb(image) if in_chans == RGB else with_channels(image, in_chans)
+    except (ValueError, TypeError) as error:  # TypeError: numbers that have no order
         raise UnreadableImage(f"images[{number}]", str(error)) from None
 
 

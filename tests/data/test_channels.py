@@ -19,7 +19,7 @@ from dino.data.augmentations import LinearProbeAugmentation, MultiCrop, View, ev
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
 from dino.data.channels import count_channels, read_any, read_channels, to_levels
 from dino.data.images import UnreadableImage
-from dino.data.items import collate_readable
+from dino.data.items import collate_readable, image_of
 from dino.errors import UserError
 from dino.evaluation.attention import open_for_attention
 from dino.networks import MultiCropWrapper
@@ -87,6 +87,50 @@ def test_fewer_bits_than_the_type_has_room_for_reach_white_too(kind, bits):
     np.testing.assert_array_equal(to_levels(grey, bits), expected)
 
 
+@pytest.mark.parametrize("mode", ["P", "YCbCr", "CMYK", "LAB", "1", "negative"])
+def test_a_tiff_of_no_levels_is_grey_by_its_colours_and_has_no_other_channels(tmp_path, mode):
+    """Indices of a palette, inks and differences of colours are no brightness."""
+    photo = photograph().resize((40, 40))
+    if mode == "negative":
+        photo = photo.convert("L")
+        negative = 255 - np.asarray(photo)
+        tifffile.imwrite(tmp_path / "a.tif", negative, photometric="miniswhite")
+    elif mode == "LAB":
+        tifffile.imwrite(tmp_path / "a.tif", np.asarray(photo), photometric="cielab")
+        photo = Image.open(tmp_path / "a.tif")
+    else:
+        photo = photo.quantize(16) if mode == "P" else photo.convert(mode)
+        photo.save(tmp_path / "a.tif")
+    expected = np.asarray(photo.convert("RGB").convert("L"))
+    np.testing.assert_array_equal(read_any(tmp_path / "a.tif", 1)[..., 0], expected)
+    assert count_channels([tmp_path / "a.tif"]) == 3
+    with pytest.raises(UnreadableImage, match="and --in_chans is 4"):
+        read_any(tmp_path / "a.tif", 4)
+
+
+KINDS_IN_MEMORY = {
+    "uint16": lambda pixels: pixels.astype(np.uint16) * 257,
+    "float32 to 1": lambda pixels: (pixels / 255).astype(np.float32),
+    "int64": lambda pixels: pixels.astype(np.int64),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_IN_MEMORY)
+def test_arrays_and_images_of_ones_own_become_levels_by_their_type(kind):
+    pixels = bands(5)
+    of_kind = KINDS_IN_MEMORY[kind](pixels)
+    np.testing.assert_array_equal(image_of(of_kind, 0, 5), pixels)
+    if kind != "int64":  # which Pillow lacks
+        grey = image_of(Image.fromarray(of_kind[..., 0]), 0, 1)
+        np.testing.assert_array_equal(grey[..., 0], pixels[..., 0])
+
+
+def test_the_palette_of_an_image_of_ones_own_is_no_brightness():
+    photo = photograph().quantize(16)
+    grey = image_of((photo, 7), 0, 1)[..., 0]
+    np.testing.assert_array_equal(grey, np.asarray(photo.convert("RGB").convert("L")))
+
+
 def test_formats_of_pillow_give_their_channels_too(tmp_path):
     photograph().resize((30, 20)).save(tmp_path / "rgb.png")
     photograph().convert("RGBA").save(tmp_path / "rgba.png")
@@ -107,6 +151,8 @@ def test_formats_of_pillow_give_their_channels_too(tmp_path):
         (np.full((8, 8, 5), np.nan), "not finite"),
         (np.array([{}, {}], dtype=object), "Python objects"),
         (np.full((8, 8, 5), -1.0), "values below 0"),
+        (np.full((8, 8, 5), 1, np.int8), "8-bit integers with a sign"),
+        (np.zeros((8, 0, 5), np.uint8), "0 x 8 pixels"),
     ],
 )
 def test_what_is_not_an_image_of_these_channels_says_why(tmp_path, content, why):

@@ -5,10 +5,14 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, run_script
+from PIL import Image
 
 from dino.data.datasets import open_dataset
 from dino.errors import UserError
+from dino.training.flags import parse_args
+from main_dino import train_dino
 
 
 @pytest.fixture
@@ -69,3 +73,15 @@ def test_a_run_takes_ones_own_data_set(tmp_path):
     done = run_script(script, *flags, "--output_dir", tmp_path / "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "16 images, shorter side 24 pixels" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "item",
+    [torch.zeros(3, 40, 40), np.zeros((40, 40, 3)), {"image": 1}, None, (), Image.new("L", (0, 4))],
+)
+def test_an_item_that_is_no_image_is_a_mistake_and_not_a_traceback(item, tmp_path):
+    """A tensor comes of a transform that was left in the data set."""
+    flags = "--preset demo --num_workers 0 --device cpu --output_dir".split()
+    said = "images\\[.*(not a PIL image|no pixels)"
+    with pytest.raises(UserError, match=said):
+        train_dino(parse_args([*flags, str(tmp_path)]), images=[item] * 64)
