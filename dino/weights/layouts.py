@@ -6,13 +6,15 @@ timm's names of a plain ViT are ours. transformers has names of its own, and kee
 values apart.
 """
 
+import math
 import re
 from pathlib import Path
 
 import torch
 
+from dino.data.channels import RGB
 from dino.errors import UserError
-from dino.json_files import parse
+from dino.json_files import is_number, parse
 from dino.printable import brief
 from dino.weights.files import DamagedFile, is_named, read, without_prefix
 from vision_transformer import ARCHITECTURES
@@ -157,12 +159,25 @@ def describe_transformers(config, preprocessor, source):
         raise UserError(f"{source}: layer_norm_eps is {brief(epsilon)}; ours is 1e-6.")
     described = {"arch": arch, "patch_size": config.get("patch_size", 16)}
     described["image_size"] = config.get("image_size", 224)
-    if preprocessor.get("do_normalize", True):
-        names = {"mean": "image_mean", "std": "image_std"}
-        described |= {
-            ours: preprocessor[name] for ours, name in names.items() if name in preprocessor
-        }
-    return described
+    return described | describe_preprocessor(preprocessor, source)
+
+
+def describe_preprocessor(preprocessor, source):
+    """The mean and std in transformers' preprocessor_config.json, as far as it has them; 0 and 1
+    where it does not normalise. UserError where white does not become 1 before that.
+    """
+    factor = preprocessor.get("rescale_factor", 1 / 255)
+    scaled = is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-3)
+    if not preprocessor.get("do_rescale", True) or not scaled:
+        raise UserError(
+            f"{source}: {PREPROCESSOR} does not rescale images by 1/255 (do_rescale"
+            f" {brief(preprocessor.get('do_rescale', True))}, rescale_factor {brief(factor)}), as"
+            " is done here. Put the factor into its image_mean and image_std."
+        )
+    if not preprocessor.get("do_normalize", True):
+        return {"mean": [0.0] * RGB, "std": [1.0] * RGB}
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {ours: preprocessor[name] for ours, name in names.items() if name in preprocessor}
 
 
 def describe_timm(config, source):
@@ -191,7 +206,19 @@ def describe_timm(config, source):
     described = {name: shown[name] for name in ("mean", "std") if name in shown}
     if isinstance(shown.get("input_size"), list) and shown["input_size"]:
         described["image_size"] = shown["input_size"][-1]  # [channels, height, width]
+    check_square(options.get("img_size"), source)
+    check_square(shown.get("input_size"), source)
     return described
+
+
+def check_square(size, source):
+    """Raise UserError for a size [..., height, width] that is not square: position embeddings of
+    4 x 16 patches look like those of 8 x 8.
+    """
+    if isinstance(size, list) and len(size) > 1 and size[-2] != size[-1]:
+        raise UserError(
+            f"{source}: its {CONFIG} says images of {brief(size)}; here they are square."
+        )
 
 
 # ---- names ----

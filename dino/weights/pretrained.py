@@ -28,6 +28,7 @@ from dino.weights.loading import check_fits, list_names, load_exactly
 from dino.weights.published import PUBLISHED_BACKBONES, download, published_entry
 from vision_transformer import ARCHITECTURES
 
+HEADS = ("head.", "fc.")  # how names of a classifier or of DINO's head begin
 LARGEST_COLOR = 1000.0  # of a mean or a standard deviation that images are normalised by
 
 
@@ -175,8 +176,13 @@ def check_description(described, source):
     for name, value in described.items():
         if not right[name](value):
             raise UserError(f"{source} has an invalid {name}: {brief(value)}.")
-    if len({len(described[name]) for name in ("mean", "std") if name in described}) > 1:
+    if len({len(described.get(name, ())) for name in ("mean", "std")}) > 1:
         raise UserError(f"{source} has a mean and a std of different numbers of channels.")
+    if "arch" in described:
+        try:
+            check_arch(described["arch"])
+        except UserError as error:
+            raise UserError(f"{source} names a network that cannot be built: {error}") from None
 
 
 def vit_in(weights):
@@ -227,12 +233,26 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
         )
     if not is_named(state_dict):
         raise UserError(f"{flag} {path} holds weights whose names are not text.")
+    check_one_network(state_dict, f"{flag} {path}")
     state_dict = without_prefix(state_dict, "module.")
     if any(name.startswith("backbone.") for name in state_dict):
         state_dict = {
             name: value for name, value in state_dict.items() if name.startswith("backbone.")
         }
     return in_our_names(without_prefix(state_dict, "backbone."))
+
+
+def check_one_network(state_dict, source):
+    """Raise UserError if two weights have one name without prefixes, but for those of heads."""
+    found = {}
+    for name in state_dict:
+        bare = name.removeprefix("module.").removeprefix("backbone.")
+        other = found.setdefault(bare, name)
+        if other != name and not bare.startswith(HEADS):
+            raise UserError(
+                f"{source} holds two networks: {brief(other)} and {brief(name)}. Save the weights"
+                " of one of them in a file of their own."
+            )
 
 
 def published_weights(arch, patch_size, published=PUBLISHED_BACKBONES):
@@ -271,9 +291,7 @@ def without_classifier(weights, backbone):
     """`weights` without those of a classifier that `backbone` lacks."""
     own = backbone.state_dict()
     return {
-        name: value
-        for name, value in weights.items()
-        if name in own or not name.startswith(("head.", "fc."))
+        name: value for name, value in weights.items() if name in own or not name.startswith(HEADS)
     }
 
 

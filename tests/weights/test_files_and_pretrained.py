@@ -136,6 +136,27 @@ def test_a_file_with_something_else_in_it_is_an_error(tmp_path, content):
         open_backbone(weights_flags(tmp_path / "odd.pth"))
 
 
+@pytest.mark.parametrize("prefixes", [("", "backbone."), ("module.", ""), ("module.", "backbone.")])
+def test_two_networks_that_one_entry_holds_are_refused_by_name(tmp_path, prefixes):
+    """Under prefixes that are taken off: which of them was loaded depended on their order."""
+    entry = {}
+    for prefix in prefixes:
+        weights = vit_nano(8, img_size=32).state_dict()
+        entry |= {prefix + name: value for name, value in weights.items()}
+    entry |= {f"{prefix}head.weight": torch.ones(2) for prefix in prefixes}  # of no network
+    torch.save({"teacher": entry}, tmp_path / "two.pth")
+    said = rf"two\.pth holds two networks: {prefixes[0]}cls_token and {prefixes[1]}cls_token"
+    with pytest.raises(UserError, match=said):
+        open_backbone(weights_flags(tmp_path / "two.pth"))
+
+
+def test_an_unknown_network_is_told_with_the_file_that_names_it(tmp_path):
+    weights = vit_nano(8, img_size=32).state_dict()
+    torch.save({"teacher": weights, "arch": "vit_nanoo"}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth names a network .*vit_nanoo.* vit_nano"):
+        open_backbone(weights_flags(tmp_path / "a.pth"))
+
+
 def test_an_official_checkpoint_says_its_architecture_by_its_old_name(tmp_path):
     official_checkpoint(training_objects(), tmp_path / "checkpoint.pth")
     described = describe(read(tmp_path / "checkpoint.pth"))

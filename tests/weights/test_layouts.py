@@ -170,6 +170,46 @@ def test_a_transformers_folder_of_another_network_is_refused(
         opened(edited(transformers_vit, tmp_path, **changes))
 
 
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        ({"do_rescale": False}, "does not rescale images by 1/255 .do_rescale False"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor 0.0078"),
+        ({"image_std": [0.5] * 3}, "a mean and a std of different numbers"),
+    ],
+)
+def test_images_that_transformers_would_show_otherwise_are_refused(
+    transformers_vit, tmp_path, shown, message
+):
+    folder = edited(transformers_vit, tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps(shown))
+    with pytest.raises(UserError, match=message):
+        opened(folder)
+
+
+def test_a_transformers_folder_without_normalisation_gets_images_from_0_to_1(
+    transformers_vit, tmp_path
+):
+    folder = edited(transformers_vit, tmp_path)
+    shown = {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(shown))
+    pretrained = opened(folder)
+    assert (pretrained.mean, pretrained.std) == ([0.0] * 3, [1.0] * 3)
+
+
+@pytest.mark.parametrize("where", ["model_args", "pretrained_cfg"])
+def test_positions_of_4_by_16_patches_are_not_taken_for_those_of_8_by_8(tmp_path, where):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=(64, 256))
+    if where == "pretrained_cfg":
+        model.pretrained_cfg["input_size"] = (3, 64, 256)
+    options = dict(img_size=[64, 256]) if where == "model_args" else {}
+    timm.models.save_for_hf(
+        model, str(tmp_path / "hub"), model_args=options, safe_serialization=True
+    )
+    with pytest.raises(UserError, match=r"says images of .*64, 256\]; here they are square"):
+        opened(tmp_path / "hub")
+
+
 def test_other_heads_are_refused_in_timms_folder(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, num_heads=6)
     timm.models.save_for_hf(model, str(tmp_path / "hub"), safe_serialization=True)
