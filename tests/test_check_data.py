@@ -206,6 +206,8 @@ def test_a_look_tells_grey_blank_and_turned_images(tmp_path):
     plain, turned = facts(image, path), facts(image, path, exif=sideways)
     assert (plain.width, plain.height, plain.format, plain.mode) == (600, 400, "JPEG", "RGB")
     assert (plain.is_rotated, turned.is_rotated) == (False, True)
+    tiff = facts(image, tmp_path / "image.tif", exif=sideways)
+    assert (tiff.is_rotated, tiff.width) == (False, 400), "Pillow turns a TIFF while it decodes it"
     assert (turned.width, turned.height) == (600, 400), "as it is stored, and trained on"
     assert plain.chroma > 20
     assert facts(image.convert("L"), path).chroma < 1

@@ -80,6 +80,8 @@ def describe(path, in_chans):
 
 
 def orientation(header):
+    if header.format == "TIFF":  # Pillow rotates those while it decodes them
+        return None
     try:
         return header.getexif().get(ORIENTATION)
     except Exception:  # broken metadata of a sound image

@@ -81,7 +81,7 @@ def test_a_run_takes_ones_own_data_set(tmp_path):
 )
 def test_an_item_that_is_no_image_is_a_mistake_and_not_a_traceback(item, tmp_path):
     """A tensor comes of a transform that was left in the data set."""
-    flags = "--preset demo --num_workers 0 --device cpu --output_dir".split()
+    flags = ["--preset", "demo", "--num_workers", "0", "--device", "cpu", "--output_dir"]
     said = "images\\[.*(not a PIL image|no pixels)"
     with pytest.raises(UserError, match=said):
         train_dino(parse_args([*flags, str(tmp_path)]), images=[item] * 64)
