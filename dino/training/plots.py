@@ -17,7 +17,7 @@ from dino.data.channels import as_rgb
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
 from dino.printable import printable
-from dino.run_log import best_effort
+from dino.run_log import best_effort, is_figure
 from dino.spread import spread
 from dino.training.logged_run import LoggedRun
 
@@ -143,8 +143,9 @@ def make_room(axis, labels):
 
 
 def line(axis, run, name, scale=1.0, **style):
-    """One figure of the logged iterations, times `scale`; a gap where it has no value."""
-    values = [math.nan if step.get(name) is None else scale * step[name] for step in run.steps]
+    """One figure of the logged iterations, times `scale`; a gap where it is no number."""
+    found = [step.get(name) for step in run.steps]
+    values = [scale * value if is_figure(value) else math.nan for value in found]
     axis.plot([step["epoch"] for step in run.steps], values, **style)
 
 

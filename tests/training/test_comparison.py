@@ -3,10 +3,14 @@
 
 import json
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
+from dino.run_log import KINDS
 from dino.training.comparison import follow_knn
 from dino.training.logged_run import LoggedRun
+from dino.training.plots import draw_gradient_norm
 
 
 def spearman(a, b):
@@ -32,3 +36,16 @@ def test_measures_without_labels_are_set_beside_knn_if_there_are_four(count, tmp
     else:
         rho = spearman(knn, ranks)
         assert found == (tmp_path.name, "5", f"{rho:.2f}", "-1.00", "-")  # "-": of a constant
+
+
+def test_a_logged_norm_that_is_no_number_is_a_gap_in_its_curve(tmp_path):
+    norms = [1.0, {"a": 1}, "hostile", True, 2.0]
+    (tmp_path / "args.json").write_text(json.dumps({"out_dim": 64}))
+    with (tmp_path / "metrics.jsonl").open("w") as file:
+        for number, norm in enumerate(norms):
+            line = dict.fromkeys(KINDS["loss"][0], 1.0) | {"epoch": number + 1}
+            file.write(json.dumps(line | {"grad_norm": norm}) + "\n")
+    figure, axis = plt.subplots()
+    draw_gradient_norm(axis, LoggedRun(tmp_path), "black", "")
+    np.testing.assert_equal(axis.lines[0].get_ydata(), [1.0, np.nan, np.nan, np.nan, 2.0])
+    plt.close(figure)
