@@ -38,7 +38,7 @@ from dino.command_line import (
     loader_options,
     number,
 )
-from dino.data.channels import RGB
+from dino.data.channels import RGB, reader
 from dino.data.images import ImageFiles, limit_pixels, list_labelled_images
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, print0, shut_down
@@ -54,6 +54,7 @@ from dino.evaluation.linear_files import (
 from dino.json_files import read_lines
 from dino.optim import cosine_scheduler
 from dino.precision import choose_amp_dtype
+from dino.printable import printable
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import exit_when_stopped, listen
@@ -211,7 +212,6 @@ def evaluate(args, device):
     check_head_description(entries, source)
     labels = labels_of_head(labels, names, entries.get("classes"), head.num_labels, source)
     pretrained = open_backbone(args, args.image_size)
-    pretrained.require_rgb(source)
     amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
     features = FrozenFeatures(
         pretrained.backbone, pretrained.embed_dim, device, n_last_blocks=1, amp_dtype=amp_dtype
@@ -242,14 +242,20 @@ def train(args, device, interruption):
     paths, labels, classes = list_labelled_images(args.data_path, "train")
     val_paths, val_labels, _ = list_labelled_images(args.data_path, "val", classes)
     pretrained = open_network(args)
-    pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
     args.layer_decay = layer_decay_for(pretrained, args)
-    options = loader_options(args, device)
+    args.rand_augment = rand_augment_for(pretrained, args)
+    options, in_chans = loader_options(args, device), pretrained.in_chans
     augmentation = FineTuningAugmentation(
         pretrained.image_size, pretrained.mean, pretrained.std, args.crop_scale, args.rand_augment
     )
     loader = training_loader(
-        ImageFiles(paths), augmentation, labels=labels, seed=args.seed, drop_last=True, **options
+        ImageFiles(paths, reader(in_chans)),
+        augmentation,
+        labels=labels,
+        seed=args.seed,
+        drop_last=True,
+        in_chans=in_chans,
+        **options,
     )
     global_batch = args.batch_size_per_gpu * get_world_size()
     if not len(loader):
@@ -262,7 +268,7 @@ def train(args, device, interruption):
     # ---- network ----
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same weights
     amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
-    check_gradients(pretrained.backbone, [pretrained.image_size], RGB, device, amp_dtype)
+    check_gradients(pretrained.backbone, [pretrained.image_size], in_chans, device, amp_dtype)
     state, average = build_finetuning(
         build_model(pretrained, len(classes), args.drop_path_rate, args.from_scratch),
         device,
@@ -320,6 +326,20 @@ def layer_decay_for(pretrained, args):
             " layers are known. Leave the flag out."
         )
     return 1.0
+
+
+def rand_augment_for(pretrained, args):
+    """--rand_augment, or none for other channels than RGB, with a message; UserError if given."""
+    if pretrained.in_chans == RGB or not args.rand_augment:
+        return args.rand_augment
+    source = f"--pretrained_weights {args.pretrained_weights}"
+    if "rand_augment" in args.given:
+        raise UserError(
+            f"--rand_augment {args.rand_augment}: changes the colours of RGB images, and {source}"
+            f" takes {pretrained.in_chans} channels. Leave the flag out."
+        )
+    print0(printable(f"{source} takes {pretrained.in_chans} channels, so there is no RandAugment."))
+    return ""
 
 
 def main():

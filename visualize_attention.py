@@ -8,7 +8,8 @@ For each image: img.png, attn-head0.png, ... and, with --threshold, mask_th0.6_h
 official names); beside them attn-mean.png, overlay.png, and everything on one sheet, attention.png.
 A folder of images gets a folder of pictures for each. As in the official code, images are resized
 to 480 x 480 pixels; --image_size 480 keeps their aspect ratio. Unlike there, a photograph is turned
-as its EXIF data ask, and img.png shows it as it is, not stretched to the full range of colours. The
+as its EXIF data ask, and img.png shows it as it is, not stretched to the full range of colours; of
+other channels than RGB it shows the first three. The
 published weights of vit_small with patches of 8 are the 300-epoch model of the paper's pictures. No
 GPU is needed.
 """
@@ -28,8 +29,9 @@ from dino.command_line import (
     check_output_folder,
     number,
 )
+from dino.data.channels import RGB, as_rgb, read_any, to_levels_tensor
 from dino.data.demo import open_photograph
-from dino.data.images import UnreadableImage, find_images, limit_pixels, read_image
+from dino.data.images import ARRAYS, UnreadableImage, find_images, limit_pixels
 from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.attention import (
@@ -85,13 +87,14 @@ def visualize_attention(args):
     check_picture_size(args.image_size)
     check_output_folder(args.output_dir)
     photographs = list_photographs(args.image_path, args.output_dir)
-    pretrained = open_for_attention(args, PUBLISHED_FOR_PICTURES)
+    pretrained = open_for_attention(args, PUBLISHED_FOR_PICTURES, rgb_only=False)
     network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
     for path, folder in photographs:
         name = path or PHOTOGRAPH
-        image, _ = fit_to_patches(open_upright(path), args.image_size, pretrained.patch_size, name)
+        image = open_upright(path, pretrained.in_chans)
+        image, _ = fit_to_patches(image, args.image_size, pretrained.patch_size, name)
         maps = class_attention(pretrained, image).cpu()
-        groups = draw_pictures(image, maps, pretrained.patch_size, args.threshold)
+        groups = draw_pictures(as_picture(image), maps, pretrained.patch_size, args.threshold)
         sheet = folder / "attention.png"
         save_pictures(groups, folder, path)
         draw_sheet(sheet, f"{printable(Path(name).name)}: attention of [CLS], {network}", groups)
@@ -121,7 +124,7 @@ def list_photographs(image_path, output_dir):
             f"--image_path {image_path}: no such file or folder. Leave the flag out for a"
             " photograph that comes with scikit-image."
         )
-    paths = find_images(image_path)
+    paths = find_images(image_path) or find_images(image_path, ARRAYS)
     if not paths:
         raise UserError(f"--image_path {image_path}: no image in this folder or below it.")
     if output_dir.resolve().is_relative_to(Path(image_path).resolve()):
@@ -136,14 +139,30 @@ def list_photographs(image_path, output_dir):
     return [(path, output_dir / name) for path, name in zip(paths, names, strict=True)]
 
 
-def open_upright(path):
-    """PIL image, turned as the camera was held if the file says so."""
+def open_upright(path, in_chans):
+    """PIL image, turned as the camera was held if the file says so.
+
+    Of other channels than RGB: uint8 (C, H, W), as the file has them.
+    """
+    if not path and in_chans != RGB:
+        raise UserError(
+            f"--image_path is missing: the backbone takes images of {in_chans} channels, and the"
+            " photograph that comes with scikit-image has 3."
+        )
     if not path:
         return open_photograph(PHOTOGRAPH)
     try:
-        return ImageOps.exif_transpose(read_image(path))
+        image = read_any(path, in_chans)
     except UnreadableImage as error:
         raise UserError(f"--image_path {error}") from None
+    return ImageOps.exif_transpose(image) if in_chans == RGB else to_levels_tensor(image)
+
+
+def as_picture(image):
+    """A PIL image of a PIL image, or of the first three of C channels, uint8 (C, H, W)."""
+    if isinstance(image, Image.Image):
+        return image
+    return Image.fromarray(as_rgb(image.permute(1, 2, 0).numpy()))
 
 
 @dataclass

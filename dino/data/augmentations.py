@@ -264,8 +264,7 @@ class LinearProbeAugmentation:
         if len(self.mean) != RGB:
             image = to_levels_tensor(image)
         image = box_and_flip(image, self.view, key, InterpolationMode.BILINEAR)
-        shares = F.to_tensor(image) if len(self.mean) == RGB else to_shares(image)
-        return F.normalize(shares, self.mean, self.std)
+        return normalised(image, self.mean, self.std)
 
 
 class GaussianBlur:
@@ -320,6 +319,12 @@ class EvalTransform(transforms.Compose):
 def resized_side(image_size):
     """The short side, in pixels, from which `eval_transform` crops its centre."""
     return round(image_size * 256 / 224)
+
+
+def normalised(image, mean, std):
+    """A PIL image, or levels of other channels than RGB, uint8 (C, H, W), as float32 (C, H, W)."""
+    shares = to_shares(image) if isinstance(image, torch.Tensor) else F.to_tensor(image)
+    return F.normalize(shares, mean, std)
 
 
 def to_shares(levels):

@@ -27,6 +27,7 @@ from dino.errors import UserError
 
 RGB = 3
 TIFF = (".tif", ".tiff")
+BLACK_IS_ZERO_OR_RGB = (1, 2)  # values of TIFF's tag PhotometricInterpretation
 LOOKED_AT = 8  # files, to find out how many channels there are
 MOST_CHANNELS = 1024  # of an image
 
@@ -60,15 +61,17 @@ def read_channels(path, in_chans=None):
     it is decoded.
     """
     check_is_regular(path)
-    ending, bits = Path(path).suffix.lower(), None
+    ending = Path(path).suffix.lower()
+    pixels = bits = None
     if ending in ARRAYS:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)
         check_shape(pixels.shape, in_chans)
-    elif ending in TIFF and holds_levels(path):
+    elif ending in TIFF:
         with open_tiff(path) as series:
-            check_shape(shape_of(series), in_chans)
-            pixels, bits = series.asarray(), series.keyframe.bitspersample
-    else:
+            if holds_levels(series):
+                check_shape(shape_of(series), in_chans)
+                pixels, bits = series.asarray(), series.keyframe.bitspersample
+    if pixels is None:
         with open_image(path) as image:
             pixels = as_levels(image)
     return to_levels(np.ascontiguousarray(channels_last(pixels)), bits)
@@ -79,12 +82,11 @@ def as_levels(image):
     return np.asarray(image if image.mode in ("L", "RGB", "RGBA", "LA") else to_rgb(image))
 
 
-def holds_levels(path):
+def holds_levels(series):
     """Whether the numbers in a TIFF are levels, and not indices of a palette, inks or differences
     of colours, which Pillow converts to RGB.
     """
-    with open_tiff(path) as series:
-        return series.keyframe.photometric.name in ("MINISBLACK", "RGB")
+    return series.keyframe.photometric in BLACK_IS_ZERO_OR_RGB
 
 
 @contextlib.contextmanager
@@ -233,9 +235,9 @@ def channels_in_header(path):
     check_is_regular(path)
     if ending in ARRAYS:
         return check_shape(np.load(path, mmap_mode="r", allow_pickle=False).shape), True
-    if not holds_levels(path):
-        return RGB, True
     with open_tiff(path) as series:
+        if not holds_levels(series):
+            return RGB, True
         channels = check_shape(shape_of(series))
         return (RGB if channels == 1 else channels), channels_are_told(series)
 

@@ -138,6 +138,9 @@ def awaited(batches):
         except RuntimeError as error:
             if not str(error).startswith("DataLoader timed out"):
                 raise
+            thread = getattr(batches, "_pin_memory_thread", None)
+            if thread is not None and not thread.is_alive():  # torch looks only without a timeout
+                raise RuntimeError("the thread that pins memory is gone") from None
             waited += LOOK
             if waited - LOOK < LATE <= waited:
                 print(

@@ -9,16 +9,17 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
+from dino.data.augmentations import normalised
 from dino.distributed import Launch, choose_device
 from dino.errors import UserError
 from dino.evaluation.vits import open_vit
 from dino.weights.published import PUBLISHED_BACKBONES
 
 
-def open_for_attention(args, published=PUBLISHED_BACKBONES):
+def open_for_attention(args, published=PUBLISHED_BACKBONES, **options):
     """`open_vit`, on --device."""
     device = choose_device(args.device, Launch("python"))
-    pretrained = open_vit(args, lacks_class_attention, published)
+    pretrained = open_vit(args, lacks_class_attention, published, **options)
     pretrained.backbone.to(device)
     return pretrained
 
@@ -37,33 +38,34 @@ def lacks_class_attention(arch):
 
 
 def fit_to_patches(image, image_size, patch_size, name, flag="--image_size"):
-    """(PIL image of whole patches, (height, width) before the rest of a patch was cut off).
+    """(image of whole patches, (height, width) before the rest of a patch was cut off).
 
-    `image_size` is [height, width], or [short side], which keeps the aspect ratio, or [0], the
-    image as it is. Rows and columns are cut at the bottom and on the right, as in the official
-    code. UserError, with the image's `name` and the `flag` of its size, where no patch fits.
+    `image`: PIL, or a tensor (C, H, W), which the result is then, too. `image_size` is [height,
+    width], or [short side], which keeps the aspect ratio, or [0], the image as it is. Rows and
+    columns are cut at the bottom and on the right, as in the official code. UserError, with the
+    image's `name` and the `flag` of its size, where no patch fits.
     """
     if image_size != [0]:
         image = F.resize(image, image_size, InterpolationMode.BILINEAR)
-    width, height = image.size
+    _, height, width = F.get_dimensions(image)
     rows, columns = height // patch_size, width // patch_size
     if rows == 0 or columns == 0:
         raise UserError(
             f"{name}: {height} x {width} pixels do not hold a patch of {patch_size} x {patch_size}."
             f" Enlarge it with {flag}."
         )
-    return image.crop((0, 0, columns * patch_size, rows * patch_size)), (height, width)
+    return F.crop(image, 0, 0, rows * patch_size, columns * patch_size), (height, width)
 
 
 def class_attention(pretrained, image):
-    """attention_of_pixels of a PIL image: (h, R, C)."""
-    pixels = F.normalize(F.to_tensor(image), pretrained.mean, pretrained.std)
+    """attention_of_pixels of a PIL image, or of levels uint8 (C, H, W): (h, R, C)."""
+    pixels = normalised(image, pretrained.mean, pretrained.std)
     return attention_of_pixels(pretrained.backbone, pixels)
 
 
 @torch.no_grad()
 def attention_of_pixels(backbone, pixels):
-    """Each head's attention of [CLS] to the patches of a normalised image (3, H, W): (h, R, C).
+    """Each head's attention of [CLS] to the patches of a normalised image (C, H, W): (h, R, C).
 
     Softmax probabilities; what is missing to a sum of 1 is what [CLS] gives itself. The values are
     those of `get_last_selfattention`, without its N x N numbers per head: for a photograph of 12

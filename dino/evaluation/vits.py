@@ -8,8 +8,8 @@ from dino.weights.published import PUBLISHED_BACKBONES
 from vision_transformer import ARCHITECTURES
 
 
-def open_vit(args, reason, published=PUBLISHED_BACKBONES):
-    """`open_backbone`; UserError unless that is a ViT, for RGB photographs.
+def open_vit(args, reason, published=PUBLISHED_BACKBONES, rgb_only=True):
+    """`open_backbone`; UserError unless that is a ViT, with `rgb_only` one for RGB photographs.
 
     `reason(arch)`: why no other network will do.
     """
@@ -17,7 +17,8 @@ def open_vit(args, reason, published=PUBLISHED_BACKBONES):
     pretrained = open_backbone(args, published=published)
     source = f"--pretrained_weights {args.pretrained_weights} ({pretrained.arch})"
     check_is_vit(pretrained.arch, source, reason)
-    pretrained.require_rgb(source)
+    if rgb_only:
+        pretrained.require_rgb(source)
     return pretrained
 
 

@@ -13,7 +13,6 @@ import torch
 
 from dino.atomic import replacing
 from dino.backbones import evaluating, is_vit
-from dino.data.channels import RGB
 from dino.distributed import is_main_process
 from dino.evaluation.attention import attention_of_pixels
 from dino.spread import spread_to_end
@@ -32,7 +31,7 @@ COLUMNS = 7  # epochs, with that before training
 
 
 class AttentionHistory:
-    """Keeps the maps of a run of so many `epochs`, and draws them. Rank 0 works, of a ViT and RGB.
+    """Keeps the maps of a run of so many `epochs`, and draws them. Rank 0 works, and of a ViT.
 
     `images` and `augmentation`: as for `draw_backbone`, whose eight images these are. Nothing here
     draws random numbers. A failure is a warning.
@@ -41,7 +40,7 @@ class AttentionHistory:
     def __init__(self, folder, images, augmentation, epochs):
         self.folder, self.images, self.augmentation = Path(folder), images, augmentation
         self.due = spread_to_end(epochs, COLUMNS)
-        self.pixels = None  # (n, 3, S, S), read when they are first needed
+        self.pixels = None  # (n, C, S, S), read when they are first needed
         self.drawn = []  # the epochs in the picture
 
     def after_epoch(self, backbone, epochs):
@@ -49,7 +48,7 @@ class AttentionHistory:
 
         A run that went back to an older checkpoint has those.
         """
-        if not (is_main_process() and is_vit(backbone) and len(self.augmentation.mean) == RGB):
+        if not (is_main_process() and is_vit(backbone)):
             return
         with plots.whatever_happens("the attention maps of this epoch"):
             for later in [epoch for epoch in self.kept() if epoch > epochs]:

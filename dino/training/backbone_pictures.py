@@ -7,13 +7,15 @@ n images, h heads, N = R x C patches, D width of a token, S side of an image in 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.utils import make_grid
 
 from dino.backbones import evaluating, first_of, is_vit
 from dino.data.augmentations import eval_transform
-from dino.data.channels import RGB
+from dino.data.channels import as_rgb
 from dino.data.items import image_of
 from dino.distributed import is_main_process
 from dino.evaluation.attention import attention_of_pixels
@@ -44,17 +46,17 @@ PATCHES, NEAREST = "patch_features.png", "neighbours.png"
 def draw_backbone(folder, backbone, images, augmentation):
     """Write the pictures to a run's folder: neighbours, and of a ViT attention and patches.
 
-    `images`: a sequence of PIL images, or of tuples that begin with one, cropped as for the k-NN.
-    Nothing is drawn of images that are not RGB.
+    `images`: a sequence of images, or of tuples that begin with one, cropped as for the k-NN.
     """
-    if not is_main_process() or len(augmentation.mean) != RGB:
+    if not is_main_process():
         return
     transform = transform_of(augmentation)
-    gallery = [image_of(images[number], number) for number in spread(len(images), GALLERY)]
+    numbers = spread(len(images), GALLERY)
+    gallery = [image_of(images[number], number, transform.in_chans) for number in numbers]
     device = next(backbone.parameters()).device
     eager = torch.compiler.set_stance("force_eager")  # other shapes would be compiled anew
     with eager, evaluating(backbone):
-        pixels = torch.stack([transform(image) for image in gallery])  # (n, 3, S, S)
+        pixels = torch.stack([transform(image) for image in gallery])  # (n, C, S, S)
         if is_vit(backbone):
             shown = pixels[spread(len(pixels), SHOWN)]
             photographs = photographs_of(shown, augmentation)
@@ -77,14 +79,15 @@ def transform_of(augmentation):
 
 
 def shown_pixels(images, augmentation):
-    """The SHOWN images of which `draw_backbone` draws maps: normalised (n, 3, S, S)."""
+    """The SHOWN images of which `draw_backbone` draws maps: normalised (n, C, S, S)."""
     gallery, transform = spread(len(images), GALLERY), transform_of(augmentation)
     numbers = [gallery[i] for i in spread(len(gallery), SHOWN)]
-    return torch.stack([transform(image_of(images[number], number)) for number in numbers])
+    shown = [image_of(images[number], number, transform.in_chans) for number in numbers]
+    return torch.stack([transform(image) for image in shown])
 
 
 def photographs_of(pixels, augmentation):
-    """Normalised (n, 3, S, S) as they are drawn: (n, 3, TILE, TILE)."""
+    """Normalised (n, C, S, S) as they are drawn: (n, 3, TILE, TILE)."""
     mean, std = augmentation.mean, augmentation.std
     shown = [torch.tensor(plots.displayable(view, mean, std)) for view in pixels]
     return tiles(torch.stack(shown).permute(0, 3, 1, 2))
@@ -146,6 +149,7 @@ def save_neighbours(path, features, gallery):
         return
     found = nearest_rows(features[own], features.numpy(), NEIGHBOURS + 1)
     products, rows = without_self(*found, torch.tensor(own))
+    gallery = [Image.fromarray(as_rgb(np.asarray(image))) for image in gallery]
     sheet = [
         [Panel(gallery[query], "query")]
         + [

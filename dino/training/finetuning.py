@@ -19,10 +19,10 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as images_as
 
 from dino.backbones import build_backbone, first_of, has_batchnorms
-from dino.data.augmentations import View, box_and_flip
+from dino.data.augmentations import View, box_and_flip, normalised
+from dino.data.channels import RGB, to_levels_tensor
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
 from dino.evaluation.linear_files import LinearClassifier
@@ -146,8 +146,9 @@ def build_finetuning(model, device, *, weight_decay, layer_decay, ema_decay, amp
 
 
 class FineTuningAugmentation:
-    """PIL image -> a box of it, flipped or not, after timm's RandAugment: (3, S, S), normalised.
+    """Image -> a box of it, flipped or not, after timm's RandAugment: (C, S, S), normalised.
 
+    PIL or, of other channels than RGB, an array (H, W, C), of which RandAugment can change nothing.
     A function of image and `key` alone. `rand_augment` is timm's text for it, "" for none.
     """
 
@@ -159,13 +160,15 @@ class FineTuningAugmentation:
         self.change = build_rand_augment(rand_augment, options) if rand_augment else None
 
     def __call__(self, image, key):
+        if len(self.mean) != RGB:
+            image = to_levels_tensor(image)
         image = box_and_flip(image, self.view, key, InterpolationMode.BICUBIC)
         if self.change:
             seed = seed_of(*key)  # timm draws from these two
             random.seed(seed)
             np.random.seed(seed)
             image = self.change(image)
-        return images_as.normalize(images_as.to_tensor(image), self.mean, self.std)
+        return normalised(image, self.mean, self.std)
 
 
 def build_rand_augment(text, options):

@@ -15,7 +15,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dino.atomic import replacing
 from dino.backbones import canonical_name
-from dino.data.channels import RGB
 from dino.data.images import UnreadableImage, read_image
 from dino.distributed import is_main_process
 from dino.errors import UserError
@@ -162,15 +161,13 @@ def read_run(logged):
         ],
         [printable(line["text"]) for line in logged.bad_images],
         *describe_measurements(logged),
-        why_no_attention(flags.get("arch"), flags.get("in_chans")),
+        why_no_attention(flags.get("arch")),
         {file: picture for file, picture in pictures.items() if picture},
     )
 
 
-def why_no_attention(arch, in_chans):
-    """A sentence for a network that is not a ViT of vision_transformer.py, or not of RGB; or ""."""
-    if is_number(in_chans) and in_chans != RGB:
-        return f"There are no pictures of the backbone, which takes images of {in_chans} channels."
+def why_no_attention(arch):
+    """A sentence for a network that is not a ViT of vision_transformer.py; "" for one that is."""
     if not isinstance(arch, str) or canonical_name(arch) in ARCHITECTURES:
         return ""
     return f"There are no attention maps and no patch features: {printable(arch)} is not a ViT."

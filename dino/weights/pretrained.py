@@ -60,7 +60,8 @@ class Pretrained:
         if self.in_chans != RGB:
             raise UserError(
                 f"{source}: takes images of {self.in_chans} channels, and this is for RGB"
-                " photographs. eval_knn.py, eval_linear.py and extract_features.py take others."
+                " photographs. eval_knn.py, eval_linear.py, finetune.py, extract_features.py and"
+                " visualize_attention.py take others."
             )
 
     @property

@@ -13,8 +13,8 @@ from conftest import photograph, run_python, save_backbone
 from PIL import Image
 from torch import nn
 
+import eval_attention
 import eval_knn
-import visualize_attention
 from dino.data.augmentations import LinearProbeAugmentation, MultiCrop, View, eval_transform
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
 from dino.data.channels import count_channels, read_any, read_channels, to_levels
@@ -104,7 +104,7 @@ def test_a_tiff_of_no_levels_is_grey_by_its_colours_and_has_no_other_channels(tm
     expected = np.asarray(photo.convert("RGB").convert("L"))
     np.testing.assert_array_equal(read_any(tmp_path / "a.tif", 1)[..., 0], expected)
     assert count_channels([tmp_path / "a.tif"]) == 3
-    with pytest.raises(UnreadableImage, match="and --in_chans is 4"):
+    with pytest.raises(UnreadableImage, match="channels, and the network takes 4"):
         read_any(tmp_path / "a.tif", 4)
 
 
@@ -293,13 +293,13 @@ def test_the_linear_probe_crops_an_array_as_a_photograph():
         assert ((ours[:3] - theirs) * 0.25 * 255).abs().mean() < 1
 
 
-def test_attention_of_a_network_for_other_channels_is_refused(tmp_path):
+def test_masks_of_photographs_are_not_for_a_network_of_other_channels(tmp_path):
     backbone = MultiCropWrapper(vit_nano(8, img_size=32, in_chans=4), nn.Identity())
     options = dict(arch="vit_nano", patch_size=8, image_size=32, mean=(0.5,) * 4, std=(0.2,) * 4)
     save_backbone(tmp_path / "backbone.pth", backbone, **options)
     flags = ["--pretrained_weights", str(tmp_path / "backbone.pth"), "--device", "cpu"]
     with pytest.raises(UserError, match="images of 4 channels"):
-        open_for_attention(visualize_attention.get_args_parser().parse_args(flags))
+        open_for_attention(eval_attention.get_args_parser().parse_args(flags))
 
 
 def test_published_weights_adapted_to_more_channels_see_grey_images_as_before():
