@@ -48,6 +48,7 @@ from dino.weights.published import PUBLISHED_FOR_PICTURES
 PHOTOGRAPH = "chelsea.png"  # a cat, which scikit-image brings along
 MASK_COLOR = (255, 0, 160)  # rare in photographs
 SHEET_COLUMNS = 6
+FAR_LARGER = 3  # the published backbones, trained on 224 pixels, are shown at 480 by default
 
 
 def get_args_parser():
@@ -89,6 +90,7 @@ def visualize_attention(args):
     photographs = list_photographs(args.image_path, args.output_dir)
     pretrained = open_for_attention(args, PUBLISHED_FOR_PICTURES, rgb_only=False)
     network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
+    tell_own_size(args.image_size, pretrained.image_size)
     for path, folder in photographs:
         name = path or PHOTOGRAPH
         image = open_upright(path, pretrained.in_chans)
@@ -107,6 +109,15 @@ def check_picture_size(image_size):
         raise UserError(
             f"--image_size {' '.join(map(str, image_size))}: give height and width, or the short"
             " side alone, or 0 for images as they are."
+        )
+
+
+def tell_own_size(image_size, trained):
+    """Say so where images are drawn far larger than those of `trained` pixels of the training."""
+    if min(image_size) > FAR_LARGER * trained:
+        print0(
+            f"Images are resized to {' x '.join(map(str, image_size))} pixels, and the backbone was"
+            f" trained on {trained}: add --image_size {trained} to see maps as in training."
         )
 
 

@@ -212,3 +212,8 @@ def test_the_script_refuses_a_wrong_data_path_without_a_traceback(tmp_path):
     assert result.returncode == 2
     assert f"--data_path {tmp_path}: neither VOC2012's folder" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_data_path_that_was_not_given_is_called_missing():
+    with pytest.raises(UserError, match="--data_path is missing"):
+        eval_attention.eval_attention(parse(eval_attention))

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino.data.images import find_images, read_image
+from dino.data.images import find_images, given_path, read_image
 from dino.errors import UserError
 
 BACKGROUND, VOID = 0, 255  # labels of VOC; void is what its annotators left undecided
@@ -28,7 +28,7 @@ class SegmentedImages:
     """
 
     def __init__(self, data_path, ground_truth=None):
-        self.is_voc = (Path(data_path) / "JPEGImages").is_dir()
+        self.is_voc = (given_path(data_path) / "JPEGImages").is_dir()
         self.ground_truth = ground_truth or ("objects" if self.is_voc else "foreground")
         find = find_voc if self.is_voc else find_pairs
         self.samples = find(data_path, self.ground_truth)

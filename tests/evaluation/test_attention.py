@@ -158,6 +158,16 @@ def test_without_a_file_the_network_of_the_papers_pictures_is_asked_for(tmp_path
     assert asked == [f"https://dl.fbaipublicfiles.com/dino/{file}/{file}.pth"]
 
 
+def test_a_backbone_of_small_images_is_shown_large_with_a_word_about_it(
+    checkpoint, tmp_path, capsys
+):
+    hint = "the backbone was trained on 32: add --image_size 32 to see maps as in training."
+    visualize(checkpoint, tmp_path)
+    assert hint in capsys.readouterr().out
+    visualize(checkpoint, tmp_path, "--image_size", 32)
+    assert "trained on" not in capsys.readouterr().out
+
+
 def test_without_a_threshold_there_are_no_masks(checkpoint, tmp_path):
     visualize(checkpoint, tmp_path, "--image_size", 48)  # of scikit-image's photograph
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PICTURES)
