@@ -149,13 +149,14 @@ class Slow(torch.utils.data.Dataset):
         return number
 
 
-def test_images_that_do_not_come_are_said_to_be_late_once_and_are_waited_for(monkeypatch, capsys):
+def test_images_that_do_not_come_are_waited_for_with_one_word_for_each_wait(monkeypatch, capsys):
     monkeypatch.setattr(image_loader, "LOOK", 0.1)
     monkeypatch.setattr(image_loader, "LATE", 0.3)
     batches = list(ImageLoader(Slow(), batch_size=1, num_workers=1))
     assert torch.cat(batches).tolist() == [0, 1, 2]
     said = capsys.readouterr().out
-    assert said.count("the loader processes have given no images for 0 s") == 1
+    # at each of eight looks without the rule; busy cores may delay the other two batches, too
+    assert 1 <= said.count("the loader processes have given no images for 0 s") <= 3
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
