@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dino.command_line import (
@@ -33,7 +32,7 @@ from dino.command_line import (
     loader_workers,
     number,
 )
-from dino.data.channels import RGB, as_rgb, reader
+from dino.data.channels import as_picture, reader
 from dino.data.images import ImageFiles, limit_pixels
 from dino.data.items import image_of
 from dino.data.labels import class_name, list_images, unlabelled
@@ -299,8 +298,7 @@ def draw_pictures(args, images, queries, pretrained, describe):
 
 def picture_of(item, number, in_chans):
     """An item of a sequence of images as a PIL image, of its first three channels."""
-    image = image_of(item, number, in_chans)
-    return image if in_chans == RGB else Image.fromarray(as_rgb(image))
+    return as_picture(image_of(item, number, in_chans))
 
 
 def picture_path(output, page):

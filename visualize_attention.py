@@ -9,9 +9,8 @@ official names); beside them attn-mean.png, overlay.png, and everything on one s
 A folder of images gets a folder of pictures for each. As in the official code, images are resized
 to 480 x 480 pixels; --image_size 480 keeps their aspect ratio. Unlike there, a photograph is turned
 as its EXIF data ask, and img.png shows it as it is, not stretched to the full range of colours; of
-other channels than RGB it shows the first three. The
-published weights of vit_small with patches of 8 are the 300-epoch model of the paper's pictures. No
-GPU is needed.
+other channels than RGB it shows the first three. The published weights of vit_small with patches of
+8 are the 300-epoch model of the paper's pictures. No GPU is needed.
 """
 
 from dataclasses import dataclass
@@ -29,9 +28,9 @@ from dino.command_line import (
     check_output_folder,
     number,
 )
-from dino.data.channels import RGB, as_rgb, read_any, to_levels_tensor
+from dino.data.channels import RGB, as_picture, read_any, to_levels_tensor
 from dino.data.demo import open_photograph
-from dino.data.images import ARRAYS, UnreadableImage, find_images, limit_pixels
+from dino.data.images import UnreadableImage, find_images_or_arrays, limit_pixels
 from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.attention import (
@@ -96,7 +95,9 @@ def visualize_attention(args):
         image = open_upright(path, pretrained.in_chans)
         image, _ = fit_to_patches(image, args.image_size, pretrained.patch_size, name)
         maps = class_attention(pretrained, image).cpu()
-        groups = draw_pictures(as_picture(image), maps, pretrained.patch_size, args.threshold)
+        if pretrained.in_chans != RGB:
+            image = as_picture(image.permute(1, 2, 0).numpy())
+        groups = draw_pictures(image, maps, pretrained.patch_size, args.threshold)
         sheet = folder / "attention.png"
         save_pictures(groups, folder, path)
         draw_sheet(sheet, f"{printable(Path(name).name)}: attention of [CLS], {network}", groups)
@@ -135,7 +136,7 @@ def list_photographs(image_path, output_dir):
             f"--image_path {image_path}: no such file or folder. Leave the flag out for a"
             " photograph that comes with scikit-image."
         )
-    paths = find_images(image_path) or find_images(image_path, ARRAYS)
+    paths = find_images_or_arrays(image_path)
     if not paths:
         raise UserError(f"--image_path {image_path}: no image in this folder or below it.")
     if output_dir.resolve().is_relative_to(Path(image_path).resolve()):
@@ -153,7 +154,7 @@ def list_photographs(image_path, output_dir):
 def open_upright(path, in_chans):
     """PIL image, turned as the camera was held if the file says so.
 
-    Of other channels than RGB: uint8 (C, H, W), as the file has them.
+    Of other channels than RGB a tensor, uint8 (C, H, W), which is not turned.
     """
     if not path and in_chans != RGB:
         raise UserError(
@@ -167,13 +168,6 @@ def open_upright(path, in_chans):
     except UnreadableImage as error:
         raise UserError(f"--image_path {error}") from None
     return ImageOps.exif_transpose(image) if in_chans == RGB else to_levels_tensor(image)
-
-
-def as_picture(image):
-    """A PIL image of a PIL image, or of the first three of C channels, uint8 (C, H, W)."""
-    if isinstance(image, Image.Image):
-        return image
-    return Image.fromarray(as_rgb(image.permute(1, 2, 0).numpy()))
 
 
 @dataclass

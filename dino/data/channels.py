@@ -257,6 +257,11 @@ def as_rgb(pixels):
     return np.pad(shown, ((0, 0), (0, 0), (0, RGB - shown.shape[-1])))
 
 
+def as_picture(image):
+    """A PIL image, to be looked at, of a PIL image or an array (H, W, C): see `as_rgb`."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(as_rgb(image))
+
+
 def size_of(image):
     """(width, height) of a PIL image or an array (H, W, C)."""
     return image.size if isinstance(image, Image.Image) else image.shape[1::-1]

@@ -66,6 +66,11 @@ def refuse(error):
     )
 
 
+def find_images_or_arrays(folder):
+    """`find_images`; ARRAYS where there is none with another ending."""
+    return find_images(folder) or find_images(folder, ARRAYS)
+
+
 def list_training_images(data_path, flag="--data_path"):
     """Paths of the images to train on: those of a folder, or those listed in a text file.
 
@@ -74,7 +79,7 @@ def list_training_images(data_path, flag="--data_path"):
     """
     path = given_path(data_path, flag)
     if path.is_dir():
-        images = find_images(path) or find_images(path, ARRAYS)
+        images = find_images_or_arrays(path)
         if not images:
             raise UserError(
                 f"{flag} {data_path}: no image in this folder or below it (looked for"

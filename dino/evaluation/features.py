@@ -71,10 +71,9 @@ def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, k
 def extract_share(models, loader, device, *, amp_dtype=torch.float32, keep_on):
     """[L2-normalised features (n, D) float32 of each model, labels (n,)] of this rank's n images.
 
-    They are on the device `keep_on`, or None if `loader` gives no image, which it gives once for
-    all the models.
+    They are on the device `keep_on`; None each where `loader`, which is read once, gives no image.
     """
-    *features, labels = parts = [[] for _ in (*models, "labels")]
+    features, labels = [[] for _ in models], []
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
@@ -85,7 +84,7 @@ def extract_share(models, loader, device, *, amp_dtype=torch.float32, keep_on):
                     output = first_of(model(images))
                 rows.append(F.normalize(output.float(), dim=1).to(keep_on))
             labels.append(targets.to(keep_on, non_blocking=True))
-    return [torch.cat(rows) if rows else None for rows in parts]
+    return [torch.cat(rows) if rows else None for rows in (*features, labels)]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import nn
 from dino.data.images import list_labelled_images
 from dino.data.loaders import evaluation_loader
 from dino.distributed import all_reduce_sum, gather_interleaved, get_rank, get_world_size
-from dino.evaluation.features import extract_share
+from dino.evaluation.features import CPU, extract_share
 from dino.evaluation.neighbours import nearest
 
 VOTES_AT_A_TIME = 2**24  # classes times test images: 64 MiB
@@ -137,7 +137,7 @@ class KnnProbe:
         """
         parts = []
         for loader, total in (self.train, self.val):
-            share = extract_share(backbones, wrap(loader), self.device, keep_on=torch.device("cpu"))
+            share = extract_share(backbones, wrap(loader), self.device, keep_on=CPU)
             parts.append((share, total))
         return [self.vote(parts, number) for number in range(len(backbones))]
 

@@ -7,15 +7,13 @@ n images, h heads, N = R x C patches, D width of a token, S side of an image in 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.utils import make_grid
 
 from dino.backbones import evaluating, first_of, is_vit
 from dino.data.augmentations import eval_transform
-from dino.data.channels import as_rgb
+from dino.data.channels import as_picture
 from dino.data.items import image_of
 from dino.distributed import is_main_process
 from dino.evaluation.attention import attention_of_pixels
@@ -149,7 +147,7 @@ def save_neighbours(path, features, gallery):
         return
     found = nearest_rows(features[own], features.numpy(), NEIGHBOURS + 1)
     products, rows = without_self(*found, torch.tensor(own))
-    gallery = [Image.fromarray(as_rgb(np.asarray(image))) for image in gallery]
+    gallery = [as_picture(image) for image in gallery]
     sheet = [
         [Panel(gallery[query], "query")]
         + [
