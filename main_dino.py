@@ -149,6 +149,7 @@ def train_dino(args, images=None, augmentation=None):
 
         # ---- training ----
         interruption.defer()
+        loader.while_waiting = run.agreement.while_waiting
         try:
             if progress.unlogged:
                 run.log_epoch(state, probes)

@@ -39,6 +39,7 @@ class ImageLoader(DataLoader):
         self.skipped, self.new_skipped = set(), set()
         self.workers = []  # the processes of the latest pass
         self.finish = finish or (lambda batch: batch)
+        self.while_waiting = lambda: None  # called at each look for a batch that does not come
         super().__init__(
             dataset,
             timeout=LOOK if options.get("num_workers") else 0,
@@ -71,10 +72,10 @@ class ImageLoader(DataLoader):
         if delivered and isinstance(self.sampler, EpochSampler):
             with self.sampler.further(delivered * self.batch_size):
                 whole = super().__iter__()
-            iterator = awaited(whole)
+            iterator = awaited(whole, self.while_waiting)
         else:
             whole = super().__iter__()
-            iterator = itertools.islice(awaited(whole), delivered, None)
+            iterator = itertools.islice(awaited(whole, self.while_waiting), delivered, None)
         self.workers = getattr(whole, "_workers", [])
         # torch raises from this signal wherever the main thread is, in the middle of a step too;
         # without it the loader finds out by itself, when it waits for a batch
@@ -124,10 +125,11 @@ class ImageLoader(DataLoader):
         return taken
 
 
-def awaited(batches):
+def awaited(batches, while_waiting):
     """Yield from a DataLoader's iterator; print a warning where the next batch takes long.
 
     A worker may wait for a file system that does not answer, and be neither dead nor done.
+    Meanwhile `while_waiting()` is called every LOOK seconds.
     """
     waited = 0.0
     while True:
@@ -141,6 +143,7 @@ def awaited(batches):
             thread = getattr(batches, "_pin_memory_thread", None)
             if thread is not None and not thread.is_alive():  # torch looks only without a timeout
                 raise RuntimeError("the thread that pins memory is gone") from None
+            while_waiting()
             waited += LOOK
             if waited - LOOK < LATE <= waited:
                 print(

@@ -4,7 +4,7 @@
 A signal, or a clock's minute, may reach one rank only, and all must act on it after the same step.
 """
 
-from dino.distributed import Ballot, has_note, leave_note
+from dino.distributed import Ballot, get_world_size, has_note, leave_note
 from dino.signals import StopRequested
 
 STOP = "stop requested"
@@ -37,6 +37,14 @@ class Agreement:
             self.ballot.result()  # no exchange stays under way
             raise StopRequested(self.interruption.name)
         return save
+
+    def while_waiting(self):
+        """Raise StopRequested in a run of one process, which need not wait for the next step.
+
+        Several processes must: the others are in a step that takes this one.
+        """
+        if self.interruption.requested and get_world_size() == 1:
+            raise StopRequested(self.interruption.name)
 
     def until_asked(self, iterable):
         """Yield from `iterable`; StopRequested, on all ranks together, once one is asked to stop.

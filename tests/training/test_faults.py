@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, Started
+from conftest import ROOT, SMALL_RUN, Started, run_python
 from helpers import assert_equal_states, final_state
 
 from dino.training.saver import NEWEST, PREVIOUS, Saver, find_checkpoint
@@ -132,6 +133,38 @@ def test_a_signal_saves_within_the_epoch_and_exits_with_its_code(
         assert_equal_states(final_state(unbroken), final_state(tmp_path))
         for name in ("log.txt", "metrics.jsonl"):
             assert figures(unbroken / name) == figures(tmp_path / name), "means of the same steps"
+
+
+IMAGES_THAT_STOP_COMING = """
+import os, signal, sys, time
+from PIL import Image
+from torch.utils.data import get_worker_info
+from dino.data import image_loader
+from main_dino import parse_args, train_dino
+
+image_loader.LOOK = 0.2
+args = parse_args()
+
+class Images:
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        if get_worker_info() and os.path.exists(f"{args.output_dir}/checkpoint.pth"):
+            time.sleep(2)  # until those that are loaded are used up
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(600)
+        return Image.new("RGB", (32, 32), (index, 0, 0))
+
+train_dino(args, images=Images())
+"""
+
+
+def test_a_run_whose_images_do_not_come_saves_and_stops_when_asked(tmp_path):
+    run = run_python("-c", IMAGES_THAT_STOP_COMING, *LONG_RUN, "--output_dir", tmp_path)
+    assert run.returncode == 75, run.stderr
+    done = int(re.search(r"Stopped by SIGTERM: (\d+) iterations are done", run.stdout)[1])
+    assert torch.load(tmp_path / NEWEST, weights_only=True)["iteration"] == done
 
 
 def start_on_a_terminal(data, folder, *prefix, epochs=15):
