@@ -32,7 +32,7 @@ class Saver:
         self.iterations, self.seconds, self.keep = iterations, 60 * minutes, keep
         self.last_time = time.monotonic()
         self.thread = None
-        self.failure = None  # of the last write
+        self.failure = None  # why the last write failed
 
     def is_due(self, iterations_done):
         """Whether --saveckp_iters asks for a checkpoint now; the same on every rank."""
@@ -62,13 +62,10 @@ class Saver:
             for name, payload in files.items():
                 write_atomically(payload, self.folder / name, keep_as=self.previous(name))
             self.drop_old()
-        except OSError as error:
-            self.failure = error
-            reason = error.strerror or error
-            print0(
-                printable(f"Warning: {self.folder}: a checkpoint could not be written ({reason})."),
-                "The next save tries again.",
-            )
+        except Exception as error:  # of any kind: it would end this thread, and nobody would know
+            self.failure = getattr(error, "strerror", None) or repr(error)
+            text = f"a checkpoint could not be written ({self.failure})."
+            print0(printable(f"Warning: {self.folder}: {text}"), "The next save tries again.")
 
     def previous(self, name):
         return self.folder / PREVIOUS if name == NEWEST else None
@@ -90,7 +87,7 @@ class Saver:
         if self.failure is not None:
             raise UserError(
                 f"--output_dir {self.folder}: the last checkpoint could not be written"
-                f" ({self.failure.strerror or self.failure}), so the end of this run is lost."
+                f" ({self.failure}), so the end of this run is lost."
                 " Make room or give another folder, and run the same command again."
             )
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, Started, run_python
+from conftest import ROOT, SMALL_RUN, Started, run_python, run_script
 from helpers import assert_equal_states, final_state
 
+from dino.errors import UserError
 from dino.training.saver import NEWEST, PREVIOUS, Saver, find_checkpoint
 from dino.weights.files import read
 
@@ -308,6 +309,28 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(class_folders, tmp_pa
     assert_equal_states(final_state(unbroken), final_state(tmp_path))
 
 
+def test_a_checkpoint_that_no_reader_knows_is_replaced_by_the_next_save(tmp_path):
+    """Its directory asks for version 99 of zip, which is no BadZipFile."""
+    saver = Saver(tmp_path)
+    saver.save({NEWEST: {"epoch": 1}})
+    saver.finish()
+    content = bytearray((tmp_path / NEWEST).read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 99
+    (tmp_path / NEWEST).write_bytes(content)
+    saver.save({NEWEST: {"epoch": 2}})
+    saver.finish()
+    assert read(tmp_path / NEWEST)["epoch"] == 2
+    assert not (tmp_path / PREVIOUS).exists(), "the damaged one"
+
+
+def test_a_save_that_fails_for_any_reason_is_reported(tmp_path, capsys):
+    saver = Saver(tmp_path)
+    saver.save({NEWEST: {"epoch": 1, "cannot be pickled": lambda: 1}})
+    with pytest.raises(UserError, match="the last checkpoint could not be written"):
+        saver.finish()
+    assert "Warning" in capsys.readouterr().out
+
+
 def test_a_folder_with_damaged_checkpoints_only_is_an_error(tmp_path):
     for name in (NEWEST, PREVIOUS):
         (tmp_path / name).write_bytes(b"")
@@ -362,6 +385,14 @@ def test_a_full_disk_does_not_stop_a_run_but_its_end_says_so(class_folders, tiny
     assert "Epoch: [2/3]" in output, "it went on"
     assert "the end of this run is lost" in output
     assert read(tiny_disk / NEWEST)["epoch"] == 1, "the first one is whole"
+
+
+def test_a_run_whose_figures_cannot_be_written_ends_well(class_folders, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    data = ("--data_path", class_folders / "train", "--knn_data_path", class_folders)
+    run = run_script("main_dino.py", *SMALL_RUN, *data, "--output_dir", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "metrics.jsonl could not be written" in run.stdout
 
 
 def test_a_run_resumed_with_room_again_loses_nothing(class_folders, tiny_disk, tmp_path, unbroken):
