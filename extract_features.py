@@ -134,8 +134,9 @@ def extract_features(args, images=None):
 
     _, device = init_distributed(args.device, args.dist_url)
     pretrained = open_backbone(args, args.image_size)
-    labels = None if images is not None else listed.labels
-    images = images or ImageFiles(listed.paths, reader(pretrained.in_chans))
+    labels = None  # those of the images given
+    if images is None:
+        labels, images = listed.labels, ImageFiles(listed.paths, reader(pretrained.in_chans))
     amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
     describe = token_features(args.tokens, pretrained, device, amp_dtype)
     settings = describe_settings(args, listed, pretrained, amp_dtype, device)

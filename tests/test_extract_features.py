@@ -111,6 +111,14 @@ def test_images_of_ones_own_need_no_files(checkpoint, class_folders, tmp_path):
     assert own.paths[:2] == ["0", "1"]
 
 
+def test_images_of_ones_own_that_are_none_are_skipped_as_files_are(checkpoint, tmp_path):
+    images = [photograph(), "a text", photograph()]
+    with pytest.raises(UserError, match=r"images\[1\]"):
+        extract(checkpoint, None, tmp_path / "f.npz", images=images)
+    file = extract(checkpoint, None, tmp_path / "f.npz", "--on_bad_image", "skip", images=images)
+    assert np.isfinite(file.features).all(axis=1).tolist() == [True, False, True]
+
+
 def test_precisions_differ_by_their_rounding(checkpoint, class_folders, tmp_path):
     data = class_folders / "val"
     exact = extract(checkpoint, data, tmp_path / "32.npz").features

@@ -29,13 +29,13 @@ class TransformedImages(Dataset):
     def __getitem__(self, number):
         try:
             item = self.images[number]
+            image = image_of(item, number, self.transform.in_chans)
         except UnreadableImage as error:
             if not self.skip_bad:
                 return error
             shape = (self.transform.in_chans, self.image_size, self.image_size)
             pixels = torch.full(shape, torch.nan)
             return pixels, self.label(number, None)
-        image = image_of(item, number, self.transform.in_chans)
         return self.transform(image), self.label(number, item)
 
     def label(self, number, item):
