@@ -11,12 +11,12 @@ resume an interrupted run.
 """
 
 import contextlib
+import functools
 import gc
 import os
 
 # Threads that wait for each other yield their core; this must be set before torch is loaded.
-# Without it, on cores that other programs use as well, a step of the demo takes 3 s instead of 0.5
-# s.
+# Without it a step of the demo takes 3 s, not 0.5 s, on cores that other programs use as well.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -55,21 +55,20 @@ from dino.precision import autocast, choose_amp_dtype
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.signals import StopRequested, exit_when_stopped, listen
-from dino.training.agreement import Agreement
 from dino.training.attention_history import AttentionHistory
 from dino.training.auto import decide_settings
 from dino.training.budget import seconds_per_step
 from dino.training.checkpoint import Progress
 from dino.training.correlation import view_correlation
-from dino.training.data import build_augmentation, check_images, open_images
+from dino.training.data import build_augmentation, check_batch, open_images
 from dino.training.failures import divergence_explained, lost_ranks_explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.html_report import report_run
 from dino.training.presets import DECIDED
-from dino.training.recorder import Recorder, report_end, report_start
+from dino.training.recorder import report_end, report_start
 from dino.training.run import Probes, Run, TrainState
-from dino.training.saver import Saver, find_checkpoint, own_checkpoints
+from dino.training.saver import find_checkpoint, own_checkpoints
 from dino.weights.layouts import read_weights
 from vision_transformer import DINOHead
 
@@ -88,9 +87,8 @@ def train_dino(args, images=None, augmentation=None):
     interruption = listen()
     args = complete(args)
     limit_pixels(args.max_image_pixels)
-    own_views = bool(augmentation or args.augmentation)
     if args.preset not in DECIDED:
-        check_training_flags(args, own_views)
+        check_training_flags(args, own_views=bool(augmentation or args.augmentation))
     begins = args.init_from and not own_checkpoints(args.output_dir)
     weights = read_weights(args.init_from, "--init_from") if begins else None
 
@@ -100,28 +98,19 @@ def train_dino(args, images=None, augmentation=None):
     torch.backends.cudnn.benchmark = True
 
     # ---- data ----
-    knn_data_path = args.knn_data_path
-    if images is None:
-        images, knn_data_path = open_images(args)
-    if args.preset in DECIDED:
-        args = decide_settings(args, images, device, correlate_views, time_a_step, weights)
-        gc.collect()  # compiled networks are in cycles: those on trial would stay on the device
-        check_training_flags(args, own_views)
-    augmentation = augmentation or build_augmentation(args)
-    args.mean, args.std = augmentation.mean, augmentation.std
-    args.in_chans = len(augmentation.mean)
-    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
-    global_batch = args.batch_size_per_gpu * get_world_size()
-    check_images(args, len(images))
+    images, knn_data_path = open_images(args, images)
+    args, augmentation = settle(args, images, augmentation, device, weights)
     workers = loader_workers(args.num_workers)
     loader = build_loader(args, images, augmentation, workers, device)
     probes = build_probes(args, images, knn_data_path, augmentation, workers, device)
 
     # ---- student, teacher, loss, optimizer, schedules ----
+    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     state = build_state(args, augmentation.views, device, amp_dtype)
+    global_batch = args.batch_size_per_gpu * get_world_size()
     scaled_lr = args.lr * global_batch / 256  # linear scaling rule (Goyal et al. 2017)
     check_iterations(args, len(loader))
-    schedules = Schedules(args, scaled_lr, len(loader))
+    schedules = build_schedules(args, scaled_lr, len(loader))
 
     progress = Progress(iterations_per_epoch=len(loader), global_batch=global_batch)
     report_start(args, launch, device, amp_dtype, len(images), scaled_lr, progress)
@@ -129,60 +118,74 @@ def train_dino(args, images=None, augmentation=None):
     with owned(args.output_dir), divergence_explained(args):
         # ---- begin, or resume ----
         found = find_checkpoint(args.resume, args.output_dir)
-        run = Run(
-            args,
-            schedules,
-            progress,
-            Recorder(args.output_dir, state.dino_loss, args),
-            Saver(args.output_dir, args.saveckp_iters, args.saveckp_minutes, args.keep_checkpoints),
-            interruption,
-            Agreement(interruption),
-            augmentation=augmentation,
-            amp_dtype=amp_dtype,
-        )
+        training = state, loader, probes, schedules, progress, augmentation, amp_dtype
+        run = Run(args, *training, interruption)
         if found is None:
-            run.begin(state, loader, probes, weights)
+            run.begin(weights)
         fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
         if found is not None:
-            run.resume(state, len(images), *found)
+            run.resume(len(images), *found)
         found = weights = None  # each rank would keep a checkpoint in memory
 
         # ---- training ----
         interruption.defer()
-        loader.while_waiting = run.agreement.while_waiting
         try:
             if progress.unlogged:
-                run.log_epoch(state, probes)
+                run.log_epoch()
             while progress.epoch < args.epochs:
-                train_one_epoch(run, state, loader)
-                run.end_epoch(state, loader, probes)
+                train_one_epoch(run)
+                run.end_epoch()
         except StopRequested as stop:
-            run.stop(state, stop)
+            run.stop(stop)
         run.saver.finish()
         report_end(probes.knn, run.recorder.log, args)
         if args.report:
-            report_run(args.output_dir, run.better_backbone(state), images, augmentation)
+            report_run(args.output_dir, run.better_backbone(), images, augmentation)
     shut_down()
 
 
-def train_one_epoch(run, state, loader):
+def settle(args, images, augmentation, device, weights):
+    """(args, augmentation) as they stay, after --preset auto has decided what was not given.
+
+    `augmentation` may be one's own, `weights` the content of --init_from. UserError for flags that
+    do not fit each other or the images.
+    """
+    own_views = bool(augmentation or args.augmentation)
+    if args.preset in DECIDED:
+        trial = dict(images=images, augmentation=augmentation, device=device)
+        args = decide_settings(
+            args,
+            images,
+            device,
+            functools.partial(correlate_views, **trial),
+            functools.partial(time_a_step, **trial),
+            weights,
+            own_views,
+        )
+        gc.collect()  # compiled networks are in cycles: those on trial would stay on the device
+        check_training_flags(args, own_views)
+    augmentation = augmentation or build_augmentation(args)
+    args.mean, args.std = augmentation.mean, augmentation.std
+    args.in_chans = len(augmentation.mean)
+    check_batch(args, len(images))
+    return args, augmentation
+
+
+def train_one_epoch(run):
     """The steps of an epoch, or those left of it."""
-    args, progress = run.args, run.progress
-    loader.sampler.set_position(progress.epoch, progress.images)
-    for views in run.recorder.steps(loader, progress):
-        scheduled = run.schedules.at(progress.iteration)
+    args = run.args
+    for views, scheduled in run.steps():
         loss, grad_norm = train_step(
-            state,
+            run.state,
             views,
             **scheduled,
-            epoch=progress.epoch,
+            epoch=run.progress.epoch,
             clip_grad=args.clip_grad,
             freeze_last_layer=args.freeze_last_layer,
             freeze_backbone=args.freeze_backbone,
             amp_dtype=run.amp_dtype,
-            accum_steps=args.accum_steps,
         )
-        run.after_step(state, loss, grad_norm, scheduled)
+        run.after_step(loss, grad_norm, scheduled)
 
 
 def train_step(
@@ -196,15 +199,13 @@ def train_step(
     clip_grad,
     freeze_last_layer,
     amp_dtype,
-    accum_steps=1,
     freeze_backbone=0,
 ):
     """One update of student, center and teacher: Algorithm 1 with multi-crop.
 
     `views`: V tensors (B, C, S, S), S the view's own size, the two global ones first. They pass
-    through the networks in `accum_steps` parts of B / accum_steps images, each of which updates
-    nothing but the gradients. C is updated in the loss, which uses the old one, and so before the
-    teacher; the order of these two makes no difference.
+    through the networks in as many parts as the loss has `accum_steps`, each of which updates
+    nothing but the gradients.
 
     Returns the loss and the norm of all gradients, before clipping and with those that are then
     cancelled. Both stay on the device: the step does not synchronise with it, except in float16
@@ -212,16 +213,12 @@ def train_step(
     """
     set_lr_and_weight_decay(state.optimizer, lr, weight_decay)
     state.optimizer.zero_grad()
-    losses = []
-    for part in range(accum_steps):
-        crops = [view.chunk(accum_steps)[part] for view in views]
-        with no_sync(state.student, enabled=part < accum_steps - 1):
-            with autocast(crops[0].device, amp_dtype):
-                with torch.no_grad():
-                    teacher_output = state.teacher(crops[:2])  # (2B, K): only the global views
-                student_output = state.student(crops)  # (VB, K): every view
-                loss = state.dino_loss(student_output, teacher_output, epoch)  # updates C, too
-            state.scaler.scale(loss / accum_steps).backward()
+    losses, parts = [], state.dino_loss.accum_steps
+    for part in range(parts):
+        crops = [view.chunk(parts)[part] for view in views]
+        with no_sync(state.student, enabled=part < parts - 1):
+            loss = forward(state, crops, epoch, amp_dtype)
+            state.scaler.scale(loss / parts).backward()
         losses.append(loss.detach())
     state.scaler.unscale_(state.optimizer)
     norms = clip_gradients(state.student, clip_grad)
@@ -233,6 +230,15 @@ def train_step(
     return torch.stack(losses).mean(), torch.stack(norms).norm()
 
 
+def forward(state, crops, epoch, amp_dtype):
+    """H(P_t, P_s) of V crops (B, C, S, S), the mean over this process's B images; C moves after."""
+    with autocast(crops[0].device, amp_dtype):
+        with torch.no_grad():
+            teacher_output = state.teacher(crops[:2])  # (2B, K): only the global views
+        student_output = state.student(crops)  # (VB, K): every view
+        return state.dino_loss(student_output, teacher_output, epoch)
+
+
 def no_sync(student, enabled):
     """DistributedDataParallel's no_sync if `enabled`: gradients stay in their process."""
     if enabled and isinstance(student, DistributedDataParallel):
@@ -240,30 +246,20 @@ def no_sync(student, enabled):
     return contextlib.nullcontext()
 
 
-class Schedules:
-    """Learning rate, weight decay and teacher momentum for every iteration of the run."""
-
-    def __init__(self, args, scaled_lr, iterations_per_epoch):
-        def cosine(start, end, warmup_epochs=0):
-            return cosine_scheduler(
-                start, end, args.epochs, iterations_per_epoch, warmup_epochs
-            ).tolist()
-
-        momentum = cosine(args.momentum_teacher, args.momentum_teacher_end)
-        self.values = {
-            "lr": cosine(scaled_lr, args.min_lr, args.warmup_epochs),
-            "weight_decay": cosine(args.weight_decay, args.weight_decay_end),
-            "momentum": teacher_momentum(args.teacher_update, momentum, iterations_per_epoch),
-        }
-
-    def at(self, iteration):
-        """{"lr", "weight_decay", "momentum"}: arguments of train_step."""
-        return {name: values[iteration] for name, values in self.values.items()}
+def build_schedules(args, scaled_lr, iterations_per_epoch):
+    """{"lr", "weight_decay", "momentum"}, arguments of train_step: a value for each iteration."""
+    length = args.epochs, iterations_per_epoch
+    momentum = cosine_scheduler(args.momentum_teacher, args.momentum_teacher_end, *length)
+    return {
+        "lr": cosine_scheduler(scaled_lr, args.min_lr, *length, args.warmup_epochs),
+        "weight_decay": cosine_scheduler(args.weight_decay, args.weight_decay_end, *length),
+        "momentum": teacher_momentum(args.teacher_update, momentum, iterations_per_epoch),
+    }
 
 
-def build_trial(args, images, device):
+def build_trial(args, images, augmentation, device):
     """(loader, state, amp_dtype) of a throw-away run with these flags, on which to measure."""
-    augmentation = build_augmentation(args)
+    augmentation = augmentation or build_augmentation(args)
     amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
     fix_random_seeds(args.seed)
     state = build_state(args, augmentation.views, device, amp_dtype)
@@ -272,16 +268,16 @@ def build_trial(args, images, device):
     return build_loader(args, images, augmentation, workers, device), state, amp_dtype
 
 
-def correlate_views(args, images, device):
+def correlate_views(args, **trial):
     """How alike the views of an image are to the network before training, see view_correlation."""
-    loader, state, _ = build_trial(args, images, device)
+    loader, state, _ = build_trial(args, **trial)
     with torch.compiler.set_stance("force_eager"):  # three batches are not worth compiling for
         return view_correlation(state.student, loader)
 
 
-def time_a_step(args, images, device):
+def time_a_step(args, **trial):
     """Seconds that a step of the run with these flags takes, with the loading of its images."""
-    loader, state, amp_dtype = build_trial(args, images, device)
+    loader, state, amp_dtype = build_trial(args, **trial)
 
     def step(views):
         train_step(
@@ -294,10 +290,9 @@ def time_a_step(args, images, device):
             clip_grad=args.clip_grad,
             freeze_last_layer=0,
             amp_dtype=amp_dtype,
-            accum_steps=args.accum_steps,
         )
 
-    return seconds_per_step(step, loader, device)
+    return seconds_per_step(step, loader, trial["device"])
 
 
 def build_loader(args, images, augmentation, workers, device):
@@ -328,12 +323,12 @@ def build_probes(args, images, knn_data_path, augmentation, workers, device):
         skip_bad=args.on_bad_image == "skip",
         **options,
     )
-    history = AttentionHistory(args.output_dir, images, augmentation, args.epochs)
-    attention = history if args.report else None
-    if knn_data_path is None:
-        return Probes(None, sample, attention)
-    transform = eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
-    knn = KnnProbe(knn_data_path, transform, device, flag="--knn_data_path", **options)
+    knn = attention = None
+    if args.report:
+        attention = AttentionHistory(args.output_dir, images, augmentation, args.epochs)
+    if knn_data_path is not None:
+        transform = eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
+        knn = KnnProbe(knn_data_path, transform, device, flag="--knn_data_path", **options)
     return Probes(knn, sample, attention)
 
 

@@ -111,7 +111,6 @@ class Step:
             **SCHEDULED,
             clip_grad=self.training.clip_grad,
             amp_dtype=self.amp_dtype,
-            accum_steps=self.training.accum_steps,
         )
 
     def measure(self, steps, warmup, with_monitor):

@@ -4,6 +4,7 @@
 Shapes: B images per process, V views of each, K outputs of the head.
 """
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,9 +28,10 @@ def teacher_momentum(update, schedule, iterations_per_epoch):
     which has the teacher, has all that a resumed run needs.
     """
     if update == "previous_epoch":
-        return [float((i + 1) % iterations_per_epoch > 0) for i in range(len(schedule))]
+        done = np.arange(1, len(schedule) + 1)  # iterations
+        return (done % iterations_per_epoch > 0).astype(float)
     constant = {"previous_iteration": 1.0, "student": 0.0}
-    return [constant[update]] * len(schedule) if update in constant else schedule
+    return np.full(len(schedule), constant[update]) if update in constant else schedule
 
 
 def copy_before_each_step(optimizer, student, teacher):

@@ -103,7 +103,7 @@ class RunLog:
 
     def measurement(self, progress, measured):
         """What was measured on the features between two epochs: printed and logged."""
-        epochs = progress.iteration // progress.iterations_per_epoch
+        epochs = position(progress)["epoch"]
         knn = [f"{name[4:]} {measured[name]:.1f} %" for name in measured if name[:4] == "knn_"]
         if knn:
             print0(f"k-NN accuracy after {epochs} epochs: {', '.join(knn)}")
@@ -111,21 +111,19 @@ class RunLog:
             f"Features after {epochs} epochs: RankMe {measured['rank_me']:.1f},"
             f" alignment {measured['alignment']:.3f}, uniformity {measured['uniformity']:.2f}"
         )
-        position = {"iteration": progress.iteration - 1, "epoch": epochs}
-        self.append("metrics.jsonl", position | measured)
+        self.append("metrics.jsonl", position(progress) | measured)
 
     def verdict(self, progress, name, text):
         """What the epoch that just ended has shown: printed and logged."""
         print0(text)
-        position = {"iteration": progress.iteration - 1, "epoch": progress.epoch + 1}
-        self.append("metrics.jsonl", position | {"verdict": name, "text": text})
+        self.append("metrics.jsonl", position(progress) | {"verdict": name, "text": text})
 
     def bad_images(self, progress, loader):
         """The images replaced since the last call, by any rank's loader: printed and logged."""
         for path, reason in sorted(set(itertools.chain(*gather_objects(loader.take_skipped())))):
             print0(f"Skipped: {printable(reason)}")
-            position = {"iteration": progress.iteration - 1, "epoch": progress.epoch + 1}
-            self.append("metrics.jsonl", position | {"bad_image": path, "text": reason})
+            line = {"bad_image": path, "text": reason}
+            self.append("metrics.jsonl", position(progress) | line)
 
     def flags(self):
         """args.json, as a dict. OSError where there is none, UserError where it is damaged."""
@@ -158,6 +156,12 @@ class RunLog:
         for board in self.boards if is_main_process() else ():
             with best_effort(board.folder):
                 board.add(group, figures, step)
+
+
+def position(progress):
+    """Where a line at the end of an epoch stands."""
+    epochs = progress.iteration // progress.iterations_per_epoch
+    return {"iteration": progress.iteration - 1, "epoch": epochs}
 
 
 @contextlib.contextmanager

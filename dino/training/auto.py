@@ -12,7 +12,7 @@ import torch
 from dino.data.survey import dark_images, survey
 from dino.distributed import get_world_size, print0, rank_share
 from dino.training.continuing import fit_continuation, keep_networks
-from dino.training.data import check_images
+from dino.training.data import check_batch
 from dino.training.flag_checks import check_strengths, check_training_flags
 from dino.training.settings import open_settings
 
@@ -37,13 +37,16 @@ TEACHER_SHARE = 0.02
 FASTEST_TEACHER, OFFICIAL_TEACHER = 25, 250  # iterations
 
 
-def decide_settings(args, images, device, correlate_views, time_a_step, weights=None):
+def decide_settings(
+    args, images, device, correlate_views, time_a_step, weights=None, own_views=False
+):
     """`args` with every flag decided that was not given; `auto` in it maps these to their reasons.
 
     Prints the table of them. `args.given` has the names of the flags that were given. A run that
     is resumed keeps its settings.
-    `weights`: the content of --init_from, if a run begins with it.
-    `correlate_views(args, images, device)`: see view_correlation; `time_a_step(...)`: seconds.
+    `correlate_views(args)`: see view_correlation; `time_a_step(args)`: seconds. `weights`: the
+    content of --init_from, if a run begins with it. `own_views`: the flags of the crops are not
+    used.
     """
     settings, resumes = open_settings(args)
     if not resumes:
@@ -58,11 +61,12 @@ def decide_settings(args, images, device, correlate_views, time_a_step, weights=
         settings.decide("warmup_epochs", 0, "until the length is known")
         fit_data(settings, seen, device.type, get_world_size())
         iterations = rank_share(len(images)) // settings["batch_size_per_gpu"]
-        check_training_flags(settings.namespace(), own_views=settings["augmentation"] is not None)
-        check_images(settings.namespace(), len(images))
-        soften_views(settings, lambda: correlate_views(settings.namespace(), images, device))
+        check_training_flags(settings.namespace(), own_views)
+        check_batch(settings.namespace(), len(images))
+        if not own_views:
+            soften_views(settings, lambda: correlate_views(settings.namespace()))
         if "epochs" not in settings.given:
-            seconds = time_a_step(settings.namespace(), images, device)
+            seconds = time_a_step(settings.namespace())
             fit_hours(settings, seconds, iterations)
         fit_length(settings, iterations)
         if weights is not None:
@@ -181,8 +185,6 @@ def soften_views(settings, correlate):
 
     `correlate()` measures that under the settings as they are.
     """
-    if settings["augmentation"] is not None:
-        return
     strong, found = dict(settings.flags), 1.0
     for strength in STRENGTHS:
         if strength < 1:

@@ -12,8 +12,13 @@ from dino.own_code import call_by_path
 from dino.training.presets import DECIDED
 
 
-def open_images(args):
-    """(the images of --data_path as a sequence, --knn_data_path); the demo's are written first."""
+def open_images(args, images=None):
+    """(`images`, or those of --data_path as a sequence, --knn_data_path).
+
+    The demo's are written first. A preset that decides flags finds out --in_chans.
+    """
+    if images is not None:
+        return images, args.knn_data_path
     if args.dataset:
         return open_dataset(args.dataset, args.data_path, args.download), args.knn_data_path
     if args.data_path != DEMO:
@@ -22,13 +27,13 @@ def open_images(args):
             args.in_chans = count_channels(paths)
         return ImageFiles(paths, reader(args.in_chans)), args.knn_data_path
     if args.preset not in DECIDED:  # which fit the batch to the images
-        check_images(args, NUMBER_OF_IMAGES)
+        check_batch(args, NUMBER_OF_IMAGES)
     folder = demo_folder(args.output_dir)
     write_demo_images(folder)
     return ImageFiles(list_training_images(folder / "images")), args.knn_data_path or folder
 
 
-def check_images(args, count):
+def check_batch(args, count):
     """Raise UserError if a rank's share of `count` images is smaller than one batch."""
     global_batch = args.batch_size_per_gpu * get_world_size()
     if rank_share(count) < args.batch_size_per_gpu:

@@ -70,14 +70,14 @@ def entropy(probs):
 class Health:
     """Turns logged records into verdicts; each is given once."""
 
-    def __init__(self, log_out_dim, freeze_last_layer, warmup_epochs=0, said=()):
+    def __init__(self, log_out_dim, freeze_last_layer, warmup_epochs=0):
         self.log_out_dim = log_out_dim  # ln K
         self.freeze_last_layer = freeze_last_layer
         self.first_judged_epoch = max(freeze_last_layer, warmup_epochs)
         self.since = {}  # {collapse: iteration from which on all records show it}
         self.epoch_records = []
         self.loss_before = None  # mean of the epoch before
-        self.said = set(said)
+        self.said = set()
 
     def add(self, record):
         """`record` as it goes to metrics.jsonl."""

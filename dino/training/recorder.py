@@ -27,20 +27,29 @@ class Recorder:
     `log` has the files.
     """
 
-    def __init__(self, output_dir, dino_loss, args):
+    def __init__(self, output_dir, dino_loss, args, progress):
+        self.progress = progress
         self.log = RunLog(output_dir, args.tensorboard, args.wandb)
         self.monitor = Monitor(dino_loss)
         self.teacher_temps = dino_loss.teacher_temp_schedule.tolist()
         self.log_out_dim = math.log(dino_loss.center.shape[1])
-        said = {line["verdict"] for line in self.log.read("verdict")}
-        self.health = Health(self.log_out_dim, args.freeze_last_layer, args.warmup_epochs, said)
+        self.health = Health(self.log_out_dim, args.freeze_last_layer, args.warmup_epochs)
         self.epochs, self.log_freq = args.epochs, args.log_freq
+        self.forget_epoch()
 
-    def steps(self, loader, progress):
-        """Yield the batches left of an epoch, show progress, and watch the steps to be logged."""
+    def forget_epoch(self):
         self.logger, self.figures = console_logger(), MetricLogger()
-        self.restore_sums(progress.sums)
         self.unread = []  # loss and gradient norm of the steps since the last fetch, on the device
+
+    def recall_verdicts(self):
+        """Do not repeat the verdicts in the log of a run that is resumed."""
+        self.health.said = {line["verdict"] for line in self.log.read("verdict")}
+
+    def steps(self, loader):
+        """Yield the batches left of an epoch, show progress, and watch the steps to be logged."""
+        progress = self.progress
+        self.forget_epoch()
+        self.restore_sums(progress.sums)
         header = f"Epoch: [{progress.epoch}/{self.epochs}]"
         for images in self.logger.log_every(loader, self.log_freq, header, start=progress.steps):
             self.monitor.watching = is_due(
@@ -48,15 +57,15 @@ class Recorder:
             )
             yield images
 
-    def add(self, progress, loss, grad_norm, scheduled):
+    def add(self, loss, grad_norm, scheduled):
         """Take what a step gave, on the device. Raises Diverged for a loss that is not finite."""
         self.unread += [loss, grad_norm]
         self.logger.update(lr=scheduled["lr"], wd=scheduled["weight_decay"])
         if self.monitor.watching:
-            loss, figures = self.fetch(progress, progress.iteration, self.monitor.take())
-            self.write(progress, loss, figures, scheduled)
+            loss, figures = self.fetch(self.progress.iteration, self.monitor.take())
+            self.write(loss, figures, scheduled)
 
-    def fetch(self, progress, last_iteration, figures):
+    def fetch(self, last_iteration, figures):
         """(last loss, figures) as floats, means over all processes: here the host waits for it.
 
         All losses up to that of `last_iteration` go into the epoch's mean, and all gradient norms
@@ -70,9 +79,8 @@ class Recorder:
         losses, norms = values[:count:2], values[1:count:2]
         for iteration, loss in enumerate(losses, start=last_iteration + 1 - len(losses)):
             if not math.isfinite(loss):
-                raise Diverged(
-                    f"the loss is {loss} at epoch {progress.epoch}, iteration {iteration}"
-                )
+                epoch = self.progress.epoch
+                raise Diverged(f"the loss is {loss} at epoch {epoch}, iteration {iteration}")
             self.logger.update(loss=loss)
         for norm in norms:
             self.figures.update(skipped_steps=float(not math.isfinite(norm)))
@@ -81,8 +89,9 @@ class Recorder:
         figures = dict(zip(figures, values[count:], strict=True))
         return losses[-1], figures | {"grad_norm": norms[-1]}
 
-    def write(self, progress, loss, figures, scheduled):
+    def write(self, loss, figures, scheduled):
         """A line of metrics.jsonl: entropies in nats and as shares of ln K, times as shares."""
+        progress = self.progress
         seconds, waited, steps = self.logger.lap()
         entropy = figures.pop("teacher_entropy")
         kl = figures.pop("cross_entropy", loss) - entropy
@@ -107,36 +116,36 @@ class Recorder:
         self.health.add(record)
         self.log.iteration(record)
 
-    def end_epoch(self, progress, loader, student):
+    def end_epoch(self, loader, student):
         """The epoch's line of log.txt, the official keys first; prints new verdicts.
 
         Raises Diverged for a weight that is not finite, which a step after a finite loss can leave.
         """
+        epoch = self.progress.epoch
         norms = torch.stack(torch._foreach_norm(list(student.parameters())))
         if not norms.isfinite().all():
-            raise Diverged(f"a weight is no longer finite at the end of epoch {progress.epoch}")
-        for name, text in self.health.end_epoch(progress.epoch):
-            self.log.verdict(progress, name, text)
-        self.log.bad_images(progress, loader)
+            raise Diverged(f"a weight is no longer finite at the end of epoch {epoch}")
+        for name, text in self.health.end_epoch(epoch):
+            self.log.verdict(self.progress, name, text)
+        self.log.bad_images(self.progress, loader)
         means = {f"train_{name}": self.logger.meters[name].global_avg for name in OFFICIAL}
         skipped = int(self.figures.meters["skipped_steps"].total)
-        return means | {"epoch": progress.epoch} | self.figures.means() | {"skipped_steps": skipped}
+        return means | {"epoch": epoch} | self.figures.means() | {"skipped_steps": skipped}
 
-    def judge_measurements(self, progress, knn):
+    def judge_measurements(self, knn):
         """Print and log the verdicts on all measurements so far; `knn` is the KnnProbe, or None."""
         if not is_main_process():  # which alone prints and logs
             return
         lines = self.log.read("rank_me")
-        finished = progress.epoch == self.epochs
-        for name, text in self.health.judge_features(
-            lines, knn.test_images if knn else 0, finished
-        ):
-            self.log.verdict(progress, name, text)
+        test_images = knn.test_images if knn else 0
+        finished = self.progress.epoch == self.epochs
+        for name, text in self.health.judge_features(lines, test_images, finished):
+            self.log.verdict(self.progress, name, text)
 
-    def sums(self, progress):
+    def sums(self):
         """Totals and counts of the epoch so far, for a checkpoint inside it."""
         if self.unread:
-            self.fetch(progress, progress.iteration - 1, {})
+            self.fetch(self.progress.iteration - 1, {})
         meters = {name: self.logger.meters[name] for name in OFFICIAL} | self.figures.meters
         return {name: [meter.total, meter.count] for name, meter in meters.items()}
 
@@ -203,18 +212,18 @@ def report_end(probe, log, args):
     print0(printable(f"The result is {result}; {beside} beside it show the run."))
     if probe is None:
         return
-    measured = log.read("knn_teacher")
-    raw = probe.raw_pixel_accuracy()
+    raw = probe.raw_pixel_accuracy()  # by all processes
+    measured = log.read("knn_teacher") if is_main_process() else []  # which alone has the log
+    if not measured:
+        return
     accuracy, network = max(
         (measured[-1][f"knn_{network}"], network) for network in ("student", "teacher")
     )
     before = "--init_from's backbone" if args.init_from else "untrained backbone"
     rows = {"raw pixels": raw, before: measured[0]["knn_teacher"], "trained backbone": accuracy}
-    if is_main_process():
-        print0(
-            f"k-NN accuracy (k = {probe.k}) on the held-out images of"
-            f" {printable(probe.data_path)}:",
-            *[f"  {name:{len(before)}} {value:5.1f} %" for name, value in rows.items()],
-            sep="\n",
-            end=f" (the {network}'s, in backbone.pth)\n",
-        )
+    print0(
+        f"k-NN accuracy (k = {probe.k}) on the held-out images of {printable(probe.data_path)}:",
+        *[f"  {name:{len(before)}} {value:5.1f} %" for name, value in rows.items()],
+        sep="\n",
+        end=f" (the {network}'s, in backbone.pth)\n",
+    )

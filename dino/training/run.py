@@ -3,7 +3,7 @@
 
 import argparse
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from dino.backbones import canonical_name
 from dino.data.augmentations import MultiCrop
+from dino.data.image_loader import ImageLoader
 from dino.distributed import gather_objects, print0, shut_down
 from dino.errors import UserError
 from dino.evaluation.knn import KnnProbe
@@ -61,38 +62,46 @@ class Probes:
 
 @dataclass
 class Run:
-    """Everything a run needs besides the state it trains."""
+    """A run: what it trains, on what, and how far it is."""
 
     args: argparse.Namespace
-    schedules: object  # `at(iteration)`: learning rate, weight decay, momentum
+    state: TrainState
+    loader: ImageLoader
+    probes: Probes
+    schedules: dict  # {name: a value for each iteration}, the arguments of train_step
     progress: Progress
-    recorder: Recorder
-    saver: Saver
-    interruption: Interruption
-    agreement: Agreement
     augmentation: MultiCrop
     amp_dtype: torch.dtype
-    drawn: float = field(default_factory=time.monotonic)  # when the curves were, or the run began
+    interruption: Interruption
 
-    def begin(self, state, loader, probes, weights=None):
+    def __post_init__(self):
+        args = self.args
+        self.recorder = Recorder(args.output_dir, self.state.dino_loss, args, self.progress)
+        often = args.saveckp_iters, args.saveckp_minutes
+        self.saver = Saver(args.output_dir, *often, args.keep_checkpoints)
+        self.agreement = Agreement(self.interruption)
+        self.drawn = time.monotonic()  # when the curves were, or the run began
+
+    def begin(self, weights=None):
         """Start a new run: initial weights, empty logs, a picture of its views, first measurements.
 
         `weights` is the content of the file --init_from, if that is given.
         """
         if weights is not None:
+            state = self.state
             networks = state.student, state.teacher, state.dino_loss
             initialise_from(weights, self.args.init_from, *networks)
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.start(vars(self.args))
-        draw_first_views(self.saver.folder / "augmentations.png", loader, self.augmentation)
-        self.measure(state, probes)
-        self.keep_attention(state, probes)
+        draw_first_views(self.saver.folder / "augmentations.png", self.loader, self.augmentation)
+        self.measure()
+        self.keep_attention()
 
-    def resume(self, state, images, path, checkpoint):
+    def resume(self, images, path, checkpoint):
         """Resume an interrupted run, on so many images: everything as saved, or a UserError."""
         check_same_run(path, flags_in(checkpoint), vars(self.args))
         flag = "--output_dir" if self.args.resume == "auto" else "--resume"
-        restore_training(checkpoint, f"{flag} {path}", vars(state))
+        restore_training(checkpoint, f"{flag} {path}", vars(self.state))
         progress = self.progress
         restore_progress(progress, checkpoint, f"{flag} {path}", images)
         if progress.epoch > self.args.epochs:
@@ -103,60 +112,69 @@ class Run:
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         if progress.logged_epochs < self.args.epochs:  # else nothing is done with these flags
             self.recorder.log.rewind(vars(self.args), progress.logged_epochs, progress.epochs_done)
+        self.recorder.recall_verdicts()
         inside = f" and {progress.steps} iterations" if progress.steps else ""
         done = f"{progress.epoch} of {self.args.epochs} epochs{inside}"
         print0(printable(f"Resumed from {path}: {done} are done."))
-        self.save_missing(state, path)
+        self.save_missing(path)
 
-    def save_missing(self, state, path):
+    def save_missing(self, path):
         """Write the numbered checkpoint that is due with `path`, if a kill came between the two."""
-        names = [name for name in self.numbered_name() if not (self.saver.folder / name).exists()]
-        (names,) = gather_objects(names)[:1]  # rank 0 writes
+        names = [name for name in self.numbered_due() if not (self.saver.folder / name).exists()]
+        names = gather_objects(names)[0]  # rank 0 writes
         if names and Path(path) == self.saver.folder / NEWEST:
-            self.save(state, names)
+            self.save(names)
             self.saver.wait()  # loader processes are forked next
 
-    def after_step(self, state, loss, grad_norm, scheduled):
+    def steps(self):
+        """Yield (views, the values of the schedules) for the steps of an epoch that are left."""
+        self.loader.sampler.set_position(self.progress.epoch, self.progress.images)
+        self.loader.while_waiting = self.agreement.while_waiting
+        for views in self.recorder.steps(self.loader):
+            iteration = self.progress.iteration
+            yield views, {name: float(line[iteration]) for name, line in self.schedules.items()}
+
+    def after_step(self, loss, grad_norm, scheduled):
         """All that happens between two steps, in order. Raises StopRequested to end the run."""
-        self.recorder.add(self.progress, loss, grad_norm, scheduled)
+        self.recorder.add(loss, grad_norm, scheduled)
         self.progress.count_step()
         last_of_epoch = self.progress.steps == self.progress.iterations_per_epoch
         wanted = self.agreement.after_step(save=self.saver.is_time())
         if (wanted or self.saver.is_due(self.progress.iteration)) and not last_of_epoch:
-            self.save(state)
+            self.save()
 
-    def end_epoch(self, state, loader, probes):
+    def end_epoch(self):
         """After the last step of an epoch: means, checkpoint, measurement if due, line of log.txt.
 
         The checkpoint comes before the measurement, so that nothing can lose the epoch.
         """
-        self.progress.unlogged = self.recorder.end_epoch(self.progress, loader, state.student)
+        self.progress.unlogged = self.recorder.end_epoch(self.loader, self.state.student)
         self.progress.count_epoch()
         if self.is_measurement_due():
-            self.save(state)
+            self.save()
         self.agreement.settle()
-        self.log_epoch(state, probes)
+        self.log_epoch()
 
-    def log_epoch(self, state, probes):
+    def log_epoch(self):
         """Measure and log the epoch in `progress.unlogged`; write the checkpoints due after it."""
         progress, best, measured = self.progress, [], {}
         if self.is_measurement_due():
-            measured = self.measure(state, probes)
+            measured = self.measure()
             best = self.best_of(measured)
             ahead = measured.get("knn_student", 0) > measured.get("knn_teacher", 0)
             progress.student_ahead = int(ahead)
-            self.recorder.judge_measurements(progress, probes.knn)
-        self.keep_attention(state, probes)
+            self.recorder.judge_measurements(self.probes.knn)
+        self.keep_attention()
         # before the save: a resumed run drops a line, adds none
         self.recorder.log.epoch(progress.unlogged | measured)
         progress.unlogged = {}
-        numbered = self.numbered_name()
+        numbered = self.numbered_due()
         if numbered or measured or progress.epoch % self.args.resume_freq == 0:
             # the best one first: killed in between, the run measures again, and finds it best again
-            self.save(state, [*best, NEWEST, *numbered])
-        self.draw_if_due(probes)
+            self.save([*best, NEWEST, *numbered])
+        self.draw_if_due()
 
-    def numbered_name(self):
+    def numbered_due(self):
         """[name of the numbered checkpoint that is due after this epoch], or [].
 
         None is due inside an epoch, or before its line of the log.
@@ -166,26 +184,26 @@ class Run:
             return []
         return [f"checkpoint{epoch:04}.pth"] if every and epoch % every == 0 else []
 
-    def draw_if_due(self, probes):
+    def draw_if_due(self):
         """Draw the curves and the attention maps at the end of the run, and now and then."""
         ended = self.progress.epoch == self.args.epochs
         if ended or time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
             draw_run(self.saver.folder)
-            if probes.attention:
-                probes.attention.draw()
+            if self.probes.attention:
+                self.probes.attention.draw()
             self.drawn = time.monotonic()
 
     def is_measurement_due(self):
         epochs = self.progress.epoch
         return epochs % self.args.knn_freq == 0 or epochs == self.args.epochs
 
-    def measure(self, state, probes):
+    def measure(self):
         """k-NN of both backbones in percent, if there are labels, and the teacher's other measures.
 
         Returns what is logged: {"knn_teacher", "knn_student", "rank_me", ...}.
         """
         self.saver.wait()  # the probes fork loader workers: better while no other thread runs
-        until_asked = self.agreement.until_asked
+        state, probes, until_asked = self.state, self.probes, self.agreement.until_asked
         measured = {}
         with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
             if probes.knn:
@@ -197,9 +215,10 @@ class Run:
         self.recorder.log.measurement(self.progress, measured)
         return measured
 
-    def keep_attention(self, state, probes):
-        if probes.attention:
-            probes.attention.after_epoch(unwrap(state.teacher).backbone, self.progress.epoch)
+    def keep_attention(self):
+        if self.probes.attention:
+            teacher = unwrap(self.state.teacher)
+            self.probes.attention.after_epoch(teacher.backbone, self.progress.epoch)
 
     def best_of(self, measured):
         """The names of the checkpoints for which this teacher is the best so far."""
@@ -212,17 +231,17 @@ class Run:
             return [BEST_RANK]
         return []
 
-    def save(self, state, names=(NEWEST,)):
+    def save(self, names=(NEWEST,)):
         """Write a checkpoint of this moment under each of `names`, and the better backbone.
 
         That is the teacher's, unless the last k-NN accuracy of the student was higher.
         """
         rng = gather_objects(random_state())
-        self.progress.sums = self.recorder.sums(self.progress) if self.progress.steps else {}
-        training = training_payload(vars(state), vars(self.progress), vars(self.args), rng)
+        self.progress.sums = self.recorder.sums() if self.progress.steps else {}
+        training = training_payload(vars(self.state), vars(self.progress), vars(self.args), rng)
         network = self.better_network()
         backbone = backbone_payload(
-            getattr(state, network),
+            getattr(self.state, network),
             network=network,
             arch=canonical_name(self.args.arch),
             stem=self.args.stem,
@@ -237,12 +256,12 @@ class Run:
         """The name of the one whose backbone is in backbone.pth."""
         return "student" if self.progress.student_ahead else "teacher"
 
-    def better_backbone(self, state):
-        return unwrap(getattr(state, self.better_network())).backbone
+    def better_backbone(self):
+        return unwrap(getattr(self.state, self.better_network())).backbone
 
-    def stop(self, state, why):
+    def stop(self, why):
         """Save, and exit with the code of the signal."""
-        self.save(state)
+        self.save()
         self.saver.finish()
         print0(f"Stopped by {why}: {self.progress.iteration} iterations are done and saved.")
         shut_down()

@@ -12,6 +12,8 @@ import torch
 from conftest import photograph
 from PIL import Image
 
+import main_dino
+from dino.data.augmentations import MultiCrop, View
 from dino.data.survey import Survey, share_of_places, survey
 from dino.errors import UserError
 from dino.training.auto import fit_data, fit_hours, fit_length, soften_views
@@ -19,7 +21,6 @@ from dino.training.budget import seconds_per_step
 from dino.training.correlation import view_correlation
 from dino.training.flags import parse_args
 from dino.training.settings import DECIDABLE, REASONS, Settings
-from main_dino import train_dino
 
 
 def decide(images, side, *, given="", device="cpu", epochs=100, least=None, channels=3, **measured):
@@ -32,9 +33,9 @@ def decide(images, side, *, given="", device="cpu", epochs=100, least=None, chan
     return settings
 
 
-def train(*flags, images=None):
+def train(*flags, images=None, augmentation=None):
     args = parse_args([str(flag) for flag in ("--preset", "auto", "--num_workers", 0, *flags)])
-    train_dino(args, images=images)
+    main_dino.train_dino(args, images, augmentation)
 
 
 def pictures(*sizes, grey=False):
@@ -275,7 +276,7 @@ def test_hours_without_auto_or_with_epochs_are_refused(tmp_path):
     with pytest.raises(UserError, match="--hours and --epochs exclude each other"):
         parse_args(["--preset", "auto", "--hours", "1", "--epochs", "3"])
     with pytest.raises(UserError, match="measure how many epochs fit"):
-        train_dino(parse_args(["--hours", "1", "--output_dir", str(tmp_path)]))
+        main_dino.train_dino(parse_args(["--hours", "1", "--output_dir", str(tmp_path)]))
 
 
 @pytest.mark.parametrize(
@@ -299,6 +300,22 @@ def test_a_folder_of_one_image_in_many_sizes_trains_unattended(tmp_path, capsys)
     assert "16 images, shorter side 8 to 115 pixels, median 62, 100% grey" in output
     assert "grey images cannot lose their colours" in output
     assert (tmp_path / "run/backbone.pth").exists()
+
+
+def test_a_step_is_timed_on_the_views_of_ones_own_augmentation(tmp_path, capsys, monkeypatch):
+    """And these are not softened."""
+    timed = []
+
+    def watched(step, loader, device):
+        timed.append([view.shape[-1] for view in next(iter(loader))])
+        return seconds_per_step(step, loader, device)
+
+    monkeypatch.setattr(main_dino, "seconds_per_step", watched)
+    own = MultiCrop([View(28, (0.5, 1.0))] * 3, mean=(0.5,) * 3, std=(0.25,) * 3)
+    flags = ("--hours", 1e-6, "--report", "false", "--output_dir", tmp_path)
+    train(*flags, images=pictures(*[(40, 40)] * 16), augmentation=own)
+    assert timed == [[28, 28, 28]]
+    assert "Views of an image correlate by" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_its_settings_and_says_so(tmp_path, capsys):

@@ -62,7 +62,7 @@ def plain():
 def test_a_step_in_parts_equals_the_unsplit_step(plain, parts):
     state = state_for_a_step()
     state.dino_loss.accum_steps = parts
-    assert_equal_training((state, steps(state, accum_steps=parts)), plain)
+    assert_equal_training((state, steps(state)), plain)
 
 
 def half_of_the_batch_in_parts(rank_of):
@@ -70,7 +70,7 @@ def half_of_the_batch_in_parts(rank_of):
     state.dino_loss.accum_steps = 2
     state.student = DistributedDataParallel(state.student, gradient_as_bucket_view=True)
     rank = torch.distributed.get_rank()
-    losses = steps(state, share=slice(4 * rank, 4 * rank + 4), accum_steps=2)
+    losses = steps(state, share=slice(4 * rank, 4 * rank + 4))
     return state.student.module.state_dict(), state.dino_loss.center, losses
 
 

@@ -253,6 +253,23 @@ def test_a_loss_that_stays_at_ln_k_is_reported_after_the_warm_up():
     assert health_after(flat, teacher_entropy=0.957 * 5, freeze=3) == []
 
 
+def test_a_resumed_run_repeats_no_verdict_and_one_begun_anew_gives_them_all(
+    tmp_path, class_folders
+):
+    folder, still = tmp_path / "run", ("--lr", 0, "--min_lr", 0, "--warmup_epochs", 0)
+    begun, resumed = (
+        train_in_this_process(folder, class_folders / "train", *still, "--epochs", epochs)[0]
+        for epochs in (2, 4)
+    )
+    assert "nothing learned" in begun
+    assert resumed[: len(begun)] == begun
+    assert len(set(resumed)) == len(resumed)
+    for checkpoint in folder.glob("*.pth"):
+        checkpoint.unlink()
+    anew, _ = train_in_this_process(folder, class_folders / "train", *still, "--epochs", 2)
+    assert anew == begun
+
+
 def feature_verdicts(measured, epochs=10, test_images=1000, freeze=1, warmup=2):
     """[(epoch, verdict)] of a Health that gets [(k-NN accuracy or None, RankMe)] epoch by epoch.
 
