@@ -16,6 +16,7 @@ import torch
 from dino.command_line import (
     Parser,
     add_image_arguments,
+    add_image_size_argument,
     add_launch_arguments,
     add_precision_argument,
     add_weights_arguments,
@@ -36,9 +37,9 @@ from dino.weights.pretrained import open_backbone
 
 __all__ = ["eval_knn", "get_args_parser", "knn_classifier"]
 
-# The official files of --dump_features, in the order in which they are passed around here.
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 ROUNDING = 1e-2  # that the length of a row may be off 1: bfloat16 takes 4e-3 of a number at most
+# The official files of --dump_features, in the order in which they are passed around here.
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
 
@@ -52,12 +53,7 @@ def get_args_parser():
         default="/path/to/imagenet/",
         help="a folder with train/ and val/, each of class folders",
     )
-    add(
-        "--image_size",
-        default=None,
-        type=number(int, 1, 2**13),
-        help="pixels of the central crop; by default what the backbone was trained with, else 224",
-    )
+    add_image_size_argument(evaluation)
     add(
         "--nb_knn",
         default=[10, 20, 100, 200],

@@ -23,6 +23,7 @@ from dino.command_line import (
     LARGEST_SEED,
     Parser,
     add_image_arguments,
+    add_image_size_argument,
     add_launch_arguments,
     add_precision_argument,
     add_weights_arguments,
@@ -83,12 +84,7 @@ def get_args_parser():
         type=bool_flag,
         help="add the mean patch token, with --n_last_blocks 1; the authors do for a ViT-B",
     )
-    add(
-        "--image_size",
-        default=None,
-        type=number(int, 1, 2**13),
-        help="pixels of the crops; by default what the backbone was trained with, else 224",
-    )
+    add_image_size_argument(group)
     add_precision_argument(group, default="float32")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", default=100, type=number(int, 1), help="passes over train/")

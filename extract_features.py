@@ -25,6 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from dino.command_line import (
     Parser,
     add_image_arguments,
+    add_image_size_argument,
     add_launch_arguments,
     add_precision_argument,
     add_weights_arguments,
@@ -79,12 +80,7 @@ def get_args_parser():
         help="cls, the output of the backbone; the patch tokens of the last block; their mean; or"
         " [CLS] of the last 4 blocks side by side, which the linear evaluation sees",
     )
-    add(
-        "--image_size",
-        default=None,
-        type=number(int, 1, 2**13),
-        help="pixels of the central crop; by default what the backbone was trained with, else 224",
-    )
+    add_image_size_argument(features)
     add(
         "--dtype",
         default="float32",

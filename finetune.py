@@ -30,6 +30,7 @@ from dino.command_line import (
     LARGEST_SEED,
     Parser,
     add_image_arguments,
+    add_image_size_argument,
     add_launch_arguments,
     add_minutes_argument,
     add_precision_argument,
@@ -80,12 +81,7 @@ def get_args_parser():
     add_weights_arguments(group)
     add = group.add_argument
     add("--from_scratch", action="store_true", help="random weights instead, for comparison")
-    add(
-        "--image_size",
-        default=None,
-        type=number(int, 1, 2**13),
-        help="pixels of the crops; by default what the backbone was trained with, else 224",
-    )
+    add_image_size_argument(group)
     add_precision_argument(group)
     add_recipe_arguments(parser.add_argument_group("recipe"))
     run = parser.add_argument_group("run")

@@ -25,9 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from dino.ablations import PredictorHead, build_loss, copy_before_each_step, teacher_momentum
 from dino.backbones import check_gradients
 from dino.command_line import loader_workers
-from dino.data.augmentations import DataAugmentationDINO, eval_transform
-from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
-from dino.data.channels import RGB
+from dino.data.augmentations import DataAugmentationDINO, transform_of
+from dino.data.augmentations_on_device import CropStage, DeviceStage, on_workers
 from dino.data.images import limit_pixels
 from dino.data.loaders import training_loader
 from dino.distributed import get_world_size, init_distributed, shut_down
@@ -298,10 +297,9 @@ def time_a_step(args, **trial):
 def build_loader(args, images, augmentation, workers, device):
     """Loader of views on `device`."""
     on_device = args.augment == "device" or (args.augment == "auto" and device.type == "cuda")
-    on_workers = augmentation if args.in_chans == RGB else BothStages(augmentation)
     return training_loader(
         images,
-        CropStage(augmentation) if on_device else on_workers,
+        CropStage(augmentation) if on_device else on_workers(augmentation),
         batch_size=args.batch_size_per_gpu,
         num_workers=workers,
         seed=args.seed,
@@ -327,7 +325,7 @@ def build_probes(args, images, knn_data_path, augmentation, workers, device):
     if args.report:
         attention = AttentionHistory(args.output_dir, images, augmentation, args.epochs)
     if knn_data_path is not None:
-        transform = eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
+        transform = transform_of(augmentation)
         knn = KnnProbe(knn_data_path, transform, device, flag="--knn_data_path", **options)
     return Probes(knn, sample, attention)
 

@@ -335,8 +335,7 @@ class VisionTransformer(nn.Module):
             grid_height = grid_width = math.isqrt(num_patches)
         rows, columns = w // self.patch_embed.patch_size, h // self.patch_embed.patch_size
         # The official code adds 0.1 so that rounding cannot lose a row (facebookresearch/dino#8).
-        # That shifts where the grid is sampled, which every released model was trained with: keep
-        # it.
+        # Keep it: that shifts where the grid is sampled, and every released model was trained so.
         patch_positions = F.interpolate(
             patch_positions.unflatten(1, (grid_height, grid_width)).permute(0, 3, 1, 2),
             scale_factor=((rows + 0.1) / grid_height, (columns + 0.1) / grid_width),
@@ -498,7 +497,10 @@ class DINOHead(nn.Module):
         self.last_layer.weight_g.requires_grad = not norm_last_layer
 
     def forward(self, x):
-        x = self.mlp(x)
+        return self.logits(self.mlp(x))
+
+    def logits(self, x):
+        """From the bottleneck, (B, bottleneck_dim), to the K outputs."""
         # in float32: in float16 the squares overflow, and the eps of 1e-12 underflows to 0
         x = F.normalize(x.float(), dim=-1).to(x.dtype)
         return self.last_layer(x)

@@ -38,7 +38,8 @@ def copy_before_each_step(optimizer, student, teacher):
     """Make the teacher of an iteration the student of the iteration before it.
 
     The student is copied before its step, so that the next iteration finds the weights from before
-    the step in the teacher and those from after it in the student.
+    the step in the teacher and those from after it in the student. A step that the scaler of
+    float16 skips copies nothing.
     """
     optimizer.register_step_pre_hook(lambda *_: update_teacher(student, teacher, 0.0))
 
@@ -130,7 +131,6 @@ class PredictorHead(DINOHead):
         layers = [nn.Linear(bottleneck_dim, hidden_dim), *norm, nn.GELU()]
         self.predictor = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
         self.predictor.apply(init_linear_and_norm)
-        self.mlp.register_forward_hook(self.predict)
 
-    def predict(self, mlp, inputs, output):
-        return self.predictor(output)
+    def forward(self, x):
+        return self.logits(self.predictor(self.mlp(x)))

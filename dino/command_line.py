@@ -242,6 +242,16 @@ def add_image_arguments(group):
     )
 
 
+def add_image_size_argument(group):
+    """The size that a backbone sees, its own by default."""
+    group.add_argument(
+        "--image_size",
+        default=None,
+        type=number(int, 1, 2**13),
+        help="pixels of the crops; by default what the backbone was trained with, else 224",
+    )
+
+
 def add_minutes_argument(group):
     """When a run saves inside its epochs, see Saver."""
     group.add_argument(

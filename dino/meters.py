@@ -166,9 +166,7 @@ def peak_memory_mb():
 
 
 def accuracy(output, target, topk=(1,)):
-    """Percentages of rows of `output` (B, C) whose `target` (B,) is among the k highest, for each
-    k.
-    """
+    """Percent of the rows of `output` (B, C) with `target` (B,) among the k highest, for each k."""
     best = output.topk(min(max(topk), output.shape[1])).indices
     correct = best == target.view(-1, 1)
     return [100 * correct[:, :k].any(dim=1).float().mean() for k in topk]

@@ -29,9 +29,10 @@ def get_params_groups(model):
     Biases and all other parameters with one dimension have none; [CLS], the position embeddings
     and the head's last layer are decayed, as in the official code.
     """
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    free = [param for name, param in named if name.endswith(".bias") or param.ndim == 1]
-    decayed = [param for name, param in named if not (name.endswith(".bias") or param.ndim == 1)]
+    decayed, free = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (free if name.endswith(".bias") or param.ndim == 1 else decayed).append(param)
     return [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
 
 

@@ -23,6 +23,12 @@ def choose_amp_dtype(use_fp16, amp_dtype, device):
     )
 
 
+def has_fast_bfloat16():
+    """Whether this CPU has instructions for it; without them it is slower than float32."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 def autocast(device, dtype):
     """torch.autocast in `dtype`, which does nothing for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

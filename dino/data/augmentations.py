@@ -303,6 +303,11 @@ def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return EvalTransform(image_size, mean, std)
 
 
+def transform_of(augmentation):
+    """The eval_transform beside an augmentation: its global crops' size, its normalisation."""
+    return eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
+
+
 class EvalTransform(transforms.Compose):
     """See eval_transform. `in_chans`: how many channels it takes."""
 

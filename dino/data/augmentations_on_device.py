@@ -93,6 +93,11 @@ def takes_columns_first():
     return np.array_equal(np.asarray(image.resize((16, 16), Image.BICUBIC)), np.asarray(in_two))
 
 
+def on_workers(augmentation):
+    """All of `augmentation`, for loader processes: any number of channels, and no device."""
+    return augmentation if len(augmentation.mean) == RGB else BothStages(augmentation)
+
+
 class BothStages:
     """Both stages on the loader's workers, for images of other channels, which Pillow cannot do."""
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a loader makes of one image: data sets of views, of labelled and of plain images."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,8 +35,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, epoch_and_index):
         epoch, index = epoch_and_index
         bad = []
-        others = np.random.default_rng((self.seed, epoch, index, 1))  # not the views' generator
-        for number in (index, *others.integers(len(self), size=MOST_ATTEMPTS).tolist()):
+        for number in itertools.chain([index], self.others(epoch, index)):
             try:
                 image = image_of(self.images[number], number, self.in_chans)
             except UnreadableImage as error:
@@ -46,6 +46,11 @@ class TrainingImages(Dataset):
                 views = self.augmentation(image, key=(self.seed, epoch, index))
                 return Replaced(views, bad) if bad else views
         return bad[0]
+
+    def others(self, epoch, index):
+        """Numbers of the images to try in the place of one that cannot be read."""
+        generator = np.random.default_rng((self.seed, epoch, index, 1))  # not that of the views
+        yield from generator.integers(len(self), size=MOST_ATTEMPTS).tolist()
 
 
 def image_of(item, number, in_chans=RGB):

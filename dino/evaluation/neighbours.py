@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from dino.precision import has_fast_bfloat16
+
 # Of dot products, or of candidates, at a time. What stays in a processor's cache is read for free;
 # a GPU wants long kernels.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
@@ -60,8 +62,7 @@ def fast_dtype(device):
     """
     if device.type == "cuda":
         return torch.float16
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
 def rows_at_a_time(bytes_per_row, device):

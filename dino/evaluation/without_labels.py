@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dino.backbones import evaluating, first_of
-from dino.data.augmentations_on_device import BothStages
-from dino.data.channels import RGB
+from dino.data.augmentations_on_device import on_workers
 from dino.data.loaders import sample_loader
 from dino.distributed import gather_interleaved
 from dino.spread import spread
@@ -64,7 +63,7 @@ class SampleProbe:
         in_chans = len(augmentation.mean)
         pixels = sum(view.size**2 for view in global_views.views)
         self.keeps, self.kept = 4 * self.count * in_chans * pixels <= KEPT, []
-        views = global_views if in_chans == RGB else BothStages(global_views)
+        views = on_workers(global_views)
         self.loader = sample_loader(images, indices, views, in_chans=in_chans, **loader_options)
 
     @torch.no_grad()

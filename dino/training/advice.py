@@ -3,8 +3,7 @@
 
 import torch
 
-from dino.data.augmentations_on_device import BothStages
-from dino.data.channels import RGB
+from dino.data.augmentations_on_device import on_workers
 from dino.data.survey import survey
 from dino.training.auto import fit_data
 from dino.training.data import build_augmentation
@@ -36,8 +35,7 @@ def print_settings_that_fit(images, in_chans, views_path=None):
 
 def views_of(augmentation, image, number):
     """The views of an image, each (C, S, S), as a run would see it in its first epoch."""
-    stages = augmentation if len(augmentation.mean) == RGB else BothStages(augmentation)
-    return stages(image, key=(0, 0, number))
+    return on_workers(augmentation)(image, key=(0, 0, number))
 
 
 def print_stats(images, in_chans):

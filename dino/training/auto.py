@@ -7,10 +7,9 @@ iterations. What each rule was measured on is in benchmarks/small_data.md.
 
 import math
 
-import torch
-
 from dino.data.survey import dark_images, survey
 from dino.distributed import get_world_size, print0, rank_share
+from dino.precision import has_fast_bfloat16
 from dino.training.continuing import fit_continuation, keep_networks
 from dino.training.data import check_batch
 from dino.training.flag_checks import check_strengths, check_training_flags
@@ -258,12 +257,6 @@ def fit_optimisation(settings, device_type):
     of_vit, of_resnet = LEARNING_RATES["cpu" if device_type == "cpu" else "gpu"]
     lr = of_vit if settings.is_vit else of_resnet
     settings.decide("lr", lr, "short runs need a high one; for 256 images, by the linear rule")
-
-
-def has_fast_bfloat16():
-    """Whether this CPU has instructions for it; without them it is slower than float32."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public yet
-    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 # ---- what follows from the length ----

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torchvision.utils import make_grid
 
 from dino.backbones import evaluating, first_of, is_vit
-from dino.data.augmentations import eval_transform
+from dino.data.augmentations import transform_of
 from dino.data.channels import as_picture
 from dino.data.items import image_of
 from dino.distributed import is_main_process
@@ -69,11 +69,6 @@ def draw_backbone(folder, backbone, images, augmentation):
             save_columns(Path(folder) / PATCHES, {"image": photographs, "patches": patches})
         features = [first_of(backbone(part.to(device))).cpu() for part in pixels.split(BATCH)]
     save_neighbours(Path(folder) / NEAREST, torch.cat(features).float(), gallery)
-
-
-def transform_of(augmentation):
-    """That of the k-NN: a central crop of the size of a global view."""
-    return eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
 
 
 def shown_pixels(images, augmentation):
