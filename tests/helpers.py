@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small networks, training states and checkpoints that several test files build and compare."""
 
+import contextlib
 import importlib
 import shlex
 import sys
@@ -45,6 +46,16 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def no_waits_for_the_gpu():
+    """RuntimeError for an operation that waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def final_state(folder):
     checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
     for time_or_place in ("args",):
@@ -69,12 +80,12 @@ def assert_equal_states(expected, found, path=""):
         assert expected == found, path
 
 
-def state_for_a_step(seed=0):
+def state_for_a_step(seed=0, device="cpu"):
     torch.manual_seed(seed)
     student, teacher = (
         MultiCropWrapper(
             vit_nano(8, img_size=32), DINOHead(96, 64, hidden_dim=32, bottleneck_dim=16)
-        )
+        ).to(device)
         for _ in range(2)
     )
     teacher.load_state_dict(student.state_dict())
@@ -82,7 +93,8 @@ def state_for_a_step(seed=0):
     # not AdamW, which divides by gradients that may be as small as the rounding
     optimizer = torch.optim.SGD(get_params_groups(student), lr=0, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainState(student, teacher, DINOLoss(64, 4, 0.04, 0.04, 0, 2), optimizer, scaler)
+    loss = DINOLoss(64, 4, 0.04, 0.04, 0, 2).to(device)
+    return TrainState(student, teacher, loss, optimizer, scaler)
 
 
 def network(use_bn=False, out_dim=16):

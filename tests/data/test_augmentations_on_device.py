@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PHOTOGRAPHS, photograph
-from helpers import Waits
+from helpers import Waits, no_waits_for_the_gpu
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import functional as F
 
@@ -216,11 +216,8 @@ def test_the_device_stage_on_cuda_agrees_with_the_cpu_and_never_waits():
     expected = DeviceStage(AUGMENTATION, torch.device("cpu"))(batch)
     stage = DeviceStage(AUGMENTATION, torch.device("cuda", 0))
     stage(batch)  # makes what is made once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits_for_the_gpu():
         found = stage(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for ours, reference in zip(found, expected, strict=True):
         apart = (ours.cpu() - reference).abs() * 255 * min(IMAGENET_STD)
         assert apart.mean() < 0.05

@@ -149,10 +149,13 @@ class Slow(torch.utils.data.Dataset):
         return number
 
 
-def test_images_that_do_not_come_are_waited_for_with_one_word_for_each_wait(monkeypatch, capsys):
+@pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.cuda)])
+def test_images_that_do_not_come_are_waited_for_with_one_word_for_each_wait(
+    monkeypatch, capsys, pin_memory
+):
     monkeypatch.setattr(image_loader, "LOOK", 0.1)
     monkeypatch.setattr(image_loader, "LATE", 0.3)
-    batches = list(ImageLoader(Slow(), batch_size=1, num_workers=1))
+    batches = list(ImageLoader(Slow(), batch_size=1, num_workers=1, pin_memory=pin_memory))
     assert torch.cat(batches).tolist() == [0, 1, 2]
     said = capsys.readouterr().out
     # at each of eight looks without the rule; busy cores may delay the other two batches, too
@@ -168,9 +171,9 @@ def test_every_mode_of_pillow_becomes_three_channels(tmp_path, mode):
     assert read_image(tmp_path / f"image{suffix}").mode == "RGB"
 
 
-def loader_of(paths, workers, images=None):
+def loader_of(paths, workers, images=None, pin_memory=False):
     augmentation = DataAugmentationDINO((0.4, 1), (0.1, 0.4), 1, 16, 8)
-    options = dict(batch_size=5, num_workers=workers, seed=3, pin_memory=False)
+    options = dict(batch_size=5, num_workers=workers, seed=3, pin_memory=pin_memory)
     return training_loader(images or ImageFiles(paths), augmentation, **options)
 
 
@@ -233,10 +236,15 @@ def test_a_loader_of_fewer_images_than_a_batch_has_none(class_folders):
     assert list(loader_of(list_training_images(class_folders / "train")[:4], workers=1)) == []
 
 
-def test_a_terminated_loader_process_is_replaced_and_memory_is_not_blamed(class_folders, capsys):
-    """As by scancel, which signals every process of a job."""
+@pytest.mark.parametrize("pin_memory", [False, pytest.param(True, marks=pytest.mark.cuda)])
+def test_a_terminated_loader_process_is_replaced_and_memory_is_not_blamed(
+    class_folders, capsys, pin_memory
+):
+    """As by scancel, which signals every process of a job. The thread that pins memory may end by
+    an error then, and is replaced, too.
+    """
     paths = list_training_images(class_folders / "train")
-    loader = loader_of(paths, workers=1)
+    loader = loader_of(paths, workers=1, pin_memory=pin_memory)
     found = []
     for batch in loader:
         found.append(batch)

@@ -58,6 +58,14 @@ def test_neighbours_that_half_precision_cannot_tell_apart_are_found(dtype):
     assert_equals_float64(nearest(queries, keys, 20, dtype), queries, keys, 20)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("spread", [1.0, 0.003])
+def test_a_gpu_finds_the_neighbours_of_float32_by_way_of_float16(spread):
+    queries, keys = unit_vectors(*MANY, spread=spread)
+    found = nearest(queries.cuda(), keys.cuda(), 20)
+    assert_equals_float64([part.cpu() for part in found], queries, keys, 20)
+
+
 def test_vectors_too_long_or_too_short_for_float16():
     for length in (1e6, 1e-6):
         queries, keys = (length * rows for rows in unit_vectors(*MANY))

@@ -34,7 +34,8 @@ def decide(images, side, *, given="", device="cpu", epochs=100, least=None, chan
 
 
 def train(*flags, images=None, augmentation=None):
-    args = parse_args([str(flag) for flag in ("--preset", "auto", "--num_workers", 0, *flags)])
+    flags = ("--preset", "auto", "--num_workers", 0, "--device", "cpu", *flags)
+    args = parse_args([str(flag) for flag in flags])
     main_dino.train_dino(args, images, augmentation)
 
 
@@ -316,6 +317,16 @@ def test_a_step_is_timed_on_the_views_of_ones_own_augmentation(tmp_path, capsys,
     train(*flags, images=pictures(*[(40, 40)] * 16), augmentation=own)
     assert timed == [[28, 28, 28]]
     assert "Views of an image correlate by" not in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+def test_a_gpu_gets_a_resnet18_and_trains_unattended(tmp_path):
+    flags = ("--device", "cuda", "--compile", "false", "--hours", 1e-6, "--output_dir", tmp_path)
+    train(*flags, images=pictures(*[(72, 72)] * 24))
+    decided = json.loads((tmp_path / "args.json").read_text())
+    assert {"arch", "augment", "epochs", "lr"} <= decided["auto"].keys()
+    assert (decided["arch"], decided["augment"], decided["epochs"]) == ("resnet18", "device", 1)
+    assert (tmp_path / "backbone.pth").exists()
 
 
 def test_a_resumed_run_keeps_its_settings_and_says_so(tmp_path, capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes a step faster or smaller leaves its numbers alone."""
 
+import contextlib
 import copy
 import itertools
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import SMALL_RUN, run_processes, run_python
 from functorch.compile import make_boxed_func
-from helpers import Waits, state_for_a_step
+from helpers import Waits, no_waits_for_the_gpu, state_for_a_step
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ import main_dino
 from dino.loss import DINOLoss
 from dino.networks import MultiCropWrapper, choose_compile, compile_networks, unwrap
 from dino.optim import build_optimizer, get_params_groups
+from dino.training.health import Monitor
 from dino.training.run import TrainState
 from vision_transformer import DINOHead, VisionTransformer, vit_nano
 
@@ -38,6 +40,7 @@ def steps(state, batch=8, share=slice(None), **options):
     for seed in range(2):
         torch.manual_seed(seed)
         images = [torch.randn(batch, 3, size, size)[share] for size in (32, 32, 16, 16)]
+        images = [view.to(state.dino_loss.center.device) for view in images]
         losses.append(main_dino.train_step(state, images, **STEP | options)[0].item())
     return losses
 
@@ -141,7 +144,7 @@ def nothing_compiled():
     dist.destroy_process_group()
 
 
-def small_state(with_ddp, views=4):
+def small_state(with_ddp, views=4, device="cpu"):
     """Networks of three blocks, which drop paths, for views of 32 and 16 pixels."""
     torch.manual_seed(0)
     options = dict(embed_dim=48, depth=3, num_heads=3, qkv_bias=True)
@@ -149,7 +152,7 @@ def small_state(with_ddp, views=4):
         MultiCropWrapper(
             VisionTransformer([32], 8, drop_path_rate=rate, **options),
             DINOHead(48, 64, hidden_dim=32, bottleneck_dim=16),
-        )
+        ).to(device)
         for rate in (0.2, 0.0)
     )
     teacher.load_state_dict(student.state_dict())
@@ -158,10 +161,11 @@ def small_state(with_ddp, views=4):
     if with_ddp:
         student = DistributedDataParallel(student, gradient_as_bucket_view=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainState(student, teacher, DINOLoss(64, views, 0.04, 0.07, 2, 3), optimizer, scaler)
+    loss = DINOLoss(64, views, 0.04, 0.07, 2, 3).to(device)
+    return TrainState(student, teacher, loss, optimizer, scaler)
 
 
-def graphs_of_three_steps(with_ddp):
+def graphs_of_three_steps(with_ddp, device="cpu", **options):
     """(graphs compiled, graphs run) in each of three steps, of three epochs."""
     compiled, ran = [], []
 
@@ -169,17 +173,17 @@ def graphs_of_three_steps(with_ddp):
         compiled.append(graph)
         return lambda *inputs: ran.append(graph) or graph(*inputs)
 
-    state = small_state(with_ddp)
+    state = small_state(with_ddp, device=device)
     compile_networks(state.student, state.teacher, state.dino_loss, backend=backend)
-    images = [torch.randn(2, 3, size, size) for size in (32, 32, 16, 16)]
+    images = [torch.randn(2, 3, size, size, device=device) for size in (32, 32, 16, 16)]
     counts = []
     for epoch in range(3):
         compiled.clear()
         ran.clear()
-        main_dino.train_step(state, images, **STEP | dict(epoch=epoch))
+        main_dino.train_step(state, images, **STEP | dict(epoch=epoch, **options))
         counts.append((len(compiled), len(ran)))
         with torch.compiler.set_stance("force_eager"), torch.no_grad():  # as the k-NN probe does
-            unwrap(state.student).eval().backbone(torch.randn(1, 3, 48, 48))
+            unwrap(state.student).eval().backbone(torch.randn(1, 3, 48, 48, device=device))
             state.student.train()
     return counts
 
@@ -194,6 +198,14 @@ GRAPHS = {False: (6, 6), True: (3 * 2 + 4, 3 * 2 + 4)}
 def test_nothing_is_compiled_after_the_first_step(with_ddp, nothing_compiled):
     compiled, ran = GRAPHS[with_ddp]
     assert graphs_of_three_steps(with_ddp) == [(compiled, ran), (0, ran), (0, ran)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_compiled_after_the_first_step_on_a_gpu(amp_dtype, nothing_compiled):
+    compiled, ran = GRAPHS[False]
+    found = graphs_of_three_steps(with_ddp=False, device="cuda", amp_dtype=amp_dtype)
+    assert found == [(compiled, ran), (0, ran), (0, ran)]
 
 
 def test_blocks_share_their_code_whatever_their_rate_of_stochastic_depth(nothing_compiled):
@@ -324,18 +336,42 @@ def test_a_step_asks_the_device_nothing(optimizer, amp_dtype):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_step_on_a_gpu_never_waits_for_the_device(amp_dtype):
+def test_a_logged_step_on_a_gpu_never_waits_for_the_device(amp_dtype):
     device = torch.device("cuda", 0)
-    state = state_for_a_step()
-    for network in (state.student, state.teacher, state.dino_loss):
-        network.to(device)
+    state = state_for_a_step(device=device)
     state.optimizer = build_optimizer("adamw", get_params_groups(state.student))
     state.scaler = torch.amp.GradScaler("cuda", enabled=amp_dtype == torch.float16)
     images = [torch.randn(4, 3, size, size, device=device) for size in (32, 32, 16, 16)]
-    options = STEP | dict(amp_dtype=amp_dtype)
-    main_dino.train_step(state, images, **options)  # makes what is made once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        main_dino.train_step(state, images, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    monitor = Monitor(state.dino_loss)
+    monitor.watching = True
+    for context in (contextlib.nullcontext(), no_waits_for_the_gpu()):  # some is made once
+        with context:
+            main_dino.train_step(state, images, **STEP | dict(amp_dtype=amp_dtype))
+            monitor.take()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_on_a_gpu_are_those_on_a_cpu(compiled, nothing_compiled):
+    """In float32 without TF32, with which weights, center and losses would be 6e-4 apart."""
+    results = []
+    for device in ("cpu", "cuda"):
+        state = state_for_a_step(device=device)
+        for network in (state.student, state.teacher):
+            del network.backbone.blocks[2:]
+        if compiled and device == "cuda":
+            compile_networks(state.student, state.teacher, state.dino_loss)
+        before = weights_of(state.student)
+        losses = torch.tensor(steps(state))
+        moved = [weights_of(state.student) - before, state.dino_loss.center.cpu()]
+        results.append([losses, *moved])
+    for found, expected in zip(*reversed(results), strict=True):
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+    if compiled:
+        images = [torch.randn(8, 3, size, size, device="cuda") for size in (32, 32, 16, 16)]
+        with no_waits_for_the_gpu():
+            main_dino.train_step(state, images, **STEP)
+
+
+def weights_of(network):
+    return torch.cat([param.detach().flatten() for param in network.parameters()]).cpu()
