@@ -146,6 +146,7 @@ def test_another_precision_is_advised_where_there_is_a_safer_one(flags, advice):
 
 def test_a_divergence_names_what_auto_decided(class_folders, tmp_path):
     flags = ("--preset", "auto", "--epochs", 3, "--num_workers", 0, "--weight_decay", 1e30)
+    flags += ("--device", "cpu")
     data = ("--data_path", class_folders / "train", "--output_dir", tmp_path)
     result = run_script("main_dino.py", *flags, *data)
     assert result.returncode == 1, result.stderr

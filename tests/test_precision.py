@@ -64,6 +64,7 @@ def test_where_bfloat16_is_allowed_its_gradients_are_those_of_float32_but_for_ro
 def test_auto_refuses_such_crops_before_it_trains(class_folders, tmp_path):
     data = ("--data_path", class_folders / "train", "--output_dir", tmp_path / "run")
     flags = ("--preset", "auto", "--epochs", 1, "--num_workers", 0, "--amp_dtype", "bfloat16")
+    flags += ("--device", "cpu")
     result = run_script("main_dino.py", *flags, *data, "--local_crop_size", 4, "--stem", "small")
     assert result.returncode == 2, result.stderr
     assert "4 pixels are 1 wide before layer4.0.conv1 of stride 2" in result.stderr
