@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_dino
+from dino.backbones import build_backbone
 from dino.loss import DINOLoss
 from dino.networks import MultiCropWrapper, choose_compile, compile_networks, unwrap
 from dino.optim import build_optimizer, get_params_groups
@@ -206,6 +207,27 @@ def test_nothing_is_compiled_after_the_first_step_on_a_gpu(amp_dtype, nothing_co
     compiled, ran = GRAPHS[False]
     found = graphs_of_three_steps(with_ddp=False, device="cuda", amp_dtype=amp_dtype)
     assert found == [(compiled, ran), (0, ran), (0, ran)]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_compiled_batch_norms_of_two_crop_sizes_give_their_gradients(device, nothing_compiled):
+    """Each size changes the running means, which no graph of a backward pass may have kept."""
+    torch.manual_seed(0)
+    backbone, width = build_backbone("resnet_nano", 16, img_size=32, stem="small")
+    head = DINOHead(width, 16, use_bn=True, hidden_dim=8, bottleneck_dim=8)
+    plain = MultiCropWrapper(backbone, head).to(device)
+    compiled = copy.deepcopy(plain)
+    # which graphs inductor gets, without its code
+    options = dict(backend="aot_eager_decomp_partition")
+    compile_networks(compiled, copy.deepcopy(plain), DINOLoss(16, 3, 0.04, 0.04, 0, 1), **options)
+    crops = [torch.randn(4, 3, size, size, device=device) for size in (32, 32, 16)]
+    for network in (plain, compiled):
+        network(crops).square().sum().backward()
+    expected, found = (
+        torch.cat([param.grad.flatten() for param in network.parameters() if param.requires_grad])
+        for network in (plain, compiled)
+    )
+    assert (found - expected).norm() < 1e-2 * expected.norm()  # a GPU's convolutions are of TF32
 
 
 def test_blocks_share_their_code_whatever_their_rate_of_stochastic_depth(nothing_compiled):
