@@ -67,7 +67,8 @@ def exit_on_user_error(program):
 
 def explain(error):
     """An OSError in a sentence, with the file if it names one."""
-    where = f"{error.filename}: " if error.filename is not None else "a file could not be written: "
+    named = error.filename is not None
+    where = f"{error.filename}: " if named else "a file could not be read or written: "
     return f"{where}{error.strerror or error}."
 
 

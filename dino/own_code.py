@@ -33,7 +33,7 @@ def import_by_path(path, flag):
     UserError if there is no such module or name. What the module itself raises is not caught.
     """
     module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
+    if not (module_name and colon and name) or module_name.startswith("."):
         raise UserError(f"{flag} {path}: give MODULE:NAME, such as my_module:build.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -26,6 +26,7 @@ def wrong():
     [
         ("views", "give MODULE:NAME"),
         (":build", "give MODULE:NAME"),
+        (".views:build", "give MODULE:NAME"),  # relative to what?
         ("no_such_module:build", "no module 'no_such_module'"),
         ("json:no_such_name", "json has no function or class 'no_such_name'"),
         ("json:__doc__", "has no function or class"),

@@ -59,8 +59,12 @@ class ImageLoader(DataLoader):
                 return
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
                 # the last three come from a tensor whose worker died while it was handed over
-                if isinstance(error, RuntimeError) and not is_death(error):
+                if self.num_workers == 0 or (
+                    isinstance(error, RuntimeError) and not is_death(error)
+                ):
                     raise
+                if is_of_worker(error) and not isinstance(error, RuntimeError):
+                    raise RuntimeError(str(error)) from None  # of the user's own code, in a worker
                 deaths += 1
                 self.after_death(error, deaths)
             # The pass that failed and its error refer to each other. If a new worker is forked
@@ -169,6 +173,11 @@ def is_death(error):
 def is_caught(error):
     """Whether a worker raised it, and lives."""
     return str(error).startswith("Caught ")
+
+
+def is_of_worker(error):
+    """The same, of a worker of the loader and not of the thread that pins memory."""
+    return bool(re.match(r"Caught \w+ in DataLoader worker", str(error)))
 
 
 def last_line(error):
