@@ -97,8 +97,7 @@ def build_student_and_teacher(
     teacher_backbone, _ = build_backbone(arch, **options)
     if grad_checkpointing:
         checkpoint_gradients(student_backbone, arch)
-    if not is_vit(teacher_backbone):
-        check_takes_sizes(teacher_backbone, arch, crop_sizes, in_chans)
+    check_takes_sizes(teacher_backbone, arch, crop_sizes, in_chans)
     widths = dict(use_bn=use_bn_in_head, hidden_dim=hidden_dim, bottleneck_dim=bottleneck_dim)
     head = student_head(embed_dim, out_dim, norm_last_layer=norm_last_layer, **widths)
     student = MultiCropWrapper(student_backbone, head).to(device)

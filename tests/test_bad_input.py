@@ -182,6 +182,7 @@ CASES = [
     ("main_dino", "--local_crop_size 20", "not a multiple of --patch_size 8: take 16"),
     ("main_dino", "--global_crops_scale 1.0 0.4", "the smaller first"),
     ("main_dino", "--local_crops_scale 0.1", "give two"),
+    ("main_dino", "--jitter 0.4 0.4 0.2 0.6", "of the hue, is at most 0.5"),
     ("main_dino", "--local_crops_scale 0.1 0.2 0.3", "give two"),
     ("main_dino", "--local_crops_scale 0.0 0.2", "above 0"),
     ("main_dino", "--use_fp16 maybe", "neither true"),

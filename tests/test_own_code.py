@@ -4,10 +4,13 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, SMALL_RUN, run_script
 
 from dino.errors import UserError
+from dino.networks import build_student_and_teacher
 from dino.own_code import call_by_path
+from dino.training.own_views import own_augmentation
 
 OWN_VIEWS = """
 from dino.data.augmentations import MultiCrop, View
@@ -65,3 +68,40 @@ def test_a_run_takes_the_views_of_ones_own_module(tmp_path, class_folders):
     wrong = run_script(script, *flags, "--augmentation", "my_views:wrong", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "--augmentation my_views:wrong: returned a list" in wrong.stderr
+
+
+WRONG_VIEWS = {  # what the error says: the arguments of MultiCrop
+    "at least two Views": "[View(32, (0.5, 1.0))]",
+    r"views are \[None, None\]": "[None, None]",
+    "have 32 and 48 pixels": "[View(32, (0.5, 1.0)), View(48, (0.5, 1.0))]",
+    "mean is .0.5,. and std": "[View(32, (0.5, 1.0))] * 2, mean=(0.5,)",
+    "std .0, 0, 0.*std above 0": "[View(32, (0.5, 1.0))] * 2, std=(0, 0, 0)",
+    r"views\[1\] has size 32.0: give": "[View(32, (0.5, 1.0)), View(32.0, (0.5, 1.0))]",
+    "size 0: give pixels": "[View(0, (0.5, 1.0))] * 2",
+    "scale .*smaller first": "[View(32, (1.0, 0.5))] * 2",
+    "scale .nan": "[View(32, (float('nan'), 1.0))] * 2",
+    "jitter .*hue, to 0.5": "[View(32, (0.5, 1.0), jitter=(0.4, 0.4, 0.2, 0.9))] * 2",
+    "blur_radius": "[View(32, (0.5, 1.0), blur_radius=(-3.0, -1.0))] * 2",
+    "flip_p 2.0: give a probability": "[View(32, (0.5, 1.0), flip_p=2.0)] * 2",
+}
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_VIEWS)))
+def test_views_of_ones_own_that_cannot_be_trained_on_are_refused(tmp_path, monkeypatch, number):
+    """Some were tracebacks, others, as a negative blur, gave pictures of nothing that was asked."""
+    said, arguments = list(WRONG_VIEWS.items())[number]
+    (tmp_path / f"wrong_views_{number}.py").write_text(
+        "from dino.data.augmentations import MultiCrop, View\n"
+        f"def build(): return MultiCrop({arguments})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = f"wrong_views_{number}:build"
+    with pytest.raises(UserError, match=rf"^--augmentation {path}: .*{said}"):
+        own_augmentation(path)
+
+
+def test_views_that_the_patches_do_not_divide_are_refused():
+    options = dict(patch_size=8, drop_path_rate=0, out_dim=8, use_bn_in_head=False)
+    options |= dict(norm_last_layer=True, hidden_dim=8, bottleneck_dim=8, crop_sizes=[32, 20])
+    with pytest.raises(UserError, match=r"does not take crops of 20 pixels: .* 8 x 8; 16 x 16"):
+        build_student_and_teacher("vit_nano", torch.device("cpu"), **options)

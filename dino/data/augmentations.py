@@ -23,6 +23,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 LOG_RATIO = np.log([3 / 4, 4 / 3])  # of a crop's width to its height
 CROP_ATTEMPTS = 10
+MOST_HUE = 0.5  # of a circle: half a turn to either side reaches every hue
 NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0])  # factors of jitter that change nothing
 
 

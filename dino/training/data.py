@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images and the views that the flags of main_dino.py ask for."""
 
-from dino.data.augmentations import DataAugmentationDINO, MultiCrop
+from dino.data.augmentations import DataAugmentationDINO
 from dino.data.channels import RGB, count_channels, reader
 from dino.data.datasets import open_dataset
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
 from dino.data.images import ImageFiles, list_training_images
 from dino.distributed import get_world_size, rank_share
 from dino.errors import UserError
-from dino.own_code import call_by_path
+from dino.training.own_views import own_augmentation
 from dino.training.presets import DECIDED
 
 
@@ -77,14 +77,3 @@ def colours(args):
     if args.in_chans == 1:  # which is grey as it is
         return dict(jitter=(brightness, contrast, 0.0, 0.0), grayscale_p=0.0)
     return dict(jitter=(brightness, contrast, saturation, hue), grayscale_p=args.grayscale_p)
-
-
-def own_augmentation(path):
-    """What the function at `path`, MODULE:FUNCTION, returns; UserError if it is not a MultiCrop."""
-    augmentation = call_by_path(path, "--augmentation")
-    if not isinstance(augmentation, MultiCrop):
-        kind = type(augmentation).__name__
-        raise UserError(
-            f"--augmentation {path}: returned a {kind}, not a dino.data.augmentations.MultiCrop."
-        )
-    return augmentation

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dino.backbones import canonical_name, check_arch
 from dino.command_line import check_output_folder
+from dino.data.augmentations import MOST_HUE
 from dino.errors import UserError
 from dino.training.presets import CONTINUE, DECIDED
 from dino.training.saver import own_checkpoints
@@ -106,6 +107,11 @@ def check_strengths(args):
         raise UserError(
             f"--jitter {' '.join(map(str, args.jitter))}: give four, for brightness, contrast,"
             " saturation and hue."
+        )
+    if args.jitter[3] > MOST_HUE:
+        raise UserError(
+            f"--jitter {' '.join(map(str, args.jitter))}: the last, of the hue, is at most"
+            f" {MOST_HUE}, which reaches every hue."
         )
 
 

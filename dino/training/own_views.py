@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""--augmentation: views of one's own, checked before a run begins with them."""
+
+from numbers import Integral, Real
+
+from dino.data.augmentations import MOST_HUE, MultiCrop, View
+from dino.errors import UserError
+from dino.own_code import call_by_path
+from dino.printable import brief
+
+
+def own_augmentation(path):
+    """The MultiCrop that the function at `path`, MODULE:FUNCTION, returns; UserError for another
+    value, or for views that cannot be trained on.
+    """
+    augmentation = call_by_path(path, "--augmentation")
+    if not isinstance(augmentation, MultiCrop):
+        kind = type(augmentation).__name__
+        raise UserError(
+            f"--augmentation {path}: returned a {kind}, not a dino.data.augmentations.MultiCrop."
+        )
+    check_views(augmentation.views, f"--augmentation {path}")
+    check_colors(augmentation.mean, augmentation.std, f"--augmentation {path}")
+    return augmentation
+
+
+def check_views(views, source):
+    """Raise UserError, which begins with `source`, unless these are Views of valid fields, and the
+    first two, the global ones, of one size.
+    """
+    if len(views) < 2 or not all(isinstance(view, View) for view in views):
+        raise UserError(
+            f"{source}: views are {brief(views)}. Give at least two Views, first the two global"
+            " ones, which the teacher sees."
+        )
+    for number, view in enumerate(views):
+        for name, (is_valid, meaning) in VALID.items():
+            value = getattr(view, name)
+            if not is_valid(value):
+                raise UserError(f"{source}: views[{number}] has {name} {brief(value)}: {meaning}.")
+    if views[0].size != views[1].size:
+        raise UserError(
+            f"{source}: the first two views have {views[0].size} and {views[1].size} pixels. They"
+            " are the global ones, and need one size."
+        )
+
+
+def check_colors(mean, std, source):
+    """Raise UserError unless every channel has a finite mean and a standard deviation above 0."""
+    valid = all(within(value, -1e9, 1e9) for value in mean)
+    valid &= all(within(value, 1e-9, 1e9) for value in std)
+    if not valid or not 0 < len(mean) == len(std):
+        raise UserError(
+            f"{source}: mean is {brief(mean)} and std {brief(std)}. Give one number for each"
+            " channel, std above 0."
+        )
+
+
+def within(value, lowest, highest):
+    return isinstance(value, Real) and lowest <= value <= highest
+
+
+def is_count(value, lowest):
+    return isinstance(value, Integral) and within(value, lowest, 2**13)
+
+
+def is_range(value, lowest, highest):
+    """Whether these are two numbers, the smaller first."""
+    numbers = isinstance(value, tuple | list) and len(value) == 2
+    return numbers and within(value[0], lowest, highest) and within(value[1], value[0], highest)
+
+
+def is_jitter(value):
+    highest = (1, 1, 1, MOST_HUE)
+    numbers = isinstance(value, tuple | list) and len(value) == len(highest)
+    return numbers and all(map(within, value, (0,) * len(highest), highest))
+
+
+def is_probability(value):
+    return within(value, 0, 1)
+
+
+PROBABILITY = (is_probability, "give a probability")
+# Fields of a View: what they may be, as the flags, and what the error says of that.
+VALID = {
+    "size": (lambda value: is_count(value, 1), "give pixels, 1 to 8192"),
+    "scale": (
+        lambda value: is_range(value, 1e-9, 1),
+        "give two shares of the image, above 0, the smaller first",
+    ),
+    "min_pixels": (lambda value: is_count(value, 0), "give pixels, 0 to 8192"),
+    "jitter": (is_jitter, f"give four numbers of 0 to 1, the last, of the hue, to {MOST_HUE}"),
+    "blur_radius": (
+        lambda value: is_range(value, 0, 2**13),
+        "give two radii in pixels, the smaller first",
+    ),
+    **{
+        f"{name}_p": PROBABILITY
+        for name in ("flip", "vflip", "turn", "jitter", "grayscale", "blur", "solarize")
+    },
+}
