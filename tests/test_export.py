@@ -192,6 +192,13 @@ def test_a_network_for_four_channels_is_exported_as_such(tmp_path, name):
     assert export.compare(name, pretrained, tmp_path / PATHS[name], [photograph()]) < 1e-5
 
 
+def test_a_resnet_for_other_channels_is_one_of_timm_too(tmp_path):
+    backbone = build_backbone("resnet18", in_chans=4)[0].eval()
+    pretrained = Pretrained(backbone, 512, "resnet18", 16, 32, (0.5,) * 4, (0.2,) * 4)
+    exports.FORMATS["timm"].write(pretrained, tmp_path / "timm")
+    assert export.compare("timm", pretrained, tmp_path / "timm", [photograph()]) < 1e-5
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p8", "timm:resnet10t"])
 def test_other_networks_go_where_the_format_can_hold_them(tmp_path, arch):
     weights = save_random_backbone(tmp_path / "backbone.pth", arch)

@@ -145,11 +145,11 @@ def timm_arguments(pretrained):
             options["dynamic_img_size"] = backbone.dynamic_img_size
         return timm_name(arch), options
     same = timm.is_model(arch) and shapes_of(backbone) == shapes_of(
-        timm.create_model(arch, num_classes=0)
+        timm.create_model(arch, num_classes=0, **options)
     )
     if not same:
         raise UserError(
-            f"--format timm: timm has no network with the weights of torchvision's {arch}. Formats"
+            f"--format timm: timm has no network with the weights of this {arch}. Formats"
             " for every network: safetensors, torch_export, onnx."
         )
     return arch, options

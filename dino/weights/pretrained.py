@@ -148,7 +148,8 @@ def describe(checkpoint):
     names = {name: name for name in FIELDS}
     described = {field: checkpoint[name] for field, name in names.items() if name in checkpoint}
     names |= {"image_size": "global_crop_size"}
-    described |= {field: args[name] for field, name in names.items() if name in args}
+    # in timm's checkpoints flags that were not given are None
+    described |= {field: args[name] for field, name in names.items() if args.get(name) is not None}
     if isinstance(described.get("arch"), str):
         described["arch"] = canonical_name(described["arch"])
         if re.fullmatch(r"vit_\w+_patch\d+_\d+", described["arch"]):  # timm's: the shapes say more
@@ -228,10 +229,7 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
     elif checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         state_dict = checkpoint
     else:
-        raise UserError(
-            f"{flag} {path} has no entry {key!r}; it has"
-            f" {list_names(checkpoint)}. Choose one with --checkpoint_key."
-        )
+        raise UserError(f"{flag} {path} {no_weights(checkpoint, key, flag)}")
     if not is_named(state_dict):
         raise UserError(f"{flag} {path} holds weights whose names are not text.")
     check_one_network(state_dict, f"{flag} {path}")
@@ -241,6 +239,15 @@ def backbone_weights(checkpoint, key, path, flag="--pretrained_weights"):
             name: value for name, value in state_dict.items() if name.startswith("backbone.")
         }
     return in_our_names(without_prefix(state_dict, "backbone."))
+
+
+def no_weights(checkpoint, key, flag):
+    """Why a dict has no weights under `key`, and what to do, for a sentence about its file."""
+    found = f"holds {brief(checkpoint[key])} as" if key in checkpoint else "has no"
+    reason = f"{found} entry {key!r}; it has {list_names(checkpoint)}."
+    if flag != "--init_from":
+        return f"{reason} Choose one with --checkpoint_key."
+    return f"{reason} Save its weights in a file of their own."
 
 
 def check_one_network(state_dict, source):

@@ -289,6 +289,15 @@ def test_a_wrong_key_names_those_that_there_are(tmp_path):
         backbone_weights(read(tmp_path / "checkpoint.pth"), "ema", "checkpoint.pth")
 
 
+def test_an_entry_without_weights_is_told_by_what_the_script_can_do():
+    """main_dino.py has no --checkpoint_key; 'no entry epoch; it has epoch' was no help."""
+    content = {"model": {"cls_token": torch.zeros(1)}, "epoch": 3}
+    with pytest.raises(UserError, match=r"holds 3 as entry 'epoch'; .* with --checkpoint_key"):
+        backbone_weights(content, "epoch", "mae.pth")
+    with pytest.raises(UserError, match=r"no entry 'teacher'; it has model.* file of their own"):
+        backbone_weights(content, "teacher", "mae.pth", flag="--init_from")
+
+
 def test_a_mistyped_path_never_becomes_other_weights(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         utils.load_pretrained_weights(

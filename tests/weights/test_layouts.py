@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of timm and transformers as --pretrained_weights and --init_from: whole, or refused."""
 
+import argparse
 import json
 import shutil
 import struct
@@ -110,7 +111,8 @@ def test_timm_files_are_read_and_a_classifier_is_ignored(tmp_path):
         expected = model.forward_features(pixels())[:, 0]
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     save_file(model.state_dict(), tmp_path / "bare.safetensors")
-    training = {"state_dict": model.state_dict(), "arch": "vit_tiny_patch16_224", "epoch": 3}
+    flags = argparse.Namespace(model="vit_tiny_patch16_224", mean=None, std=None)  # not given
+    training = {"state_dict": model.state_dict(), "arch": "vit_tiny_patch16_224", "args": flags}
     torch.save(training, tmp_path / "last.pth.tar")
     timm.models.save_for_hf(model, str(tmp_path / "hub"), safe_serialization=True)
     for file in ("bare.pth", "bare.safetensors", "hub"):
