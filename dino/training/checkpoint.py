@@ -146,7 +146,7 @@ def check_same_run(path, saved, args):
             before, now = changed[name]
             raise UserError(
                 f"--{name} {now}: {path} is of a run with {brief(before)}, which cannot resume with"
-                " another value. Give that one, or another --output_dir."
+                f" another value. Give that one, or {to_begin_anew(args.get('resume', 'auto'))}."
             )
     for name, (before, now) in changed.items():
         print0(
@@ -164,6 +164,11 @@ def check_same_run(path, saved, args):
                 " start from these."
             )
         )
+
+
+def to_begin_anew(resume):
+    """What begins a new run under --resume `resume`, for a sentence that lists what to give."""
+    return "another --output_dir" if resume in ("auto", "never") else "no --resume"
 
 
 def same(name, a, b):

@@ -28,13 +28,14 @@ from dino.training.checkpoint import (
     check_same_run,
     restore_progress,
     restore_training,
+    to_begin_anew,
     training_payload,
 )
 from dino.training.plots import draw_first_views, draw_run
 from dino.training.recorder import Recorder
 from dino.training.saver import NEWEST, Saver
 from dino.weights.files import backbone_payload, flags_in
-from dino.weights.starting import initialise_from
+from dino.weights.starting import initialise_from, warn_of_other_colors
 
 SECONDS_PER_PICTURE = 60  # between two drawings of the curves, which take a second
 BEST_KNN, BEST_RANK = "checkpoint_best_knn.pth", "checkpoint_best_rank.pth"
@@ -91,6 +92,8 @@ class Run:
             state = self.state
             networks = state.student, state.teacher, state.dino_loss
             initialise_from(weights, self.args.init_from, *networks)
+            colors = dict(mean=self.augmentation.mean, std=self.augmentation.std)
+            warn_of_other_colors(weights, self.args.init_from, **colors)
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.start(vars(self.args))
         draw_first_views(self.saver.folder / "augmentations.png", self.loader, self.augmentation)
@@ -107,7 +110,7 @@ class Run:
         if progress.epoch > self.args.epochs:
             raise UserError(
                 f"--epochs {self.args.epochs}: {path} has done {progress.epoch}. Give at least as"
-                " many, or another --output_dir."
+                f" many, or {to_begin_anew(self.args.resume)}."
             )
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         if progress.logged_epochs < self.args.epochs:  # else nothing is done with these flags

@@ -67,10 +67,11 @@ def restore(checkpoint, source, **objects):
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     missing = [name for name in [*objects, "epoch"] if name not in entries]
     if missing:
+        found_there = not source.startswith("--resume ")
+        advice = "Move it away, or give another --output_dir." if found_there else "Give another."
         raise UserError(
             f"{source}: no entry {missing[0]!r}, so this is not a training checkpoint"
-            f" of such a run; it has {list_names(entries)}. Move it away, or give another"
-            " --output_dir."
+            f" of such a run; it has {list_names(entries)}. {advice}"
         )
     for name, value in objects.items():
         what, state = f"{source}: {name}", checkpoint[name]

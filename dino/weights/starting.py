@@ -3,6 +3,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +15,8 @@ from dino.weights.files import is_named, without_prefix
 from dino.weights.loading import FLOATS, load_exactly
 from dino.weights.pretrained import (
     backbone_weights,
+    check_description,
+    describe,
     describe_backbone,
     trained_img_size,
     without_classifier,
@@ -43,6 +46,31 @@ def initialise_from(checkpoint, path, student, teacher, dino_loss):
     everything = 5
     rest = "" if len(taken) == everything else "; the rest starts afresh"
     print0(printable(f"From {path}: {', '.join(taken)}{rest}."))
+
+
+def warn_of_other_colors(checkpoint, path, **colors):
+    """Print a warning unless the run's `colors`, mean and std, are those that the file states.
+
+    Its first layer would see brighter or darker images than it learned from.
+    """
+    stated = {name: value for name, value in describe(checkpoint).items() if name in colors}
+    check_description(stated, f"--init_from {path}")
+    other = any(
+        len(value) == len(colors[name]) and not np.allclose(value, colors[name], atol=1e-3)
+        for name, value in stated.items()
+    )
+    if other:
+        theirs, ours = (
+            " ".join(f"--{name} {' '.join(f'{v:g}' for v in value)}" for name, value in of.items())
+            for of in (stated, colors)
+        )
+        print0(
+            printable(
+                f"Warning: the images of {path} were normalised by {theirs}, and those of this run"
+                f" by {ours}, which changes what its features say. --preset continue takes over"
+                " what a file states."
+            )
+        )
 
 
 def describe_weights(checkpoint, path, flag="--init_from"):

@@ -7,8 +7,11 @@ import pytest
 import torch
 from conftest import SMALL_RUN, photograph
 
+from dino.data.augmentations import IMAGENET_STD
 from dino.errors import UserError
 from dino.training.flags import parse_args
+from dino.weights.files import read
+from dino.weights.starting import warn_of_other_colors
 from main_dino import train_dino
 
 IMAGES = [photograph(name).resize((48, 40)) for name in ("astronaut.png", "coffee.png")] * 8
@@ -64,6 +67,17 @@ def test_a_checkpoint_with_its_head_is_continued_whole(trained, tmp_path, capsys
 def test_a_head_of_other_widths_starts_afresh_and_learns_alone_first(trained, tmp_path):
     flags = continue_from(trained / "checkpoint.pth", tmp_path, "--epochs", 1, "--out_dim", 32)
     assert flags["freeze_backbone"] == 1
+
+
+def test_a_run_that_normalises_otherwise_than_its_weights_did_says_so(trained, tmp_path, capsys):
+    flags = ("--init_from", trained / "backbone.pth", "--epochs", 1, "--warmup_epochs", 0)
+    train(*flags, "--output_dir", tmp_path / "other")
+    said = capsys.readouterr().out
+    assert "were normalised by --mean 0.4 0.5 0.6 --std 0.229 0.224 0.225" in said
+    assert "those of this run by --mean 0.485 0.456 0.406" in said
+    same = dict(mean=(0.4, 0.5, 0.6), std=IMAGENET_STD)
+    warn_of_other_colors(read(trained / "backbone.pth"), "backbone.pth", **same)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_accuracy_before_training_is_said_to_be_that_of_the_weights(

@@ -201,6 +201,16 @@ def test_a_run_of_fewer_epochs_than_are_done_is_refused_and_not_a_success(class_
 
 
 @pytest.mark.parametrize(
+    ("resume", "advice"),
+    [("auto", "or another --output_dir"), ("runs/a/checkpoint.pth", "or no --resume")],
+)
+def test_a_run_that_cannot_resume_is_told_what_begins_another(resume, advice):
+    """With --resume FILE another --output_dir resumes the same file."""
+    with pytest.raises(UserError, match=f"Give that one, {advice}"):
+        check_same_run("checkpoint.pth", {"out_dim": 8}, {"out_dim": 9, "resume": resume})
+
+
+@pytest.mark.parametrize(
     "value",
     [[torch.ones(2), 1.0], {"a": 1}, "x" * 10**6, 10**5000, [[[]]], torch.ones(5)],
     ids=brief,
