@@ -26,7 +26,12 @@ from dino.ablations import PredictorHead, build_loss, copy_before_each_step, tea
 from dino.backbones import check_gradients
 from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO, transform_of
-from dino.data.augmentations_on_device import CropStage, DeviceStage, on_workers
+from dino.data.augmentations_on_device import (
+    CropStage,
+    DeviceStage,
+    colours_on_device,
+    on_workers,
+)
 from dino.data.images import limit_pixels
 from dino.data.loaders import training_loader
 from dino.distributed import get_world_size, init_distributed, shut_down
@@ -296,7 +301,7 @@ def time_a_step(args, **trial):
 
 def build_loader(args, images, augmentation, workers, device):
     """Loader of views on `device`."""
-    on_device = args.augment == "device" or (args.augment == "auto" and device.type == "cuda")
+    on_device = colours_on_device(args.augment, augmentation, device)
     return training_loader(
         images,
         CropStage(augmentation) if on_device else on_workers(augmentation),

@@ -6,11 +6,16 @@ import json
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, run_script
+from PIL import Image
 
+from dino.data.augmentations import MultiCrop, View
+from dino.data.augmentations_on_device import colours_on_device
 from dino.errors import UserError
 from dino.networks import build_student_and_teacher
 from dino.own_code import call_by_path
+from dino.training.flags import parse_args
 from dino.training.own_views import own_augmentation
+from main_dino import build_loader
 
 OWN_VIEWS = """
 from dino.data.augmentations import MultiCrop, View
@@ -82,6 +87,7 @@ WRONG_VIEWS = {  # what the error says: the arguments of MultiCrop
     "scale .nan": "[View(32, (float('nan'), 1.0))] * 2",
     "jitter .*hue, to 0.5": "[View(32, (0.5, 1.0), jitter=(0.4, 0.4, 0.2, 0.9))] * 2",
     "blur_radius": "[View(32, (0.5, 1.0), blur_radius=(-3.0, -1.0))] * 2",
+    "1 channels, which have no hue": "[View(32, (0.5, 1.0))] * 2, mean=(0.5,), std=(0.5,)",
     "flip_p 2.0: give a probability": "[View(32, (0.5, 1.0), flip_p=2.0)] * 2",
 }
 
@@ -105,3 +111,26 @@ def test_views_that_the_patches_do_not_divide_are_refused():
     options |= dict(norm_last_layer=True, hidden_dim=8, bottleneck_dim=8, crop_sizes=[32, 20])
     with pytest.raises(UserError, match=r"does not take crops of 20 pixels: .* 8 x 8; 16 x 16"):
         build_student_and_teacher("vit_nano", torch.device("cpu"), **options)
+
+
+class Dark(MultiCrop):
+    """Views with an operation of their own."""
+
+    def apply(self, image, number, parameters):
+        return torch.zeros_like(super().apply(image, number, parameters))
+
+
+def test_an_operation_of_ones_own_is_not_left_out_by_the_device():
+    """--augment device trained without it and said nothing; on a GPU auto did the same."""
+    own = Dark([View(32, (0.5, 1.0))] * 2)
+    on_gpu = torch.device("cuda")
+    assert not colours_on_device("auto", own, on_gpu)
+    assert colours_on_device("auto", MultiCrop(own.views), on_gpu)
+    images, device = [Image.new("RGB", (40, 40), "white")] * 4, torch.device("cpu")
+    args = parse_args([*map(str, SMALL_RUN), "--augment", "auto"])
+    args.in_chans = 3
+    views = next(iter(build_loader(args, images, own, 0, device)))
+    assert not any(view.any() for view in views)
+    args.augment = "device"
+    with pytest.raises(UserError, match="--augment device: Dark has operations of its own"):
+        build_loader(args, images, own, 0, device)

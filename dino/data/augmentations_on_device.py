@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import default_collate
 
-from dino.data.augmentations import NEUTRAL, ViewParameters
+from dino.data.augmentations import NEUTRAL, MultiCrop, ViewParameters
 from dino.data.channels import RGB, to_levels_tensor
+from dino.errors import UserError
 
 LUMA = (19595, 38470, 7471)  # ITU-R 601-2 in units of 1/65536, as in Pillow
 BLUR_PASSES = 3  # of a box, which Pillow takes for a Gaussian
@@ -36,6 +37,28 @@ def views_by_size(views):
     for number, view in enumerate(views):
         numbers.setdefault(view.size, []).append(number)
     return numbers
+
+
+def fits_stages(augmentation):
+    """Whether the two stages do all that a MultiCrop does: a subclass may have operations of its
+    own, which they do not know.
+    """
+    kind = type(augmentation)
+    return kind.__call__ is MultiCrop.__call__ and kind.apply is MultiCrop.apply
+
+
+def colours_on_device(choice, augmentation, device):
+    """Whether --augment `choice` leaves the colours of this MultiCrop to the device; UserError if
+    it should, and has operations of its own.
+    """
+    if choice == "device" and not fits_stages(augmentation):
+        raise UserError(
+            f"--augment device: {type(augmentation).__name__} has operations of its own, which the"
+            " device would leave out. Give --augment cpu."
+        )
+    return choice == "device" or (
+        choice == "auto" and device.type == "cuda" and fits_stages(augmentation)
+    )
 
 
 class CropStage:
@@ -95,7 +118,8 @@ def takes_columns_first():
 
 def on_workers(augmentation):
     """All of `augmentation`, for loader processes: any number of channels, and no device."""
-    return augmentation if len(augmentation.mean) == RGB else BothStages(augmentation)
+    whole = len(augmentation.mean) == RGB or not fits_stages(augmentation)
+    return augmentation if whole else BothStages(augmentation)
 
 
 class BothStages:

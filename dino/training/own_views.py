@@ -4,6 +4,7 @@
 from numbers import Integral, Real
 
 from dino.data.augmentations import MOST_HUE, MultiCrop, View
+from dino.data.channels import RGB
 from dino.errors import UserError
 from dino.own_code import call_by_path
 from dino.printable import brief
@@ -21,6 +22,12 @@ def own_augmentation(path):
         )
     check_views(augmentation.views, f"--augmentation {path}")
     check_colors(augmentation.mean, augmentation.std, f"--augmentation {path}")
+    channels = len(augmentation.mean)
+    if channels != RGB and any(view.jitter[3] for view in augmentation.views):
+        raise UserError(
+            f"--augmentation {path}: mean is for {channels} channels, which have no hue. Give"
+            " views with jitter=(b, c, s, 0)."
+        )
     return augmentation
 
 
