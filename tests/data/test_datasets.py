@@ -4,6 +4,7 @@
 import bz2
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -161,6 +162,30 @@ def test_a_file_that_ones_own_data_set_misses_is_not_taken_for_a_lack_of_memory(
     options = dict(batch_size=4, seed=0, pin_memory=False)
     with pytest.raises(UnreadableImage, match="No such file or directory: '/nowhere/a'"):
         next(iter(training_loader(images, augmentation, num_workers=1, **options)))
+
+
+class Stream:
+    """Images from an iterator that ends too early."""
+
+    def __init__(self):
+        self.left = iter([Image.new("RGB", (40, 40))] * 5)
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, number):
+        return next(self.left)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_data_set_that_ends_too_early_cuts_no_epoch_short(monkeypatch, num_workers):
+    """One of three batches came, and the epoch was over."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    images = open_dataset("test_datasets:Stream", None)
+    augmentation = DataAugmentationDINO((0.4, 1.0), (0.05, 0.4), 0, 32, 16)
+    options = dict(batch_size=4, seed=0, pin_memory=False, num_workers=num_workers)
+    with pytest.raises(RuntimeError, match="raised StopIteration for item"):
+        list(training_loader(images, augmentation, **options))
 
 
 class NoTexture(MultiCrop):
