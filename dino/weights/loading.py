@@ -67,11 +67,10 @@ def restore(checkpoint, source, **objects):
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     missing = [name for name in [*objects, "epoch"] if name not in entries]
     if missing:
-        found_there = not source.startswith("--resume ")
-        advice = "Move it away, or give another --output_dir." if found_there else "Give another."
         raise UserError(
             f"{source}: no entry {missing[0]!r}, so this is not a training checkpoint"
-            f" of such a run; it has {list_names(entries)}. {advice}"
+            f" of such a run; it has {list_names(entries)}. Give another checkpoint, or another"
+            " --output_dir."
         )
     for name, value in objects.items():
         what, state = f"{source}: {name}", checkpoint[name]
