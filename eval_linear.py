@@ -35,23 +35,26 @@ from dino.command_line import (
 from dino.data.augmentations import LinearProbeAugmentation
 from dino.data.channels import reader
 from dino.data.images import ImageFiles, limit_pixels, list_labelled_images
+from dino.data.labels import describe_set
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
 from dino.errors import Diverged, UserError, exit_on_user_error
 from dino.evaluation.features import FrozenFeatures
 from dino.evaluation.linear import evaluate_heads, train_heads_one_epoch
 from dino.evaluation.linear_files import (
+    BEST,
+    NEWEST,
     HeadsProgress,
     LinearClassifier,
     build_heads,
     check_backbone,
+    check_folder,
     check_head_description,
-    check_own_log,
     describe_head,
     labels_of_head,
     load_head,
-    load_training,
     published_head,
+    resume_training,
     save_best_and_last,
     save_training,
     stated_flags,
@@ -153,7 +156,7 @@ def check_linear_flags(args):
     if args.evaluate:
         return  # nothing is written
     check_output_folder(args.output_dir)
-    check_own_log(Path(args.output_dir))
+    check_folder(Path(args.output_dir))
 
 
 def evaluate_head(args, device):
@@ -249,6 +252,8 @@ def train_heads(args, device):
         epochs=args.epochs,
         global_batch=global_batch,
         seed=args.seed,
+        train_set=describe_set(paths, args.data_path),
+        val_set=describe_set(val_paths, args.data_path),
     )
     print0(
         f"{len(paths)} training and {len(val_paths)} test images of {len(classes)} classes,"
@@ -261,9 +266,8 @@ def train_heads(args, device):
     # ---- resume ----
     output_dir, progress = Path(args.output_dir), HeadsProgress()
     output_dir.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = output_dir / "checkpoint.pth.tar", RunLog(output_dir)
-    if checkpoint.exists():
-        load_training(checkpoint, state, progress, description)
+    checkpoint, log = output_dir / NEWEST, RunLog(output_dir)
+    if resume_training(checkpoint, state, progress, description):
         done = f"{progress.epoch} of {args.epochs} epochs"
         print0(printable(f"Resumed from {checkpoint}: {done} are done."))
     if is_main_process():
@@ -323,7 +327,7 @@ def print_table(flags, progress):
     """The best accuracy of each head, by its --lr, and the official last line."""
     print0(f"{'--lr':>10}  {'best top-1 %':>12}  after epoch")
     for i, (lr, (accuracy, epoch)) in enumerate(zip(flags, progress.head_bests, strict=True)):
-        note = "  best_linear.pth" if i == progress.best_head else ""
+        note = f"  {BEST}" if i == progress.best_head else ""
         print0(f"{lr:>10g}  {accuracy:>12.2f}  {epoch:>11}{note}")
     print0(f"Top-1 test accuracy: {progress.best_acc:.1f}")
 

@@ -41,6 +41,7 @@ from dino.command_line import (
 )
 from dino.data.channels import RGB, reader
 from dino.data.images import ImageFiles, limit_pixels, list_labelled_images
+from dino.data.labels import describe_set
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
@@ -68,7 +69,7 @@ from dino.training.finetuning import (
     build_rand_augment,
 )
 from dino.training.finetuning_run import BEST, FineTuningRun
-from dino.training.saver import Saver
+from dino.training.saver import Saver, check_no_results, own_checkpoints
 from dino.weights.layouts import read_weights
 from dino.weights.pretrained import Pretrained, open_backbone
 
@@ -197,6 +198,7 @@ def check_flags(args):
             f"--output_dir {folder}: log.txt there is of a run of another script, and would be"
             f" lost. Give this run a folder of its own, such as {folder / 'finetuned'}."
         )
+    check_no_results(folder, (BEST, "log.txt"), own_checkpoints(folder))
 
 
 def evaluate(args, device):
@@ -297,6 +299,8 @@ def train(args, device, interruption):
         | {name: getattr(args, name) for name in RECIPES[args.preset]}
         | dict(from_scratch=args.from_scratch, seed=args.seed, classes=classes)
         | dict(global_batch=global_batch, images=len(paths))
+        | dict(train_set=describe_set(paths, args.data_path))
+        | dict(val_set=describe_set(val_paths, args.data_path))
         | dict(initial_backbone=fingerprint(pretrained.backbone))
         | dict(pretrained_weights=args.pretrained_weights),
         backbone,

@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import run_script, run_torchrun
+from conftest import ROOT, run_script, run_torchrun
 from helpers import assert_equal_states
 
 import eval_linear as script
@@ -441,6 +441,51 @@ def test_an_unfinished_line_of_the_log_does_not_stop_a_run_from_resuming(
         file.write('{"train_loss": 2.1, "tr')
     assert run(*flags, "--output_dir", tmp_path / "run") == best
     assert "1 damaged lines of log.txt are dropped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [("best_linear.pth",), ("log.txt",)])
+def test_results_without_their_checkpoint_are_not_replaced(kept, finished, tmp_path):
+    flags, folder, _ = finished
+    for name in kept:
+        shutil.copy(folder / name, tmp_path)
+    before = (tmp_path / kept[0]).read_bytes()
+    with pytest.raises(UserError, match=rf"holds {kept[0]}, which would be lost, and no check"):
+        run(*flags, "--output_dir", tmp_path)
+    assert (tmp_path / kept[0]).read_bytes() == before
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_of_an_epoch_resumes(
+    finished, checkpoint, labelled, tmp_path
+):
+    _, folder, best = finished
+    broken = tmp_path / "broken.py"
+    broken.write_text(
+        "import os, eval_linear\n"
+        "eval_linear.log_line = lambda *_: os._exit(9)\n"  # after best_linear.pth was written
+        "eval_linear.main()\n"
+    )
+    flags = (*SMALL_RUN, "--pretrained_weights", checkpoint, "--data_path", labelled)
+    flags = (*flags, "--lr", 0.1, 0.5, 2, "--output_dir", tmp_path / "run")
+    assert run_script(broken, *flags, PYTHONPATH=str(ROOT)).returncode == 9
+    assert (tmp_path / "run" / "best_linear.pth").exists()
+    assert run(*flags) == best
+    assert (tmp_path / "run" / "log.txt").read_text() == (folder / "log.txt").read_text()
+
+
+def test_a_run_without_its_best_head_does_not_name_it_as_its_result(finished, tmp_path):
+    flags, folder, _ = finished
+    shutil.copy(folder / "checkpoint.pth.tar", tmp_path)
+    with pytest.raises(UserError, match=r"best_linear\.pth is not beside it.* Restore it"):
+        run(*flags, "--output_dir", tmp_path)
+
+
+def test_a_finished_run_is_not_taken_for_one_on_other_images(finished, labelled, tmp_path):
+    flags, folder, best = finished
+    moved = shutil.copytree(labelled, tmp_path / "moved")
+    assert run(*flags, "--data_path", moved, "--output_dir", folder) == best
+    (moved / "val" / "chelsea" / "1.png").unlink()
+    with pytest.raises(UserError, match=r"that run has val_set 11 images, .* this one 10 images"):
+        run(*flags, "--data_path", moved, "--output_dir", folder)
 
 
 def test_a_mistake_is_one_paragraph_and_exit_code_2(labelled):

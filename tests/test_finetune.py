@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -12,6 +13,7 @@ from helpers import assert_equal_states, parse, refusal, save_random_backbone
 
 import eval_knn
 from dino.backbones import build_backbone
+from dino.errors import UserError
 from dino.training.finetuning import FineTuned, Regularisation, build_finetuning
 from dino.weights.pretrained import open_backbone
 from finetune import finetune, get_args_parser
@@ -150,6 +152,42 @@ def test_a_broken_run_resumes_to_the_weights_and_log_of_the_unbroken_one(
     for name in ("checkpoint.pth", "best_finetuned.pth"):
         assert_equal_states(content(finished[0] / name), content(tmp_path / "run" / name))
     assert (finished[0] / "log.txt").read_text() == (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_replaces_no_result_and_claims_none_that_is_gone(
+    finished, checkpoint, class_folders, tmp_path
+):
+    folder, _ = finished
+    for name, kept in (("results", "best_finetuned.pth"), ("resumed", "checkpoint.pth")):
+        (tmp_path / name).mkdir()
+        shutil.copy(folder / kept, tmp_path / name)
+    with pytest.raises(UserError, match=r"holds best_finetuned\.pth, which would be lost"):
+        run(*flags_of(checkpoint, class_folders, tmp_path / "results"))
+    with pytest.raises(UserError, match=r"best_finetuned\.pth is not beside it"):
+        run(*flags_of(checkpoint, class_folders, tmp_path / "resumed"))
+    other = shutil.copytree(class_folders, tmp_path / "other")
+    (other / "val" / "coffee" / "1.png").unlink()
+    with pytest.raises(UserError, match=r"that run has val_set 12 images, .* this one 11 images"):
+        run(*flags_of(checkpoint, other, folder))
+
+
+def test_a_run_killed_at_its_first_save_of_a_result_resumes(
+    finished, checkpoint, class_folders, tmp_path
+):
+    (tmp_path / "broken.py").write_text(
+        "import os, finetune, dino.training.saver as saver\n"
+        "write = saver.write_atomically\n"
+        "def write_atomically(payload, path, **options):\n"
+        "    write(payload, path, **options)\n"
+        "    path.name.startswith('best') and os._exit(9)\n"
+        "saver.write_atomically = write_atomically\n"
+        "finetune.main()\n"
+    )
+    flags = flags_of(checkpoint, class_folders, tmp_path / "run")
+    broken = run_script(tmp_path / "broken.py", *flags, PYTHONPATH=str(ROOT))
+    assert broken.returncode == 9, broken.stderr
+    assert (tmp_path / "run" / "best_finetuned.pth").exists()
+    assert run(*flags) == finished[1]
 
 
 def test_two_processes_train_one_network(checkpoint, class_folders, tmp_path):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of any folder, list or data set, with their classes where they have any."""
 
+import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,16 @@ class ListedImages:
 
 def unlabelled(paths):
     return ListedImages(paths, torch.full((len(paths),), UNLABELLED), [])
+
+
+def describe_set(paths, data_path):
+    """A text that tells the images `paths` below `data_path` from others: their number and names.
+
+    The same where the folder has moved.
+    """
+    names = "\0".join(os.path.relpath(path, data_path) for path in paths)
+    digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{len(paths)} images, names {digest[:8]}"
 
 
 def class_name(label, classes):

@@ -20,6 +20,7 @@ from dino.errors import UserError
 from dino.json_files import is_number, read_lines
 from dino.networks import unwrap
 from dino.printable import brief
+from dino.training.saver import check_has_best, check_no_results
 from dino.weights.files import (
     hash_weights,
     is_named,
@@ -35,6 +36,7 @@ from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
 PUBLISHED = "the published backbone"
 MOST_EPOCHS = 2**31
+NEWEST, BEST, LAST = "checkpoint.pth.tar", "best_linear.pth", "last_linear.pth"
 # Keys of a line of log.txt: those of the official code, and ours.
 LOG_KEYS = {"train_loss", "train_lr", "epoch", "test_loss", "test_acc1", "test_acc5"}
 LOG_KEYS |= {"lr", "train_loss_by_lr", "test_acc1_by_lr"}
@@ -96,6 +98,15 @@ class HeadsProgress:
         return improved
 
 
+def check_folder(folder):
+    """Raise UserError if a run would replace results in `folder`: another program's log, or the
+    heads of a run whose checkpoint is gone.
+    """
+    check_own_log(folder)
+    checkpoints = [path for path in [folder / NEWEST] if path.exists()]
+    check_no_results(folder, (BEST, LAST, "log.txt"), checkpoints, NEWEST)
+
+
 def check_own_log(folder):
     """Raise UserError if log.txt in `folder` is not of eval_linear.py, official or ours.
 
@@ -145,7 +156,7 @@ def save_best_and_last(folder, state, progress, description, *, accuracy, improv
         "accuracy": accuracy,
     }
     head = state.heads[progress.best_head].state_dict()
-    for name in ("best_linear.pth", "last_linear.pth")[not improved :]:
+    for name in (BEST, LAST)[not improved :]:
         write_atomically({**description, **found, "state_dict": head}, Path(folder) / name)
 
 
@@ -266,6 +277,22 @@ def save_training(path, state, progress, description):
         objects = {name: value.state_dict() for name, value in vars(state).items()}
         official = {"state_dict": with_prefix(best_head, "module."), **objects, **vars(progress)}
         write_atomically({**description, **official}, path)
+
+
+def resume_training(path, state, progress, description):
+    """True after `load_training`; where there is nothing to load, save the beginning: False.
+
+    So results beside which there is no checkpoint are never those of a run that was killed.
+    UserError where the best head that a checkpoint tells of is gone.
+    """
+    if not path.exists():
+        progress.head_bests = [(-1.0, 0)] * len(state.heads)
+        save_training(path, state, progress, description)
+        return False
+    load_training(path, state, progress, description)
+    if progress.best_acc >= 0:
+        check_has_best(path, BEST, progress.head_bests[progress.best_head][1])
+    return True
 
 
 def load_training(path, state, progress, description):

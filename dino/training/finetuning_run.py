@@ -25,7 +25,7 @@ from dino.run_log import RunLog
 from dino.signals import Interruption, StopRequested
 from dino.training.agreement import Agreement
 from dino.training.finetuning import FineTuningState, Regularisation, finetuning_step
-from dino.training.saver import NEWEST, Saver, newest_whole, own_checkpoints
+from dino.training.saver import NEWEST, Saver, check_has_best, newest_whole, own_checkpoints
 from dino.weights.files import backbone_payload
 from dino.weights.loading import check_described, restore
 
@@ -82,6 +82,10 @@ class FineTuningRun:
             restore_finetuning(progress, checkpoint, source, epochs, len(self.loader))
             done = f"{progress.epoch} of {epochs} epochs and {progress.steps} iterations"
             print0(printable(f"Resumed from {path}: {done} are done."))
+            if progress.best_acc >= 0:
+                check_has_best(path, BEST, progress.best_epoch)
+        else:
+            self.save()  # results without a checkpoint are another run's
         if is_main_process():
             self.log.keep("log.txt", lambda line: line["epoch"] < self.progress.epoch)
 

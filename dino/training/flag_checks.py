@@ -8,7 +8,7 @@ from dino.command_line import check_output_folder
 from dino.data.augmentations import MOST_HUE
 from dino.errors import UserError
 from dino.training.presets import CONTINUE, DECIDED
-from dino.training.saver import own_checkpoints
+from dino.training.saver import check_no_results, own_checkpoints
 from dino.wandb_log import require_wandb
 from vision_transformer import ARCHITECTURES
 
@@ -36,24 +36,14 @@ def check_places(args):
             f"--output_dir {args.output_dir}: holds a run of eval_linear.py, whose log.txt would be"
             " lost. Give another folder."
         )
-    check_no_results(args.output_dir)
+    folder = args.output_dir
+    check_no_results(folder, ("backbone.pth", "checkpoint_best_*.pth"), own_checkpoints(folder))
     if args.preset == CONTINUE and not args.init_from:
         raise UserError("--preset continue: name the weights to start from with --init_from FILE.")
     if args.init_from and args.resume not in ("auto", "never"):
         raise UserError(
             f"--init_from {args.init_from} and --resume {args.resume} exclude each other: the one"
             " starts a run, the other resumes one."
-        )
-
-
-def check_no_results(folder):
-    """Raise UserError for weights that a new run would replace: a run there would have more."""
-    names = "backbone.pth", "checkpoint_best_*.pth"
-    results = [path for name in names for path in Path(folder).glob(name) if path.is_file()]
-    if results and not own_checkpoints(folder):
-        raise UserError(
-            f"--output_dir {folder}: holds {results[0].name}, which would be lost, and no"
-            " checkpoint.pth to resume from. Give another folder, or move the file away."
         )
 
 
