@@ -39,7 +39,7 @@ from dino.data.labels import describe_set
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
 from dino.errors import Diverged, UserError, exit_on_user_error
-from dino.evaluation.features import FrozenFeatures
+from dino.evaluation.features import FrozenFeatures, require_finite
 from dino.evaluation.linear import evaluate_heads, train_heads_one_epoch
 from dino.evaluation.linear_files import (
     BEST,
@@ -185,6 +185,7 @@ def evaluate_head(args, device):
     options = loader_options(args, device)
     loader = evaluation_loader(paths, labels, pretrained.transform, **options)
     (result,) = evaluate_heads(features, [head.to(device)], loader, len(paths))
+    require_finite(torch.tensor(result["loss"]), f"the outputs of {pretrained.arch} with {source}")
     print_result(result)
     print0(f"Accuracy of the network on the {len(paths)} test images: {result['acc1']:.1f}%")
     return result["acc1"]

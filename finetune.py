@@ -45,7 +45,7 @@ from dino.data.labels import describe_set
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
-from dino.evaluation.features import FrozenFeatures
+from dino.evaluation.features import FrozenFeatures, require_finite
 from dino.evaluation.linear import evaluate_heads
 from dino.evaluation.linear_files import (
     check_head_description,
@@ -218,6 +218,7 @@ def evaluate(args, device):
         raise UserError(f"{source}: its head does not fit its backbone.")
     loader = evaluation_loader(paths, labels, pretrained.transform, **loader_options(args, device))
     (result,) = evaluate_heads(features, [head.to(device)], loader, len(paths))
+    require_finite(torch.tensor(result["loss"]), f"the outputs of {source}")
     print0(f"Accuracy of the network on the {len(paths)} test images: {result['acc1']:.1f}%")
     return result["acc1"]
 

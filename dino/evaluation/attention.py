@@ -12,6 +12,7 @@ from torchvision.transforms import functional as F
 from dino.data.augmentations import normalised
 from dino.distributed import Launch, choose_device
 from dino.errors import UserError
+from dino.evaluation.features import require_finite
 from dino.evaluation.vits import open_vit
 from dino.weights.published import PUBLISHED_BACKBONES
 
@@ -58,9 +59,14 @@ def fit_to_patches(image, image_size, patch_size, name, flag="--image_size"):
 
 
 def class_attention(pretrained, image):
-    """attention_of_pixels of a PIL image, or of levels uint8 (C, H, W): (h, R, C)."""
+    """attention_of_pixels of a PIL image, or of levels uint8 (C, H, W): (h, R, C).
+
+    UserError for values that are not finite.
+    """
     pixels = normalised(image, pretrained.mean, pretrained.std)
-    return attention_of_pixels(pretrained.backbone, pixels)
+    maps = attention_of_pixels(pretrained.backbone, pixels)
+    require_finite(maps, f"the attention maps of {pretrained.arch}")
+    return maps
 
 
 @torch.no_grad()

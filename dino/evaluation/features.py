@@ -48,12 +48,17 @@ def image_features(
         amp_dtype=amp_dtype,
         keep_on_device=keep_on_device,
     )
-    if not features.isfinite().all():
-        raise UserError(
-            f"the features of {pretrained.arch} are not finite numbers: its weights are damaged, or"
-            " too large for --amp_dtype."
-        )
+    require_finite(features, f"the features of {pretrained.arch}")
     return [features, labels]
+
+
+def require_finite(values, what):
+    """Raise UserError, which says `what` they are, unless all `values` are finite numbers."""
+    if not values.isfinite().all():
+        raise UserError(
+            f"{what} are not finite numbers: the weights are damaged, or too large for this"
+            " precision. Take another file, or --amp_dtype float32 where there is that flag."
+        )
 
 
 def extract_features(model, loader, total, device, *, amp_dtype=torch.float32, keep_on_device=True):
@@ -105,6 +110,7 @@ def describe_images(
     `load(path)` gives an image (3, H, W), `describe` turns images (B, 3, H, W) on `device` into
     (B, D). Each rank reads a share, with a progress bar. Where images differ in shape, `sizes` has
     an entry for each, and only those with equal ones share a batch. The result is on the CPU.
+    UserError for features that are not finite.
     """
     loader = equal_size_loader(
         paths,
@@ -121,7 +127,9 @@ def describe_images(
         rows.append(output.float().cpu())
         numbers.append(batch)
     in_order = torch.cat(rows)[torch.cat(numbers).argsort()] if rows else None
-    return gather_interleaved(in_order, len(paths))
+    features = gather_interleaved(in_order, len(paths))
+    require_finite(features, "the features of this network")
+    return features
 
 
 def whole_patches(model, images):

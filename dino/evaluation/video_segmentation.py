@@ -25,6 +25,7 @@ from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from dino.data.davis import BACKGROUND, read_labels, save_mask
 from dino.data.images import read_image
 from dino.errors import UserError
+from dino.evaluation.features import require_finite
 from dino.evaluation.video_scores import boundary_f, jaccard, score_video, statistics
 from dino.meters import progress_bar
 from dino.randomness import fix_random_seeds
@@ -282,12 +283,14 @@ def segment_frames(model, frames, first_mask, n_last_frames=7, radius=12, topk=5
     `model` is a ViT of vision_transformer; `frames` an iterable of normalised (3, H, W) on its
     device, of which one is held at a time. The sources of a frame are the first frame with its
     mask, and the last `n_last_frames` before it with their soft labels; each frame is encoded once.
+    UserError for features that are not finite.
     """
     patch_size, first_mask = model.patch_embed.patch_size, np.array(first_mask, np.uint8)
     context = deque(maxlen=n_last_frames)
     first = None
     for frame in frames:
         features = model.get_intermediate_layers(frame[None], n=1)[0][0, 1:]  # (hw, D): no [CLS]
+        require_finite(features, "the patch features of this network")
         if first is None:
             rows, columns = (side // patch_size for side in frame.shape[-2:])
             labels = one_hot_patches(first_mask, rows, columns)[0]
