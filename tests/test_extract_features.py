@@ -21,6 +21,7 @@ import extract_features
 from dino.data.images import read_image
 from dino.errors import UserError
 from dino.evaluation.feature_files import read_features
+from dino.evaluation.unfinished import Unfinished
 from dino.networks import MultiCropWrapper
 from dino.weights.pretrained import open_backbone
 from vision_transformer import vit_nano
@@ -185,6 +186,32 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(checkpoint, class_folders
     assert output.read_bytes() == (tmp_path / "whole.npz").read_bytes()
     again = run_script("extract_features.py", *flags, "--output", output)
     assert "is complete." in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("done", b""),  # as after a crash of the machine: these had features of zeros
+        ("done", b"\1"),
+        ("done", b"\1\1\1\0"),
+        ("features.npy", np.zeros((6, 4), np.float32)),
+        ("features.npy", np.zeros((5, 4), np.float16)),
+        ("features.npy", np.zeros((5, 4), np.float32, "F")),
+        ("labels.npy", np.zeros((5, 1), np.int64)),
+    ],
+)
+def test_an_extraction_of_damaged_parts_does_not_resume(name, content, tmp_path):
+    settings = {"images": 5, "batch_size": 2}
+    begun = Unfinished(tmp_path, settings, (4,), "float32")
+    begun.write(0, np.ones((2, 4)), np.ones(2))
+    begun.close()
+    assert Unfinished(tmp_path, settings, (4,), "float32").missing() == [1, 2]
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.save(tmp_path / name, content)
+    with pytest.raises(UserError, match=r"is damaged\. Remove it to start again"):
+        Unfinished(tmp_path, settings, (4,), "float32")
 
 
 def test_an_extraction_resumes_with_the_same_settings_only(

@@ -41,8 +41,11 @@ class Unfinished:
                 self.create(shape, np.dtype(dtype))
         heartbeat()
         try:
-            self.features, self.labels = map(RowFile, (folder / FEATURES, folder / LABELS))
+            self.features = RowFile(self.folder / FEATURES, (self.count, *shape), np.dtype(dtype))
+            self.labels = RowFile(self.folder / LABELS, (self.count,), np.dtype(np.int64))
             self.done = open(self.folder / DONE, "r+b")  # noqa: SIM115
+            if os.fstat(self.done.fileno()).st_size != self.batches:
+                raise ValueError("not a byte for each batch")  # a crash may have cut it
         except (FileNotFoundError, EOFError, ValueError):
             raise UserError(
                 f"--output: {self.folder} is damaged. Remove it to start again."
@@ -75,7 +78,7 @@ class Unfinished:
     def missing(self):
         """Numbers of the batches that are not done yet, the same on every rank."""
         done = np.frombuffer((self.folder / DONE).read_bytes(), np.uint8)
-        return gather_objects(np.flatnonzero(done == 0).tolist())[0]
+        return gather_objects(np.flatnonzero(done != 1).tolist())[0]
 
     def rows(self, batch):
         """The range of a batch's images."""
@@ -114,10 +117,12 @@ class Unfinished:
 
 
 class RowFile:
-    """The rows of a .npy file, to be written in any order."""
+    """The rows of a .npy file, to be written in any order. ValueError for another array."""
 
-    def __init__(self, path):
+    def __init__(self, path, shape, dtype):
         array = np.load(path, mmap_mode="r")
+        if (array.shape, array.dtype) != (shape, dtype) or not array.flags.c_contiguous:
+            raise ValueError("another array than was made")
         self.start, self.dtype, self.row_bytes = array.offset, array.dtype, array[:1].nbytes
         self.file = open(path, "r+b")  # noqa: SIM115
 
