@@ -8,6 +8,8 @@
 the authors report 74.5 with k = 20.
 """
 
+import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -151,9 +153,16 @@ def compute_features(args, device):
 
 
 def dump_features(folder, features):
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, tensor in zip(FEATURE_FILES, features, strict=True):
-        write_atomically(tensor.cpu(), Path(folder) / name)
+    """Write the FEATURE_FILES. If that fails, those of an earlier dump stay, or too few to load."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".features", dir=folder) as new:
+        for name, tensor in zip(FEATURE_FILES, features, strict=True):
+            write_atomically(tensor.cpu(), Path(new) / name)
+        for name in FEATURE_FILES:  # a process that is killed here leaves too few files to load
+            (folder / name).unlink(missing_ok=True)
+        for name in FEATURE_FILES:
+            os.replace(Path(new) / name, folder / name)
 
 
 def load_features(folder):

@@ -13,7 +13,7 @@ from dino.distributed import all_reduce_sum, gather_interleaved, get_rank, get_w
 from dino.evaluation.features import CPU, extract_share
 from dino.evaluation.neighbours import nearest
 
-VOTES_AT_A_TIME = 2**24  # classes times test images: 64 MiB
+VOTES_AT_A_TIME = 2**23  # classes times test images: 64 MiB
 
 
 def knn_classifier(
@@ -78,7 +78,9 @@ def count_correct(
     num_classes = max(num_classes, int(torch.cat([train_labels, test_labels]).max()) + 1)
     correct = torch.zeros(len(ks), 2, dtype=torch.float64, device=train_features.device)
     similarities, neighbours = nearest(test_features, train_features, max(ks))
-    weights, classes = (similarities / temperature).exp(), train_labels[neighbours]  # (m, k)
+    # in float64, as from 226 neighbours of the temperature 0.012 float32 may overflow
+    weights = (similarities.double() / temperature).exp()  # (m, k)
+    classes = train_labels[neighbours]
     rows = max(1, VOTES_AT_A_TIME // num_classes)
     chunks = (tensor.split(rows) for tensor in (weights, classes, test_labels))
     for weight, chosen, labels in zip(*chunks, strict=True):

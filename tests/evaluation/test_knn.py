@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_RUN, photograph, run_processes, run_script, run_torchrun
+from conftest import ROOT, SMALL_RUN, photograph, run_processes, run_script, run_torchrun
 
 from dino.backbones import build_backbone
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
@@ -20,7 +20,7 @@ from dino.evaluation.features import extract_features
 from dino.precision import choose_amp_dtype
 from dino.training.data import build_augmentation, open_images
 from dino.training.flags import parse_args
-from eval_knn import FEATURE_FILES, eval_knn, get_args_parser, knn_classifier
+from eval_knn import FEATURE_FILES, dump_features, eval_knn, get_args_parser, knn_classifier
 from main_dino import build_probes
 
 
@@ -69,6 +69,16 @@ def test_more_than_a_thousand_classes():
     train, test = clusters(3000, 1500, seed=0, dim=64), clusters(1500, 1500, seed=1, dim=64)
     found = knn_classifier(*train, *test, 5, 0.07)
     assert found == pytest.approx(by_definition(*train, *test, 5, 0.07))
+
+
+def test_votes_of_many_close_neighbours_do_not_overflow():
+    """A class of 2,000 images is ahead of one of 1,000, whose number comes first."""
+    features = torch.ones(3000, 4) / 2
+    labels = torch.arange(3000).clamp(min=999, max=1000) - 999
+    accuracies = knn.knn_accuracies(
+        features, labels, features[:8], torch.ones(8).long(), [3000], 0.012, 2
+    )
+    assert accuracies[3000][0] == 100
 
 
 def test_no_top_5_where_there_are_fewer_than_five_classes():
@@ -209,6 +219,23 @@ def test_script_needs_a_checkpoint_and_a_folder_only(checkpoint, class_folders, 
     assert [line for line in loaded.stdout.splitlines() if "classifier" in line] == results
     shared = run_torchrun(2, "eval_knn.py", *flags, "--data_path", class_folders)
     assert [line for line in shared.stdout.splitlines() if "classifier" in line] == results
+
+
+def test_a_dump_that_does_not_fit_leaves_no_half_beside_half_of_another(tmp_path):
+    first, labels = torch.ones(2, 4), torch.tensor([0, 1])
+    dump_features(tmp_path, [first, labels, first, labels])
+    (tmp_path / "limited.py").write_text(
+        "import resource, sys, torch, eval_knn\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))\n"
+        "small, large = torch.zeros(2, 4), torch.zeros(50000, 4)\n"
+        "labels = [torch.zeros(len(rows)).long() for rows in (small, large)]\n"
+        "with eval_knn.exit_on_user_error('eval_knn.py'):\n"
+        "    eval_knn.dump_features(sys.argv[1], [small, labels[0], large, labels[1]])\n"
+    )
+    limited = run_script(tmp_path / "limited.py", tmp_path, PYTHONPATH=str(ROOT))
+    assert limited.returncode == 2, limited.stderr
+    assert torch.load(tmp_path / "trainfeat.pth").equal(first)
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == sorted(FEATURE_FILES)
 
 
 def test_precision_of_the_features_is_what_the_flag_says(checkpoint, class_folders, tmp_path):
