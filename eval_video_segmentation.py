@@ -122,6 +122,7 @@ def eval_video_segmentation(args):
     with owned(args.output_dir):
         videos = open_videos(args)
         results = Results(args.output_dir, describe_protocol(args))
+        results.check_program(videos)
         finished = results.finished(videos) if args.resume == "auto" else []
         print0(f"{len(videos)} videos, of which {len(finished)} were finished before")
         pretrained = None

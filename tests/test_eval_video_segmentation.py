@@ -138,6 +138,9 @@ def test_masks_of_another_network_protocol_or_program_are_not_taken_for_ones_own
     with pytest.raises(UserError, match=r"dog has masks, but no segmentation\.json") as refusal:
         segment(davis, other, output)
     assert "--resume never" not in str(refusal.value), "they may be somebody's own"
+    with pytest.raises(UserError, match=r"dog has masks, but no segmentation\.json"):
+        segment(davis, other, output, "--resume", "never")
+    assert read_labels(output / "dog" / "00003.png").shape == (64, 128)
 
 
 def test_masks_of_before_are_not_taken_for_new_ones_after_a_run_that_replaced_them_was_cut_off(

@@ -7,6 +7,7 @@ data_path/Annotations/480p/NAME/00000.png   their masks: 0 is the background, 1,
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -47,6 +48,8 @@ def find_videos(data_path, split="val"):
 
 def read_names(root, split):
     """Names of the videos of a split. Blank lines are skipped: UserError for anything else."""
+    if Path(split).name != split:  # it is a part of the names of tables, too
+        raise UserError(f"--split {split}: give the name of a list in ImageSets/2017/, as val.")
     path = root / "ImageSets" / "2017" / f"{split}.txt"
     if not path.is_file():
         raise UserError(
@@ -91,13 +94,23 @@ def find_video(root, name):
 
 def check_video(video):
     """(width, height) of the frames. UserError for a file that cannot be read or does not fit."""
-    size = check_frames(video.frames)
+    size, seen = check_frames(video.frames), set()
     for path in video.annotations:
-        check_size(path, read_labels(path).shape[::-1], size, "its frame")
-    if not read_labels(video.annotations[0]).any():
+        labels = read_labels(path)
+        check_size(path, labels.shape[::-1], size, "its frame")
+        seen |= {*np.unique(labels).tolist()}
+    first = video.annotations[0]
+    highest = int(read_labels(first).max())
+    if highest == BACKGROUND:
         raise UserError(
-            f"{video.annotations[0]}: there is no object in this first mask (255 is void, not an"
+            f"{first}: there is no object in this first mask (255 is void, not an"
             " object), so there is nothing to carry on. Take the original file."
+        )
+    absent = sorted({*range(1, highest)} - seen)
+    if absent and video.has_ground_truth:
+        raise UserError(
+            f"{first}: there is an object {highest}, and no mask of this video has an object"
+            f" {absent[0]}, which would score 100 %. Number the objects from 1 without gaps."
         )
     return size
 

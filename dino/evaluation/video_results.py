@@ -36,30 +36,34 @@ class Results:
         """
         return self.folder / video.name / f"{frame.stem}.png"
 
-    def check_protocol(self, videos):
-        """Raise UserError if the folder holds masks made by another protocol, or program."""
-        advice = "Give another folder"
+    def check_program(self, videos):
+        """Raise UserError if the folder holds masks of `videos` that another program made."""
+        if (self.folder / PROTOCOL).exists():
+            return
+        for video in videos:
+            if any(self.path(video, frame).exists() for frame in video.frames):
+                raise UserError(
+                    f"--output_dir {self.folder}: {video.name} has masks, but no {PROTOCOL}"
+                    " says what they were made with. Give another folder, or move them away."
+                )
+
+    def check_protocol(self):
+        """Raise UserError if the folder holds masks made by another protocol."""
         try:
             before = read_object(self.folder / PROTOCOL)
         except FileNotFoundError:
-            for video in videos:
-                if any(self.path(video, frame).exists() for frame in video.frames):
-                    raise UserError(
-                        f"--output_dir {self.folder}: {video.name} has masks, but no {PROTOCOL}"
-                        f" says what they were made with. {advice}, or move them away."
-                    ) from None
             return
         for name, value in self.protocol.items():
             if before.get(name) != value:
                 raise UserError(
                     f"--output_dir {self.folder}: its masks were made with {name}"
-                    f" {before.get(name)}, not {value}. {advice}, or --resume never to replace"
-                    " them."
+                    f" {before.get(name)}, not {value}. Give another folder, or --resume never to"
+                    " replace them."
                 )
 
     def finished(self, videos):
         """Those with a mask for every frame, made by this protocol; UserError for any other."""
-        self.check_protocol(videos)
+        self.check_protocol()
         return [video for video in videos if self.is_finished(video)]
 
     def is_finished(self, video):

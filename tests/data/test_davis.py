@@ -110,6 +110,10 @@ BROKEN = {
         lambda root: save_mask(masks_of(root) / "00001.png", np.full((24, 32), 255)),
         "no object in this first mask",
     ),
+    "object without a mask": (  # 1 to 6 scored 100 %
+        lambda root: [save_mask(path, np.full((24, 32), 7)) for path in masks_of(root).iterdir()],
+        "an object 7, and no mask of this video has an object 1",
+    ),
     "two frames for a mask": (
         lambda root: shutil.copy(frames_of(root) / "00001.jpg", frames_of(root) / "00001.png"),
         "same name but for the suffix",
@@ -124,6 +128,12 @@ def test_data_that_is_not_as_it_should_be_is_refused_by_name(kind, davis):
     with pytest.raises(UserError, match=message):
         for video in find_videos(davis):
             check_video(video)
+
+
+def test_a_split_is_a_name_and_leads_to_no_other_folder(davis):
+    """--split sub/val wrote its tables to a folder that was not there, after all the work."""
+    with pytest.raises(UserError, match=r"--split \.\./2017/val: give the name of a list"):
+        find_videos(davis, "../2017/val")
 
 
 def test_masks_survive_their_file_and_void_becomes_background(tmp_path):
