@@ -13,6 +13,7 @@ not around the mean, and images are resized to a square whatever their aspect ra
 
 from functools import partial
 
+from dino.backbones import check_takes_sizes
 from dino.command_line import (
     Parser,
     add_image_arguments,
@@ -25,7 +26,7 @@ from dino.command_line import (
     loader_workers,
     number,
 )
-from dino.data.copydays import list_folder, load_image, open_copydays
+from dino.data.copydays import check_apart, list_folder, load_image, open_copydays
 from dino.data.images import limit_pixels
 from dino.distributed import init_distributed, is_main_process, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
@@ -87,6 +88,7 @@ def eval_copy_detection(args):
     _, device = init_distributed(device_flag(args), args.dist_url)
     copydays = open_copydays(args.data_path)
     distractors = optional_folder(args.distractors_path, "distractors_path")
+    check_apart(distractors, copydays, f"--distractors_path {args.distractors_path}")
     whitening_set = optional_folder(args.whitening_path, "whitening_path")
     pretrained = open_vit(args, lacks_patch_tokens)
     check_fits(pretrained, args)
@@ -126,12 +128,15 @@ def lacks_patch_tokens(arch):
 
 
 def check_fits(pretrained, args):
-    """Raise UserError unless an image holds at least one patch."""
+    """Raise UserError unless an image holds at least one patch, and not too many."""
     if args.imsize < pretrained.patch_size:
         raise UserError(
             f"--imsize {args.imsize}: an image must hold at least one patch of"
             f" {pretrained.patch_size} x {pretrained.patch_size} pixels."
         )
+    side = args.imsize - args.imsize % pretrained.patch_size
+    source = f"--imsize {args.imsize}: {pretrained.arch}"
+    check_takes_sizes(pretrained.backbone, pretrained.arch, [side], source=source)
 
 
 def optional_folder(path, name):

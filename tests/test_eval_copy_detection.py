@@ -113,6 +113,11 @@ def wrong_sets(made, tmp_path_factory):
     (root / "broken" / "strong" / "200000.jpg").write_text("a page of a proxy")
     shutil.copytree(originals, root / "hollow" / "original")
     (root / "hollow" / "strong").mkdir()
+    for part in ("whole", "twins"):
+        shutil.copytree(originals, root / part / "original")
+        shutil.copytree(originals, root / part / "crops" / "10")
+    (root / "twins" / "original" / "more").mkdir()
+    shutil.copy(originals / "200000.jpg", root / "twins" / "original" / "more")
     (root / "empty").mkdir()
     (root / "file").write_text("")
     return root
@@ -127,6 +132,12 @@ MISTAKES = [
     ("--data_path orphan", r"strong/299900\.jpg: no image in original/ has the same first 4"),
     ("--data_path lacking", r"crops/10/200300\.jpg: no image in original/ has the same name"),
     ("--data_path broken", r"broken/strong/200000\.jpg: cannot be read as an image"),
+    ("--data_path twins", r"twins/original/200000\.jpg and .*more/200000\.jpg have the same name"),
+    (
+        "--data_path whole --distractors_path whole",
+        r"whole: whole/crops/10/200000\.jpg is an image of --data_path, and as a distractor",
+    ),
+    ("--imsize 8192", "--imsize 8192: .* 1048576 patches, more than 65536"),
     ("--distractors_path nowhere", "--distractors_path nowhere: no such folder"),
     ("--distractors_path empty", "--distractors_path: no image in empty"),
     ("--whitening_path nowhere", "--whitening_path nowhere: no such folder"),

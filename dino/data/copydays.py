@@ -9,6 +9,7 @@
 The first four characters of a name say which original a strong copy is of.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +59,32 @@ def open_copydays(data_path):
         print0(f"Not in {data_path}, and left out: {', '.join(absent)}.")
     blocks = {block: list_folder(root / block, "--data_path") for block in present}
     originals = names_of(blocks["original"])
+    check_unique(blocks["original"])
     found = {block: positives(block, names_of(paths), originals) for block, paths in blocks.items()}
     return Copydays(blocks, found)
+
+
+def check_unique(originals):
+    """Raise UserError for two originals of one name: a copy would count as one of the second."""
+    seen = {}
+    for path in originals:
+        other = seen.setdefault(Path(path).stem, path)
+        if other != path:
+            raise UserError(
+                f"{printable(other)} and {printable(path)} have the same name but for folder and"
+                " suffix, by which copies find their original. Rename one, with its copies."
+            )
+
+
+def check_apart(distractors, copydays, flag):
+    """Raise UserError if a distractor is an image of the Copydays, which would be found twice."""
+    own = {os.path.realpath(path) for paths in copydays.blocks.values() for path in paths}
+    for path in distractors:
+        if os.path.realpath(path) in own:
+            raise UserError(
+                f"{flag}: {printable(path)} is an image of --data_path, and as a distractor it"
+                " would count as a wrong result. Give a folder of other images."
+            )
 
 
 def list_folder(folder, flag):
