@@ -175,6 +175,36 @@ def test_wrong_data_is_refused(tmp_path):
         SegmentedImages(voc)
 
 
+@pytest.mark.parametrize(
+    ("ending", "mode", "options", "message"),
+    [
+        ("tif", "CMYK", {}, "CMYK, of which black is not 0"),  # all pixels were foreground
+        ("tif", "YCbCr", {}, "YCbCr, of which black is not 0"),
+        ("tif", "RGB", {"compression": "jpeg"}, "JPEG in TIFF blurs"),
+        ("webp", "RGB", {"quality": 50}, "WEBP blurs"),
+    ],
+)
+def test_masks_of_which_black_is_not_zero_are_refused(ending, mode, options, message, tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    photograph().resize((32, 32)).save(tmp_path / "images" / "a.png")
+    grey = Image.fromarray(OBJECT_AND_VOID.astype(np.uint8)).convert("RGB")
+    grey.convert(mode).save(tmp_path / "masks" / f"a.{ending}", **options)
+    with pytest.raises(UserError, match=message):
+        list(SegmentedImages(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [("a\n".encode("utf-16"), r"val\.txt: this file is not text"), (b"a\na\n", "lists a twice")],
+)
+def test_a_list_of_voc_is_text_and_names_an_image_once(names, message, tmp_path):
+    voc = write_voc(tmp_path, {"a": TWO_OBJECTS})
+    (voc / "ImageSets" / "Segmentation" / "val.txt").write_bytes(names)
+    with pytest.raises(UserError, match=message):
+        SegmentedImages(voc)
+
+
 def test_a_mask_of_another_shape_than_its_image_is_refused(two_known_heads, tmp_path):
     root = write_voc(tmp_path, {"a": np.ones((32, 40))})
     with pytest.raises(UserError, match="32 x 32 pixels, its mask 40 x 32"):

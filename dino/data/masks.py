@@ -10,6 +10,9 @@ from PIL import Image
 from dino.data.images import find_images, given_path, read_image
 from dino.errors import UserError
 
+LOSSY = ("JPEG", "WEBP", "AVIF")  # or may be; only the first bytes of a WebP would tell
+LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")
+BLACK_IS_NOT_ZERO = ("CMYK", "YCbCr", "LAB")  # modes
 BACKGROUND, VOID = 0, 255  # labels of VOC; void is what its annotators left undecided
 
 # Where VOC keeps the masks of each ground truth; the first folder that exists serves.
@@ -76,8 +79,20 @@ def find_voc(data_path, ground_truth):
         )
     return [
         (name, root / "JPEGImages" / f"{name}.jpg", masks[0] / f"{name}.png")
-        for name in names.read_text().split()
+        for name in read_names(names)
     ]
+
+
+def read_names(path):
+    """The names that a list of VOC holds; UserError unless it is text, and names each once."""
+    try:
+        names = path.read_text().split()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: this file is not text. It must list a name per line.") from None
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path} lists {twice} twice.")
+    return names
 
 
 def find_pairs(data_path, ground_truth):
@@ -130,6 +145,10 @@ def read_pair_labels(path):
     mask = open_mask(path)
     if mask.mode == "P":
         return np.asarray(mask)
+    if mask.mode in BLACK_IS_NOT_ZERO:
+        raise UserError(
+            f"{path}: its colours are {mask.mode}, of which black is not 0. Save the mask as PNG."
+        )
     pixels = np.asarray(mask)
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if mask.mode in ("LA", "RGBA"):
@@ -140,8 +159,11 @@ def read_pair_labels(path):
 def open_mask(path):
     read_image(path)  # raises, with the name of the file, for what cannot be decoded
     mask = Image.open(path)
-    if mask.format == "JPEG":
+    blurs = mask.format if mask.format in LOSSY else None
+    if mask.format == "TIFF" and mask.info.get("compression") in LOSSY_IN_TIFF:
+        blurs = "JPEG in TIFF"
+    if blurs:
         raise UserError(
-            f"{path}: JPEG blurs the edge of a mask. Save masks as PNG, from their source."
+            f"{path}: {blurs} blurs the edge of a mask. Save masks as PNG, from their source."
         )
     return mask
