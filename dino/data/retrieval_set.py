@@ -87,6 +87,10 @@ def problem_with(content):
         names = content[key]
         if not isinstance(names, list) or not names or not all(type(n) is str for n in names):
             return f"{key} is not a list of names"
+    places = {name: i for i, name in enumerate(content["imlist"])}
+    if len(places) < len(content["imlist"]):
+        twice = next(name for i, name in enumerate(content["imlist"]) if places[name] != i)
+        return f"imlist has {twice!s:.60} twice, and its copy would count as a wrong result"
     gnd, queries = content["gnd"], len(content["qimlist"])
     if not isinstance(gnd, list) or len(gnd) != queries:
         return f"gnd is not a list of {queries} entries, one for each name in qimlist"
@@ -94,6 +98,12 @@ def problem_with(content):
         problem = problem_with_entry(entry, len(content["imlist"]))
         if problem:
             return f"entry {number} of gnd {problem}"
+        own = places.get(content["qimlist"][number])
+        if own is not None and not any(own in entry.get(label, []) for label in LABELS):
+            return (
+                f"entry {number} of gnd does not name its query, which is image {own} of imlist and"
+                " would count as a wrong result; put it into junk"
+            )
     if not any(entry["easy"] or entry["hard"] for entry in gnd):
         return "no query has an easy or a hard image"
     return None

@@ -64,6 +64,14 @@ WRONG = {
         "entry 1 of gnd has the easy image 3; imlist has 3",
     ),
     "an index twice": ({**RIGHT, "gnd": [{"easy": [0], "hard": [0]}] * 2}, "names image 0 twice"),
+    "an image twice": (
+        {**RIGHT, "imlist": [*RIGHT["imlist"], RIGHT["imlist"][1]]},
+        f"imlist has {RIGHT['imlist'][1]} twice",
+    ),
+    "a query among the images, in no list": (
+        {**RIGHT, "imlist": [*RIGHT["imlist"], RIGHT["qimlist"][1]]},
+        f"entry 1 of gnd does not name its query, which is image {len(RIGHT['imlist'])} of imlist",
+    ),
     "nothing to find": (
         {**RIGHT, "gnd": [{"easy": [], "hard": [], "junk": [0]}] * 2},
         "no query has an easy or a hard image",
