@@ -173,6 +173,11 @@ def evaluate_head(args, device):
         source = f"the published linear head of {pretrained.arch}"
         entries = published_head(pretrained.arch, pretrained.patch_size)
         head, args = take_head(entries, args, source)
+    if args.given.get("num_labels", head.num_labels) != head.num_labels:
+        raise UserError(
+            f"--num_labels {args.num_labels}: {source} knows {head.num_labels} classes. Leave the"
+            " flag out."
+        )
     labels = labels_of_head(labels, names, entries.get("classes"), head.num_labels, source)
     features = build_features(args, pretrained, device)
     if head.linear.in_features != features.dim:

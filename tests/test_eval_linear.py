@@ -385,6 +385,8 @@ def test_a_head_is_refused_with_what_it_was_not_trained_for(
     needed = ("--pretrained_weights", checkpoint, "--data_path", labelled)
     with pytest.raises(UserError, match=r"--n_last_blocks 1: --classifier .* trained with 4"):
         run(*needed, *best, "--n_last_blocks", 1)
+    with pytest.raises(UserError, match=r"--num_labels 7: --classifier .* knows 3 classes"):
+        run(*needed, *best, "--num_labels", 7)
     with pytest.raises(
         UserError, match=r"does not hold a linear classifier; its entries are teacher,"
     ):
