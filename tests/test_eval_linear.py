@@ -316,6 +316,8 @@ def test_a_rate_that_diverges_leaves_the_others_alone_and_alone_it_is_an_error(f
     assert torch.equal(found["0.linear.weight"], expected["0.linear.weight"])
     with pytest.raises(Diverged, match=r"the loss is \w+ in epoch \d\. Try a lower --lr"):
         run(*flags[:-3], 1e38, "--output_dir", tmp_path / "one")
+    assert not (tmp_path / "one" / "best_linear.pth").exists()
+    assert run(*flags[:-3], 0.1, "--output_dir", tmp_path / "one") > 0, "as the error advises"
 
 
 OFFICIAL_DEFAULTS = dict(
@@ -411,6 +413,9 @@ def test_the_folder_of_another_run_is_refused(finished, tmp_path):
         run(*flags[:-1], 3, "--output_dir", folder)
     with pytest.raises(UserError, match=r"that run has seed 0, and this one 1\. Give another"):
         run(*flags, "--seed", 1, "--output_dir", folder)
+    torch.save([1], tmp_path / "checkpoint.pth.tar")
+    with pytest.raises(UserError, match="not a training checkpoint"):
+        run(*flags, "--output_dir", tmp_path)
     (tmp_path / "log.txt").write_text('{"train_loss": 1, "train_lr": 1, "train_wd": 1, "epoch": 0}')
     with pytest.raises(UserError, match=r"log\.txt there is of a run of main_dino\.py"):
         run(*flags, "--output_dir", tmp_path)

@@ -13,7 +13,7 @@ from helpers import assert_equal_states, parse, refusal, save_random_backbone
 
 import eval_knn
 from dino.backbones import build_backbone
-from dino.errors import UserError
+from dino.errors import Diverged, UserError
 from dino.training.finetuning import FineTuned, Regularisation, build_finetuning
 from dino.weights.pretrained import open_backbone
 from finetune import finetune, get_args_parser
@@ -188,6 +188,15 @@ def test_a_run_killed_at_its_first_save_of_a_result_resumes(
     assert broken.returncode == 9, broken.stderr
     assert (tmp_path / "run" / "best_finetuned.pth").exists()
     assert run(*flags) == finished[1]
+
+
+def test_a_run_that_diverged_at_once_begins_again_with_a_lower_rate(
+    checkpoint, class_folders, tmp_path
+):
+    flags = (*flags_of(checkpoint, class_folders, tmp_path), "--epochs", 1, "--warmup_epochs", 0)
+    with pytest.raises(Diverged, match="Try a lower --lr"):
+        run(*flags, "--lr", 1e30)
+    assert run(*flags) > 0
 
 
 def test_two_processes_train_one_network(checkpoint, class_folders, tmp_path):

@@ -20,7 +20,7 @@ from dino.errors import UserError
 from dino.json_files import is_number, read_lines
 from dino.networks import unwrap
 from dino.printable import brief
-from dino.training.saver import check_has_best, check_no_results
+from dino.training.saver import check_has_best, check_no_results, is_beginning
 from dino.weights.files import (
     hash_weights,
     is_named,
@@ -285,7 +285,7 @@ def resume_training(path, state, progress, description):
     So results beside which there is no checkpoint are never those of a run that was killed.
     UserError where the best head that a checkpoint tells of is gone.
     """
-    if not path.exists():
+    if not path.exists() or is_beginning(path, read(path, "--output_dir"), BEST):
         progress.head_bests = [(-1.0, 0)] * len(state.heads)
         save_training(path, state, progress, description)
         return False

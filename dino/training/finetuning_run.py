@@ -25,7 +25,14 @@ from dino.run_log import RunLog
 from dino.signals import Interruption, StopRequested
 from dino.training.agreement import Agreement
 from dino.training.finetuning import FineTuningState, Regularisation, finetuning_step
-from dino.training.saver import NEWEST, Saver, check_has_best, newest_whole, own_checkpoints
+from dino.training.saver import (
+    NEWEST,
+    Saver,
+    check_has_best,
+    is_beginning,
+    newest_whole,
+    own_checkpoints,
+)
 from dino.weights.files import backbone_payload
 from dino.weights.loading import check_described, restore
 
@@ -74,7 +81,7 @@ class FineTuningRun:
         """Restore what an interrupted run saved, if there is one; UserError for another run."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found = newest_whole(own_checkpoints(self.folder))
-        if found is not None:
+        if found is not None and not is_beginning(*found, BEST):
             path, checkpoint = found
             source, progress = f"--output_dir {path}", self.progress
             restore(checkpoint, source, **vars(self.state))

@@ -123,6 +123,19 @@ def check_no_results(folder, names, checkpoints, newest=NEWEST):
         )
 
 
+def is_beginning(path, checkpoint, best):
+    """Whether the `checkpoint` at `path` has no progress, nor a file named `best` beside it.
+
+    A run that diverged at once leaves one, and may begin again with other flags.
+    """
+    if not isinstance(checkpoint, dict):
+        return False
+    done = [checkpoint.get(name, 0) for name in ("epoch", "steps")]
+    accuracy = checkpoint.get("best_acc")
+    plain = all(type(value) is int for value in done) and type(accuracy) is float
+    return plain and not any(done) and accuracy == -1 and not path.with_name(best).exists()
+
+
 def check_has_best(path, name, epoch):
     """Raise UserError unless the file `name`, of the best `epoch`, is beside the checkpoint `path`.
 
