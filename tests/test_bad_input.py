@@ -91,6 +91,7 @@ RANGES = {  # values outside of the range of these flags
         "main_dino": "warmup_teacher_temp_epochs warmup_epochs freeze_last_layer num_workers"
         " freeze_backbone"
         " local_crops_number saveckp_freq saveckp_iters keep_checkpoints min_crop_pixels"
+        " shrink_images"
         " sinkhorn_iterations",
         "eval_knn": "num_workers",
         "eval_linear": "num_workers",

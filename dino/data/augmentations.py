@@ -189,17 +189,30 @@ ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_
 class MultiCrop:
     """A PIL image -> its views in order, normalised by `mean` and `std`, each (3, S, S).
 
+    Images whose shorter side has more than `shorter_side` pixels, unless that is 0, are shrunk to
+    that first.
     The first two views are the global ones, which the teacher sees. With a `key` (integers, such as
     seed, epoch and number of the image) the result is a function of image and key alone. Without,
     the key comes from torch's global generator.
     """
 
-    def __init__(self, views, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(self, views, mean=IMAGENET_MEAN, std=IMAGENET_STD, shorter_side=0):
         self.views, self.mean, self.std = list(views), tuple(mean), tuple(std)
+        self.shorter_side = shorter_side
 
     def __call__(self, image, key=None):
+        image = self.shrunk(image)
         parameters = self.draw(image, key)
         return [self.apply(image, number, parameters) for number in range(len(self.views))]
+
+    def shrunk(self, image):
+        """An image, PIL or (H, W, C), as the views are cut from it."""
+        if not 0 < self.shorter_side < min(size_of(image)):
+            return image
+        resize = transforms.Resize(self.shorter_side, InterpolationMode.BICUBIC)
+        if isinstance(image, Image.Image):
+            return resize(image)
+        return resize(to_levels_tensor(image)).permute(1, 2, 0).numpy()
 
     def draw(self, image, key=None):
         """The ViewParameters of an image under a key."""
@@ -234,10 +247,10 @@ class MultiCrop:
 
 
 class DataAugmentationDINO(MultiCrop):
-    """The official views; the arguments are those of `dino_views`, and MultiCrop's mean and std."""
+    """The official views; the arguments are those of `dino_views`, and MultiCrop's other ones."""
 
-    def __init__(self, *args, mean=IMAGENET_MEAN, std=IMAGENET_STD, **kwargs):
-        super().__init__(dino_views(*args, **kwargs), mean, std)
+    def __init__(self, *args, mean=IMAGENET_MEAN, std=IMAGENET_STD, shorter_side=0, **kwargs):
+        super().__init__(dino_views(*args, **kwargs), mean, std, shorter_side)
 
 
 def box_and_flip(image, view, key, interpolation):

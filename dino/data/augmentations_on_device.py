@@ -68,6 +68,7 @@ class CropStage:
         self.augmentation = augmentation
 
     def __call__(self, image, key=None):
+        image = self.augmentation.shrunk(image)
         parameters = self.augmentation.draw(image, key)
         # channels last in memory, for which torch resizes 8-bit images fastest
         pixels = to_levels_tensor(image)

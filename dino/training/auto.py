@@ -111,6 +111,9 @@ def fit_crops(settings, survey, device_type):
     elif side < 16:
         reason = f"the minimum for a ResNet; the images have {side}"
     settings.decide("global_crop_size", size, reason)
+    if layout_matters(survey, device_type) and side > settings["global_crop_size"]:
+        finer = "as large as a crop: what is finer, as a weave, tells one image from all others"
+        settings.decide("shrink_images", settings["global_crop_size"], finer)
     if survey.images >= LIKE_IMAGENET and size == OFFICIAL_CROP:
         return  # the official local crops
     size = settings["global_crop_size"]
@@ -131,7 +134,8 @@ def largest_crop(survey, device_type):
 
 def fit_views(settings, survey):
     """Strengths of the augmentation, and the normalisation."""
-    side, local, size = survey.sides[1], settings["local_crop_size"], settings["global_crop_size"]
+    local, size = settings["local_crop_size"], settings["global_crop_size"]
+    side = min(survey.sides[1], settings["shrink_images"] or math.inf)
     least = round(max(0.05, min(0.5, (0.75 * local / side) ** 2)), 3)
     why = {0.05: "the official one", 0.5: "large, as the images are small"}
     settings.decide(

@@ -56,6 +56,7 @@ def build_augmentation(args):
         args.local_crop_size,
         mean=args.mean,
         std=args.std,
+        shorter_side=args.shrink_images,
         solarize_p=args.solarize_p,
         min_pixels=args.min_crop_pixels,
         flip_p=args.flip_p,

@@ -200,6 +200,7 @@ STUDIES = {
             "official crops": Variant(
                 dict(global_crops_scale=(0.4, 1), local_crops_scale=(0.05, 0.4), min_crop_pixels=0)
             ),
+            "images as they are": Variant(dict(shrink_images=0)),
             "8 local crops": Variant(dict(local_crops_number=8)),
             "official blur": Variant(dict(blur_radius=(0.1, 2))),
             "official colours": Variant(

@@ -42,6 +42,13 @@ def add_view_arguments(group):
         help="pixels to which a local crop is resized",
     )
     add(
+        "--shrink_images",
+        default=0,
+        type=number(int, 0, 2**13),
+        help="pixels of the shorter side to which larger images are shrunk before they are cropped;"
+        " 0 for none",
+    )
+    add(
         "--min_crop_pixels",
         default=0,
         type=number(int, 0, 2**13),

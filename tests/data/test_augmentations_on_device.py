@@ -17,7 +17,12 @@ from dino.data.augmentations import (
     MultiCrop,
     View,
 )
-from dino.data.augmentations_on_device import CropStage, DeviceStage, resize_as_pillow
+from dino.data.augmentations_on_device import (
+    CropStage,
+    DeviceStage,
+    on_workers,
+    resize_as_pillow,
+)
 from dino.data.images import ImageFiles
 from dino.data.items import TrainingImages, collate_readable
 
@@ -158,6 +163,26 @@ def test_views_of_any_number_size_and_strength_are_the_same_on_workers_and_devic
             assert levels.abs().mean() < 1
     grey = found[1][0] * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     torch.testing.assert_close(grey[0], grey[2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bands", [3, 5])
+def test_images_are_shrunk_before_they_are_cropped_on_workers_and_device(bands):
+    views = [View(24, (0.3, 1.0), jitter_p=0.0, grayscale_p=0.0)] * 2
+    colors = dict(mean=(0.5,) * bands, std=(0.25,) * bands)
+    large = photograph().resize((90, 120))
+    small = large.resize((30, 40), Image.BICUBIC)
+    if bands != 3:
+        large, small = (np.asarray(image)[..., [0, 1, 2, 0, 1]] for image in (large, small))
+    plain, shrinking = MultiCrop(views, **colors), MultiCrop(views, **colors, shorter_side=30)
+    expected = on_workers(plain)(small, key=1)
+    device = DeviceStage(shrinking, torch.device("cpu"))
+    crops = collate_readable([CropStage(shrinking)(large, key=1)])
+    for found in (on_workers(shrinking)(large, key=1), [view[0] for view in device(crops)]):
+        for ours, theirs in zip(found, expected, strict=True):
+            # in levels: both resizes round, and torch's not where Pillow's does
+            assert (ours - theirs).abs().max() * 0.25 * 255 < 5.5
+    untouched = on_workers(MultiCrop(views, **colors, shorter_side=300))(large, key=1)
+    assert torch.equal(torch.stack(untouched), torch.stack(on_workers(plain)(large, key=1)))
 
 
 def test_jitter_of_strength_0_leaves_an_image_as_it_is():

@@ -123,6 +123,15 @@ def test_the_blur_is_in_proportion_to_the_crop_and_no_crop_is_enlarged_by_more_t
         assert settings["min_crop_pixels"] <= share**0.5 * side + 1
 
 
+def test_images_larger_than_the_crops_that_keep_their_layout_are_shrunk_to_these():
+    for side, shrunk in ((24, 0), (32, 0), (128, 32)):
+        settings = decide(3000, side, layout=0.03)
+        assert settings["shrink_images"] == shrunk
+    assert settings["min_crop_pixels"] == decide(3000, 32, layout=0.03)["min_crop_pixels"]
+    assert decide(3000, 128)["shrink_images"] == 0, "not measured where position says nothing"
+    assert decide(3000, 128, layout=0.03, device="cuda")["shrink_images"] == 0
+
+
 def test_grey_data_gets_no_operation_on_colours():
     settings = decide(3000, 32, grey=1.0)
     assert settings["jitter"][2:] == (0.0, 0.0)
