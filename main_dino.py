@@ -167,6 +167,7 @@ def settle(args, images, augmentation, device, weights):
             own_views,
         )
         gc.collect()  # compiled networks are in cycles: those on trial would stay on the device
+        fix_random_seeds(args.seed)  # how many paths they dropped depends on the clock
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std

@@ -16,10 +16,11 @@ import main_dino
 from dino.data.augmentations import MultiCrop, View
 from dino.data.survey import Survey, share_of_places, survey
 from dino.errors import UserError
+from dino.randomness import fix_random_seeds
 from dino.training.auto import fit_data, fit_hours, fit_length, soften_views
 from dino.training.budget import seconds_per_step
 from dino.training.correlation import view_correlation
-from dino.training.flags import parse_args
+from dino.training.flags import complete, parse_args
 from dino.training.settings import DECIDABLE, REASONS, Settings
 
 
@@ -336,6 +337,17 @@ def test_a_gpu_gets_a_resnet18_and_trains_unattended(tmp_path):
     assert {"arch", "augment", "epochs", "lr"} <= decided["auto"].keys()
     assert (decided["arch"], decided["augment"], decided["epochs"]) == ("resnet18", "device", 1)
     assert (tmp_path / "backbone.pth").exists()
+
+
+def test_the_initial_weights_do_not_depend_on_how_many_steps_were_timed(tmp_path):
+    """A ViT draws the paths that it drops in each."""
+    flags = ("--preset", "auto", "--arch", "vit_nano", "--hours", "1e-6", "--device", "cpu")
+    args = parse_args([*flags, "--num_workers", "0", "--output_dir", str(tmp_path)])
+    images = pictures(*[(24, 24)] * 16)
+    main_dino.settle(complete(args), images, None, torch.device("cpu"), None)
+    found = torch.rand(8)
+    fix_random_seeds(args.seed)
+    assert torch.equal(found, torch.rand(8))
 
 
 def test_a_resumed_run_keeps_its_settings_and_says_so(tmp_path, capsys):
