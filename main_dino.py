@@ -69,6 +69,7 @@ from dino.training.failures import divergence_explained, lost_ranks_explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.html_report import report_run
+from dino.training.own_views import check_augmentation
 from dino.training.presets import DECIDED
 from dino.training.recorder import report_end, report_start
 from dino.training.run import Probes, Run, TrainState
@@ -155,6 +156,8 @@ def settle(args, images, augmentation, device, weights):
     do not fit each other or the images.
     """
     own_views = bool(augmentation or args.augmentation)
+    if augmentation is not None:
+        check_augmentation(augmentation, "augmentation")
     if args.preset in DECIDED:
         trial = dict(images=images, augmentation=augmentation, device=device)
         args = decide_settings(

@@ -15,7 +15,7 @@ from dino.networks import build_student_and_teacher
 from dino.own_code import call_by_path
 from dino.training.flags import parse_args
 from dino.training.own_views import own_augmentation
-from main_dino import build_loader
+from main_dino import build_loader, train_dino
 
 OWN_VIEWS = """
 from dino.data.augmentations import MultiCrop, View
@@ -72,7 +72,7 @@ def test_a_run_takes_the_views_of_ones_own_module(tmp_path, class_folders):
     assert (args["mean"], args["std"]) == ([0.5] * 3, [0.25] * 3)
     wrong = run_script(script, *flags, "--augmentation", "my_views:wrong", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert "--augmentation my_views:wrong: returned a list" in wrong.stderr
+    assert "--augmentation my_views:wrong: is a list" in wrong.stderr
 
 
 WRONG_VIEWS = {  # what the error says: the arguments of MultiCrop
@@ -104,6 +104,12 @@ def test_views_of_ones_own_that_cannot_be_trained_on_are_refused(tmp_path, monke
     path = f"wrong_views_{number}:build"
     with pytest.raises(UserError, match=rf"^--augmentation {path}: .*{said}"):
         own_augmentation(path)
+
+
+def test_what_python_code_passes_as_augmentation_is_checked_too(tmp_path):
+    args = parse_args([*map(str, SMALL_RUN), "--device", "cpu", "--output_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="^augmentation: is a list"):
+        train_dino(args, [Image.new("RGB", (32, 32))] * 8, [View(32, (0.5, 1.0))] * 2)
 
 
 def test_views_that_the_patches_do_not_divide_are_refused():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""--augmentation: views of one's own, checked before a run begins with them."""
+"""A MultiCrop of one's own, checked before a run begins with it."""
 
 from numbers import Integral, Real
 
@@ -11,30 +11,29 @@ from dino.printable import brief
 
 
 def own_augmentation(path):
-    """The MultiCrop that the function at `path`, MODULE:FUNCTION, returns; UserError for another
-    value, or for views that cannot be trained on.
-    """
+    """What the function at `path`, MODULE:FUNCTION, returns, checked."""
     augmentation = call_by_path(path, "--augmentation")
-    if not isinstance(augmentation, MultiCrop):
-        kind = type(augmentation).__name__
-        raise UserError(
-            f"--augmentation {path}: returned a {kind}, not a dino.data.augmentations.MultiCrop."
-        )
-    check_views(augmentation.views, f"--augmentation {path}")
-    check_colors(augmentation.mean, augmentation.std, f"--augmentation {path}")
-    channels = len(augmentation.mean)
-    if channels != RGB and any(view.jitter[3] for view in augmentation.views):
-        raise UserError(
-            f"--augmentation {path}: mean is for {channels} channels, which have no hue. Give"
-            " views with jitter=(b, c, s, 0)."
-        )
+    check_augmentation(augmentation, f"--augmentation {path}")
     return augmentation
 
 
+def check_augmentation(augmentation, source):
+    """Raise UserError, which begins with `source`, unless it is a MultiCrop to train on."""
+    if not isinstance(augmentation, MultiCrop):
+        kind = type(augmentation).__name__
+        raise UserError(f"{source}: is a {kind}, not a dino.data.augmentations.MultiCrop.")
+    check_views(augmentation.views, source)
+    check_colors(augmentation.mean, augmentation.std, source)
+    channels = len(augmentation.mean)
+    if channels != RGB and any(view.jitter[3] for view in augmentation.views):
+        raise UserError(
+            f"{source}: mean is for {channels} channels, which have no hue. Give views with"
+            " jitter=(b, c, s, 0)."
+        )
+
+
 def check_views(views, source):
-    """Raise UserError, which begins with `source`, unless these are Views of valid fields, and the
-    first two, the global ones, of one size.
-    """
+    """These must be Views of valid fields, and the first two, the global ones, of one size."""
     if len(views) < 2 or not all(isinstance(view, View) for view in views):
         raise UserError(
             f"{source}: views are {brief(views)}. Give at least two Views, first the two global"
