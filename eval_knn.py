@@ -153,7 +153,11 @@ def compute_features(args, device):
 
 
 def dump_features(folder, features):
-    """Write the FEATURE_FILES. If that fails, those of an earlier dump stay, or too few to load."""
+    """Write the FEATURE_FILES.
+
+    A write that fails leaves the earlier dump; a kill while files are exchanged leaves an
+    incomplete one, which load_features refuses.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".features", dir=folder) as new:

@@ -270,7 +270,7 @@ def train_heads(args, device):
         print0("The lines of an epoch are of the best classifier so far; log.txt has all of them.")
 
     # ---- resume ----
-    output_dir, progress = Path(args.output_dir), HeadsProgress()
+    output_dir, progress = Path(args.output_dir), HeadsProgress.of(len(state.heads))
     output_dir.mkdir(parents=True, exist_ok=True)
     checkpoint, log = output_dir / NEWEST, RunLog(output_dir)
     if resume_training(checkpoint, state, progress, description):

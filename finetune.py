@@ -69,9 +69,10 @@ from dino.training.finetuning import (
     build_rand_augment,
 )
 from dino.training.finetuning_run import BEST, FineTuningRun
-from dino.training.saver import Saver, check_no_results, own_checkpoints
+from dino.training.saver import NEWEST, Saver, own_checkpoints
 from dino.weights.layouts import read_weights
 from dino.weights.pretrained import Pretrained, open_backbone
+from dino.weights.results import check_no_results
 
 WARMUP_LR = 1e-6  # DeiT's
 
@@ -198,7 +199,7 @@ def check_flags(args):
             f"--output_dir {folder}: log.txt there is of a run of another script, and would be"
             f" lost. Give this run a folder of its own, such as {folder / 'finetuned'}."
         )
-    check_no_results(folder, (BEST, "log.txt"), own_checkpoints(folder))
+    check_no_results(folder, (BEST, "log.txt"), own_checkpoints(folder), NEWEST)
 
 
 def evaluate(args, device):
@@ -299,7 +300,7 @@ def train(args, device, interruption):
         backbone
         | {name: getattr(args, name) for name in RECIPES[args.preset]}
         | dict(from_scratch=args.from_scratch, seed=args.seed, classes=classes)
-        | dict(global_batch=global_batch, images=len(paths))
+        | dict(global_batch=global_batch)
         | dict(train_set=describe_set(paths, args.data_path))
         | dict(val_set=describe_set(val_paths, args.data_path))
         | dict(initial_backbone=fingerprint(pretrained.backbone))

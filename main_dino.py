@@ -123,8 +123,17 @@ def train_dino(args, images=None, augmentation=None):
     with owned(args.output_dir), divergence_explained(args):
         # ---- begin, or resume ----
         found = find_checkpoint(args.resume, args.output_dir)
-        training = state, loader, probes, schedules, progress, augmentation, amp_dtype
-        run = Run(args, *training, interruption)
+        run = Run(
+            args=args,
+            state=state,
+            loader=loader,
+            probes=probes,
+            schedules=schedules,
+            progress=progress,
+            augmentation=augmentation,
+            amp_dtype=amp_dtype,
+            interruption=interruption,
+        )
         if found is None:
             run.begin(weights)
         fix_random_seeds(args.seed + launch.rank)  # from here each rank drops paths of its own
@@ -170,7 +179,9 @@ def settle(args, images, augmentation, device, weights):
             own_views,
         )
         gc.collect()  # compiled networks are in cycles: those on trial would stay on the device
-        fix_random_seeds(args.seed)  # how many paths they dropped depends on the clock
+        fix_random_seeds(
+            args.seed
+        )  # the timed steps drew random numbers, how many depends on the clock
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
@@ -212,8 +223,7 @@ def train_step(
     """One update of student, center and teacher: Algorithm 1 with multi-crop.
 
     `views`: V tensors (B, C, S, S), S the view's own size, the two global ones first. They pass
-    through the networks in as many parts as the loss has `accum_steps`, each of which updates
-    nothing but the gradients.
+    through the networks in `dino_loss.accum_steps` parts, whose gradients add up to one update.
 
     Returns the loss and the norm of all gradients, before clipping and with those that are then
     cancelled. Both stay on the device: the step does not synchronise with it, except in float16
@@ -239,7 +249,10 @@ def train_step(
 
 
 def forward(state, crops, epoch, amp_dtype):
-    """H(P_t, P_s) of V crops (B, C, S, S), the mean over this process's B images; C moves after."""
+    """Mean of H(P_t, P_s) over this process's B images; the loss then updates the center.
+
+    `crops`: V tensors (B, C, S, S).
+    """
     with autocast(crops[0].device, amp_dtype):
         with torch.no_grad():
             teacher_output = state.teacher(crops[:2])  # (2B, K): only the global views
@@ -276,16 +289,16 @@ def build_trial(args, images, augmentation, device):
     return build_loader(args, images, augmentation, workers, device), state, amp_dtype
 
 
-def correlate_views(args, **trial):
+def correlate_views(args, images, augmentation, device):
     """How alike the views of an image are to the network before training, see view_correlation."""
-    loader, state, _ = build_trial(args, **trial)
+    loader, state, _ = build_trial(args, images, augmentation, device)
     with torch.compiler.set_stance("force_eager"):  # three batches are not worth compiling for
         return view_correlation(state.student, loader)
 
 
-def time_a_step(args, **trial):
+def time_a_step(args, images, augmentation, device):
     """Seconds that a step of the run with these flags takes, with the loading of its images."""
-    loader, state, amp_dtype = build_trial(args, **trial)
+    loader, state, amp_dtype = build_trial(args, images, augmentation, device)
 
     def step(views):
         train_step(
@@ -300,7 +313,7 @@ def time_a_step(args, **trial):
             amp_dtype=amp_dtype,
         )
 
-    return seconds_per_step(step, loader, trial["device"])
+    return seconds_per_step(step, loader, device)
 
 
 def build_loader(args, images, augmentation, workers, device):

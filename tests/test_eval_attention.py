@@ -178,20 +178,39 @@ def test_wrong_data_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("ending", "mode", "options", "message"),
     [
-        ("tif", "CMYK", {}, "CMYK, of which black is not 0"),  # all pixels were foreground
+        ("tif", "CMYK", {}, "CMYK, of which black is not 0"),
         ("tif", "YCbCr", {}, "YCbCr, of which black is not 0"),
-        ("tif", "RGB", {"compression": "jpeg"}, "JPEG in TIFF blurs"),
+        ("tif", "RGB", {"compression": "jpeg"}, "jpeg in TIFF blurs"),
         ("webp", "RGB", {"quality": 50}, "WEBP blurs"),
     ],
 )
-def test_masks_of_which_black_is_not_zero_are_refused(ending, mode, options, message, tmp_path):
-    for name in ("images", "masks"):
-        (tmp_path / name).mkdir()
-    photograph().resize((32, 32)).save(tmp_path / "images" / "a.png")
-    grey = Image.fromarray(OBJECT_AND_VOID.astype(np.uint8)).convert("RGB")
-    grey.convert(mode).save(tmp_path / "masks" / f"a.{ending}", **options)
+def test_masks_that_do_not_hold_their_pixels_as_they_are_are_refused(
+    ending, mode, options, message, tmp_path
+):
     with pytest.raises(UserError, match=message):
-        list(SegmentedImages(tmp_path))
+        list(SegmentedImages(write_pair(tmp_path, f"a.{ending}", mode, **options)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("a.webp", {"lossless": True}),
+        ("a.webp", {"lossless": True, "exif": b"Exif\0\0odd"}),  # with a chunk before the pixels
+        ("a.tif", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_masks_in_which_nothing_is_lost_are_read(name, options, tmp_path):
+    ((_, _, objects, _),) = SegmentedImages(write_pair(tmp_path, name, "RGB", **options))
+    assert np.array_equal(objects[0].numpy(), OBJECT_AND_VOID != 0)
+
+
+def write_pair(root, mask_name, mode, **options):
+    for name in ("images", "masks"):
+        (root / name).mkdir()
+    photograph().resize((32, 32)).save(root / "images" / "a.png")
+    grey = Image.fromarray(OBJECT_AND_VOID.astype(np.uint8)).convert("RGB")
+    grey.convert(mode).save(root / "masks" / mask_name, **options)
+    return root
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(checkpoint, class_folders
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("done", b""),  # as after a crash of the machine: these had features of zeros
+        ("done", b""),  # as after a crash of the machine
         ("done", b"\1"),
         ("done", b"\1\1\1\0"),
         ("features.npy", np.zeros((6, 4), np.float32)),

@@ -142,4 +142,4 @@ def test_a_name_that_is_not_text_is_printed_on_a_strict_stream(tmp_path):
 def test_an_error_that_names_no_file_is_still_one_paragraph(capsys):
     with pytest.raises(SystemExit, match="2"), exit_on_user_error("a.py"):
         raise OSError(28, "No space left on device")
-    assert capsys.readouterr().err.endswith(" written: No space left on device.\n")
+    assert capsys.readouterr().err.endswith("be read or written: No space left on device.\n")

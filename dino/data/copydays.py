@@ -10,6 +10,7 @@ The first four characters of a name say which original a strong copy is of.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,21 +60,18 @@ def open_copydays(data_path):
         print0(f"Not in {data_path}, and left out: {', '.join(absent)}.")
     blocks = {block: list_folder(root / block, "--data_path") for block in present}
     originals = names_of(blocks["original"])
-    check_unique(blocks["original"])
     found = {block: positives(block, names_of(paths), originals) for block, paths in blocks.items()}
     return Copydays(blocks, found)
 
 
-def check_unique(originals):
+def check_unique(original_names):
     """Raise UserError for two originals of one name: a copy would count as one of the second."""
-    seen = {}
-    for path in originals:
-        other = seen.setdefault(Path(path).stem, path)
-        if other != path:
-            raise UserError(
-                f"{printable(other)} and {printable(path)} have the same name but for folder and"
-                " suffix, by which copies find their original. Rename one, with its copies."
-            )
+    stem, count = Counter(Path(name).stem for name in original_names).most_common(1)[0]
+    if count > 1:
+        raise UserError(
+            f"original/ holds {count} images of the name {printable(stem)}, by which copies find"
+            " their original. Rename them, with their copies."
+        )
 
 
 def check_apart(distractors, copydays, flag):
@@ -122,6 +120,7 @@ def positives(block, query_names, original_names):
     elif len(query_names) == len(original_names) and places.keys().isdisjoint(stems):
         found = [[i] for i in range(len(query_names))]
     else:
+        check_unique(original_names)
         found = [[places[stem]] if stem in places else [] for stem in stems]
     for name, originals in zip(query_names, found, strict=True):
         if not originals:

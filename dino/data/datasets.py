@@ -52,8 +52,6 @@ class Items:
         except self.errors as error:
             reason = str(error) or type(error).__name__
             raise UnreadableImage(f"images[{number}]", reason) from None
-        except StopIteration as error:  # which would end the pass that asks, without a word
-            raise RuntimeError(f"the data set raised StopIteration for item {number}") from error
 
 
 def open_of_torchvision(name, root, download):

@@ -94,19 +94,19 @@ def find_video(root, name):
 
 def check_video(video):
     """(width, height) of the frames. UserError for a file that cannot be read or does not fit."""
-    size, seen = check_frames(video.frames), set()
+    size, present = check_frames(video.frames), []
     for path in video.annotations:
         labels = read_labels(path)
         check_size(path, labels.shape[::-1], size, "its frame")
-        seen |= {*np.unique(labels).tolist()}
+        present.append(set(np.unique(labels).tolist()))
     first = video.annotations[0]
-    highest = int(read_labels(first).max())
+    highest = max(present[0])
     if highest == BACKGROUND:
         raise UserError(
             f"{first}: there is no object in this first mask (255 is void, not an"
             " object), so there is nothing to carry on. Take the original file."
         )
-    absent = sorted({*range(1, highest)} - seen)
+    absent = sorted({*range(1, highest)}.difference(*present))
     if absent and video.has_ground_truth:
         raise UserError(
             f"{first}: there is an object {highest}, and no mask of this video has an object"

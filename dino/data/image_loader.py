@@ -176,7 +176,7 @@ def is_caught(error):
 
 
 def is_of_worker(error):
-    """The same, of a worker of the loader and not of the thread that pins memory."""
+    """Whether a loader worker raised it, not the thread that pins memory."""
     return bool(re.match(r"Caught \w+ in DataLoader worker", str(error)))
 
 

@@ -33,7 +33,12 @@ class TrainingImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, epoch_and_index):
-        epoch, index = epoch_and_index
+        try:
+            return self.views(*epoch_and_index)
+        except StopIteration as error:  # of the user's code: it would end the epoch without a word
+            raise RuntimeError("the images or their augmentation raised StopIteration") from error
+
+    def views(self, epoch, index):
         bad = []
         for number in itertools.chain([index], self.others(epoch, index)):
             try:

@@ -44,7 +44,8 @@ def describe_set(paths, data_path):
 
     The same where the folder has moved.
     """
-    names = "\0".join(os.path.relpath(path, data_path) for path in paths)
+    root = os.path.join(data_path, "")
+    names = "\0".join(str(path).removeprefix(root) for path in paths)
     digest = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
     return f"{len(paths)} images, names {digest[:8]}"
 

@@ -10,7 +10,6 @@ from PIL import Image
 from dino.data.images import find_images, given_path, read_image
 from dino.errors import UserError
 
-LOSSY = ("JPEG", "WEBP", "AVIF")  # or may be; only the first bytes of a WebP would tell
 LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")
 BLACK_IS_NOT_ZERO = ("CMYK", "YCbCr", "LAB")  # modes
 BACKGROUND, VOID = 0, 255  # labels of VOC; void is what its annotators left undecided
@@ -159,11 +158,22 @@ def read_pair_labels(path):
 def open_mask(path):
     read_image(path)  # raises, with the name of the file, for what cannot be decoded
     mask = Image.open(path)
-    blurs = mask.format if mask.format in LOSSY else None
-    if mask.format == "TIFF" and mask.info.get("compression") in LOSSY_IN_TIFF:
-        blurs = "JPEG in TIFF"
-    if blurs:
+    compression = mask.info.get("compression") if mask.format == "TIFF" else None
+    if mask.format == "JPEG" or compression in LOSSY_IN_TIFF or is_lossy_webp(path):
+        kind = f"{compression} in TIFF" if compression else mask.format
         raise UserError(
-            f"{path}: {blurs} blurs the edge of a mask. Save masks as PNG, from their source."
+            f"{path}: {kind} blurs the edge of a mask. Save masks as PNG, from their source."
         )
     return mask
+
+
+def is_lossy_webp(path):
+    """Whether a file is a WebP whose pixels are in a chunk `VP8 `; in `VP8L` nothing is lost."""
+    content = Path(path).read_bytes()
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
+        return False
+    start = 12
+    while start < len(content) and content[start : start + 4] not in (b"VP8 ", b"VP8L"):
+        size = int.from_bytes(content[start + 4 : start + 8], "little")
+        start += 8 + size + size % 2
+    return content[start : start + 4] == b"VP8 "

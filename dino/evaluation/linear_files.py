@@ -20,7 +20,6 @@ from dino.errors import UserError
 from dino.json_files import is_number, read_lines
 from dino.networks import unwrap
 from dino.printable import brief
-from dino.training.saver import check_has_best, check_no_results, is_beginning
 from dino.weights.files import (
     hash_weights,
     is_named,
@@ -31,6 +30,7 @@ from dino.weights.files import (
 )
 from dino.weights.loading import check_described, list_names, load_exactly, restore, same_kind
 from dino.weights.published import PUBLISHED_HEADS, download, published_entry
+from dino.weights.results import check_has_best, check_no_results, is_beginning
 
 # The flags that a head's file states, so that --evaluate needs none of them.
 HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
@@ -84,9 +84,13 @@ class HeadsProgress:
     best_head: int = 0  # the number of the head that had it
     head_bests: list = field(default_factory=list)  # (best top-1, after which epoch) of each
 
+    @classmethod
+    def of(cls, heads):
+        """Of so many heads, before the first epoch."""
+        return cls(head_bests=[(-1.0, 0)] * heads)
+
     def add(self, epoch, accuracies):
         """Take the accuracy of each head after `epoch`; True if one is better than all before."""
-        self.head_bests = self.head_bests or [(-1.0, 0)] * len(accuracies)
         self.head_bests = [
             max(best, (accuracy, epoch), key=lambda pair: pair[0])
             for best, accuracy in zip(self.head_bests, accuracies, strict=True)
@@ -280,27 +284,26 @@ def save_training(path, state, progress, description):
 
 
 def resume_training(path, state, progress, description):
-    """True after `load_training`; where there is nothing to load, save the beginning: False.
+    """Resume from `path` if it has progress: True. Else write the beginning there: False.
 
-    So results beside which there is no checkpoint are never those of a run that was killed.
-    UserError where the best head that a checkpoint tells of is gone.
+    So results without a checkpoint are never those of a run that was killed. UserError for a run
+    with another description, or whose best head is gone.
     """
-    if not path.exists() or is_beginning(path, read(path, "--output_dir"), BEST):
-        progress.head_bests = [(-1.0, 0)] * len(state.heads)
+    checkpoint = read(path, "--output_dir") if path.exists() else None
+    if checkpoint is None or is_beginning(path, checkpoint, BEST):
         save_training(path, state, progress, description)
         return False
-    load_training(path, state, progress, description)
+    load_training(checkpoint, f"--output_dir {path}", state, progress, description)
     if progress.best_acc >= 0:
         check_has_best(path, BEST, progress.head_bests[progress.best_head][1])
     return True
 
 
-def load_training(path, state, progress, description):
+def load_training(checkpoint, source, state, progress, description):
     """Restore what `save_training` wrote. UserError if it is of a run with another description."""
-    checkpoint = read(path, "--output_dir")
-    restore(checkpoint, f"--output_dir {path}", **vars(state))
-    check_described(checkpoint, description, f"--output_dir {path}")
-    restore_heads_progress(progress, checkpoint, f"--output_dir {path}", len(state.heads))
+    restore(checkpoint, source, **vars(state))
+    check_described(checkpoint, description, source)
+    restore_heads_progress(progress, checkpoint, source, len(state.heads))
 
 
 def restore_heads_progress(progress, checkpoint, source, heads):

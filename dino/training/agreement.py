@@ -4,6 +4,7 @@
 A signal, or a clock's minute, may reach one rank only, and all must act on it after the same step.
 """
 
+from dino.data.image_loader import ImageLoader
 from dino.distributed import Ballot, get_world_size, has_note, leave_note
 from dino.signals import StopRequested
 
@@ -52,6 +53,8 @@ class Agreement:
         Between batches the ranks have no collective to meet in: the one that is asked leaves a note
         for the others, and all of them vote once their batches are done or given up.
         """
+        if isinstance(iterable, ImageLoader):
+            iterable.while_waiting = self.while_waiting
         for item in iterable:
             if self.interruption.requested:
                 leave_note(STOP)

@@ -3,7 +3,7 @@
 
 from dino.data.augmentations import DataAugmentationDINO
 from dino.data.channels import RGB, count_channels, reader
-from dino.data.datasets import open_dataset
+from dino.data.datasets import Items, open_dataset
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
 from dino.data.images import ImageFiles, list_training_images
 from dino.distributed import get_world_size, rank_share
@@ -18,7 +18,7 @@ def open_images(args, images=None):
     The demo's are written first. A preset that decides flags finds out --in_chans.
     """
     if images is not None:
-        return images, args.knn_data_path
+        return Items(images, OSError), args.knn_data_path
     if args.dataset:
         return open_dataset(args.dataset, args.data_path, args.download), args.knn_data_path
     if args.data_path != DEMO:

@@ -25,16 +25,10 @@ from dino.run_log import RunLog
 from dino.signals import Interruption, StopRequested
 from dino.training.agreement import Agreement
 from dino.training.finetuning import FineTuningState, Regularisation, finetuning_step
-from dino.training.saver import (
-    NEWEST,
-    Saver,
-    check_has_best,
-    is_beginning,
-    newest_whole,
-    own_checkpoints,
-)
+from dino.training.saver import NEWEST, Saver, newest_whole, own_checkpoints
 from dino.weights.files import backbone_payload
 from dino.weights.loading import check_described, restore
+from dino.weights.results import check_has_best, is_beginning
 
 BEST = "best_finetuned.pth"
 PRINT_FREQ = 20  # iterations between two lines of the console
@@ -120,6 +114,7 @@ class FineTuningRun:
         progress, length = self.progress, len(self.loader)
         used = progress.steps * self.loader.batch_size * get_world_size()
         self.loader.sampler.set_position(progress.epoch, used)
+        self.loader.while_waiting = self.agreement.while_waiting
         self.state.model.train()
         logger = MetricLogger(delimiter="  ")
         self.total = torch.tensor(

@@ -8,8 +8,9 @@ from dino.command_line import check_output_folder
 from dino.data.augmentations import MOST_HUE
 from dino.errors import UserError
 from dino.training.presets import CONTINUE, DECIDED
-from dino.training.saver import check_no_results, own_checkpoints
+from dino.training.saver import NEWEST, own_checkpoints
 from dino.wandb_log import require_wandb
+from dino.weights.results import check_no_results
 from vision_transformer import ARCHITECTURES
 
 
@@ -37,7 +38,8 @@ def check_places(args):
             " lost. Give another folder."
         )
     folder = args.output_dir
-    check_no_results(folder, ("backbone.pth", "checkpoint_best_*.pth"), own_checkpoints(folder))
+    results = "backbone.pth", "checkpoint_best_*.pth"
+    check_no_results(folder, results, own_checkpoints(folder), NEWEST)
     if args.preset == CONTINUE and not args.init_from:
         raise UserError("--preset continue: name the weights to start from with --init_from FILE.")
     if args.init_from and args.resume not in ("auto", "never"):

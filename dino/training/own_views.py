@@ -13,7 +13,7 @@ from dino.printable import brief
 def own_augmentation(path):
     """What the function at `path`, MODULE:FUNCTION, returns, checked."""
     augmentation = call_by_path(path, "--augmentation")
-    check_augmentation(augmentation, f"--augmentation {path}")
+    check_augmentation(augmentation, f"--augmentation {path}: what it returned")
     return augmentation
 
 
@@ -21,7 +21,7 @@ def check_augmentation(augmentation, source):
     """Raise UserError, which begins with `source`, unless it is a MultiCrop to train on."""
     if not isinstance(augmentation, MultiCrop):
         kind = type(augmentation).__name__
-        raise UserError(f"{source}: is a {kind}, not a dino.data.augmentations.MultiCrop.")
+        raise UserError(f"{source} is a {kind}, not a dino.data.augmentations.MultiCrop.")
     check_views(augmentation.views, source)
     check_colors(augmentation.mean, augmentation.std, source)
     channels = len(augmentation.mean)

@@ -87,10 +87,12 @@ def restore(checkpoint, source, **objects):
 def check_described(checkpoint, description, source):
     """Raise UserError unless a run's `description`, plain values by name, is what its file says.
 
-    But for where its pretrained weights are, which may move.
+    But for where its pretrained weights are, which may move, and for the images, which a file of an
+    earlier version does not state.
     """
+    may_differ = {"pretrained_weights"} | ({"train_set", "val_set"} - checkpoint.keys())
     for name, value in description.items():
-        if name != "pretrained_weights" and not equal(checkpoint.get(name), value):
+        if name not in may_differ and not equal(checkpoint.get(name), value):
             there, here = brief(checkpoint.get(name)), brief(value)
             raise UserError(
                 f"{source}: that run has {name} {there}, and this one {here}. Give another"

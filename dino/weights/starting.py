@@ -12,10 +12,9 @@ from dino.distributed import print0
 from dino.networks import unwrap
 from dino.printable import printable
 from dino.weights.files import is_named, without_prefix
-from dino.weights.loading import FLOATS, load_exactly
+from dino.weights.loading import FLOATS, load_exactly, same_kind
 from dino.weights.pretrained import (
     backbone_weights,
-    check_description,
     describe,
     describe_backbone,
     trained_img_size,
@@ -53,13 +52,13 @@ def warn_of_other_colors(checkpoint, path, **colors):
 
     Its first layer would see brighter or darker images than it learned from.
     """
-    stated = {name: value for name, value in describe(checkpoint).items() if name in colors}
-    check_description(stated, f"--init_from {path}")
-    other = any(
-        len(value) == len(colors[name]) and not np.allclose(value, colors[name], atol=1e-3)
-        for name, value in stated.items()
-    )
-    if other:
+    described = describe(checkpoint)
+    stated = {
+        name: described[name]
+        for name, value in colors.items()
+        if same_kind(described.get(name), value)
+    }
+    if any(not np.allclose(value, colors[name], atol=1e-3) for name, value in stated.items()):
         theirs, ours = (
             " ".join(f"--{name} {' '.join(f'{v:g}' for v in value)}" for name, value in of.items())
             for of in (stated, colors)

@@ -110,7 +110,7 @@ BROKEN = {
         lambda root: save_mask(masks_of(root) / "00001.png", np.full((24, 32), 255)),
         "no object in this first mask",
     ),
-    "object without a mask": (  # 1 to 6 scored 100 %
+    "object without a mask": (  # which would score 100 %
         lambda root: [save_mask(path, np.full((24, 32), 7)) for path in masks_of(root).iterdir()],
         "an object 7, and no mask of this video has an object 1",
     ),
@@ -131,7 +131,7 @@ def test_data_that_is_not_as_it_should_be_is_refused_by_name(kind, davis):
 
 
 def test_a_split_is_a_name_and_leads_to_no_other_folder(davis):
-    """--split sub/val wrote its tables to a folder that was not there, after all the work."""
+    """The names of the tables contain it."""
     with pytest.raises(UserError, match=r"--split \.\./2017/val: give the name of a list"):
         find_videos(davis, "../2017/val")
 

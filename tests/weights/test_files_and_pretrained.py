@@ -290,7 +290,7 @@ def test_a_wrong_key_names_those_that_there_are(tmp_path):
 
 
 def test_an_entry_without_weights_is_told_by_what_the_script_can_do():
-    """main_dino.py has no --checkpoint_key; 'no entry epoch; it has epoch' was no help."""
+    """main_dino.py has no --checkpoint_key."""
     content = {"model": {"cls_token": torch.zeros(1)}, "epoch": 3}
     with pytest.raises(UserError, match=r"holds 3 as entry 'epoch'; .* with --checkpoint_key"):
         backbone_weights(content, "epoch", "mae.pth")

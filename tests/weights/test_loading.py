@@ -27,7 +27,7 @@ from dino.training.checkpoint import (
     restore_training,
     training_payload,
 )
-from dino.weights.files import write_atomically
+from dino.weights.files import read, write_atomically
 from dino.weights.loading import load_exactly, restore
 from dino.weights.pretrained import check_description
 from dino.weights.starting import initialise_from
@@ -258,7 +258,7 @@ def test_what_a_heads_file_says_of_it_is_checked(name, value):
 
 def heads(path):
     """The arguments of save_training and load_training for one head."""
-    progress = HeadsProgress()
+    progress = HeadsProgress.of(1)
     progress.add(0, [50.0])
     progress.epoch = 1
     state = build_heads(4, 3, [0.1], 5, torch.device("cpu"))
@@ -275,9 +275,19 @@ def heads(path):
 def test_the_progress_of_heads_and_their_flags_are_checked(tmp_path, wrong):
     path, state, progress, description = heads(tmp_path)
     save_training(path, state, progress, description)
-    load_training(path, state, progress, description)
+    load_training(read(path), "here", state, progress, description)
     assert (progress.epoch, progress.head_bests) == (1, [(50.0, 0)])
     whole = torch.load(path, weights_only=True)
     write_atomically({**whole, **wrong}, path)
     with pytest.raises(UserError, match=r"invalid value|that run has|no entry"):
-        load_training(path, state, progress, description)
+        load_training(read(path), "here", state, progress, description)
+
+
+def test_a_run_of_a_version_that_did_not_state_its_images_is_resumed(tmp_path):
+    path, state, progress, description = heads(tmp_path)
+    save_training(path, state, progress, description)
+    sets = {"train_set": "3 images, names ab", "val_set": "2 images, names cd"}
+    load_training(read(path), "here", state, progress, description | sets)
+    save_training(path, state, progress, description | sets)
+    with pytest.raises(UserError, match="that run has val_set"):
+        load_training(read(path), "here", state, progress, description | sets | {"val_set": "x"})
