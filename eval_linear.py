@@ -233,7 +233,9 @@ def train_heads(args, device):
         )
     pretrained = open_backbone(args, args.image_size)
     features = build_features(args, pretrained, device)
-    augmentation = LinearProbeAugmentation(pretrained.image_size, pretrained.mean, pretrained.std)
+    augmentation = LinearProbeAugmentation(
+        pretrained.image_size, pretrained.mean, pretrained.std, pretrained.shrink_images
+    )
     options = loader_options(args, device)
     in_chans = pretrained.in_chans
     images = ImageFiles(paths, reader(in_chans))

@@ -246,7 +246,12 @@ def train(args, device, interruption):
     args.rand_augment = rand_augment_for(pretrained, args)
     options, in_chans = loader_options(args, device), pretrained.in_chans
     augmentation = FineTuningAugmentation(
-        pretrained.image_size, pretrained.mean, pretrained.std, args.crop_scale, args.rand_augment
+        pretrained.image_size,
+        pretrained.mean,
+        pretrained.std,
+        args.crop_scale,
+        args.rand_augment,
+        pretrained.shrink_images,
     )
     loader = training_loader(
         ImageFiles(paths, reader(in_chans)),

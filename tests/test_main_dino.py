@@ -8,14 +8,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, run_script
-from helpers import assert_equal_states, final_state, state_for_a_step
+from conftest import SMALL_RUN, photograph, run_script
+from helpers import assert_equal_states, final_state, parse, state_for_a_step
+from PIL import Image
 
+import eval_knn
 import main_dino
 import utils
+from dino.data.augmentations import LinearProbeAugmentation
 from dino.errors import Diverged
 from dino.training.failures import explain_divergence
+from dino.training.finetuning import FineTuningAugmentation
 from dino.training.flags import parse_args
+from dino.weights.pretrained import open_backbone
 
 
 def train(data, output_dir, *flags):
@@ -226,6 +231,25 @@ def step_by_hand(state, images, lr, weight_decay, momentum, epoch):
         for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
             mine.copy_(momentum * mine + (1 - momentum) * theirs)
     return loss.item()
+
+
+def test_evaluations_shrink_images_as_the_run_did(class_folders, tmp_path):
+    flags = ("--shrink_images", "20", "--epochs", "1", "--device", "cpu", "--report", "false")
+    data = ("--data_path", class_folders / "train", "--output_dir", tmp_path)
+    main_dino.train_dino(parse_args([str(flag) for flag in (*SMALL_RUN, *flags, *data)]))
+    large = photograph().resize((45, 60))
+    small = large.resize((20, 26), Image.BICUBIC)
+    for name in ("backbone.pth", "checkpoint.pth"):
+        args = parse(eval_knn, "--pretrained_weights", tmp_path / name)
+        pretrained = open_backbone(args)
+        assert torch.equal(pretrained.transform(large), pretrained.transform(small))
+    mean, std = pretrained.mean, pretrained.std
+    for build in (
+        lambda **options: LinearProbeAugmentation(32, mean, std, **options),
+        lambda **options: FineTuningAugmentation(32, mean, std, (0.3, 1.0), "", **options),
+    ):
+        found, expected = build(shorter_side=20)(large, (1, 2)), build()(small, (1, 2))
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.cuda

@@ -5,6 +5,7 @@ Drawing is apart from applying. Everything random about an image is drawn at onc
 generator, into arrays with one row per view; what applies them draws nothing.
 """
 
+import functools
 import random
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -186,33 +187,35 @@ QUARTER_TURNS = (None, Image.ROTATE_90, Image.ROTATE_180, Image.ROTATE_270)
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 
 
+def shrink(image, shorter_side):
+    """An image, PIL or (H, W, C), with at most so many pixels on its shorter side; 0: as it is."""
+    if not 0 < shorter_side < min(size_of(image)):
+        return image
+    resize = transforms.Resize(shorter_side, InterpolationMode.BICUBIC)
+    if isinstance(image, Image.Image):
+        return resize(image)
+    return resize(to_levels_tensor(image)).permute(1, 2, 0).numpy()
+
+
 class MultiCrop:
     """A PIL image -> its views in order, normalised by `mean` and `std`, each (3, S, S).
 
-    Images whose shorter side has more than `shorter_side` pixels, unless that is 0, are shrunk to
-    that first.
+    Images are shrunk to `shorter_side` first, see `shrink`.
     The first two views are the global ones, which the teacher sees. With a `key` (integers, such as
     seed, epoch and number of the image) the result is a function of image and key alone. Without,
     the key comes from torch's global generator.
     """
+
+    shorter_side = 0  # of subclasses with an __init__ of their own
 
     def __init__(self, views, mean=IMAGENET_MEAN, std=IMAGENET_STD, shorter_side=0):
         self.views, self.mean, self.std = list(views), tuple(mean), tuple(std)
         self.shorter_side = shorter_side
 
     def __call__(self, image, key=None):
-        image = self.shrunk(image)
+        image = shrink(image, self.shorter_side)
         parameters = self.draw(image, key)
         return [self.apply(image, number, parameters) for number in range(len(self.views))]
-
-    def shrunk(self, image):
-        """An image, PIL or (H, W, C), as the views are cut from it."""
-        if not 0 < self.shorter_side < min(size_of(image)):
-            return image
-        resize = transforms.Resize(self.shorter_side, InterpolationMode.BICUBIC)
-        if isinstance(image, Image.Image):
-            return resize(image)
-        return resize(to_levels_tensor(image)).permute(1, 2, 0).numpy()
 
     def draw(self, image, key=None):
         """The ViewParameters of an image under a key."""
@@ -270,11 +273,12 @@ class LinearProbeAugmentation:
     are.
     """
 
-    def __init__(self, image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(self, image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, shorter_side=0):
         self.view = View(image_size, (0.08, 1.0))
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.shorter_side = mean, std, shorter_side
 
     def __call__(self, image, key):
+        image = shrink(image, self.shorter_side)
         if len(self.mean) != RGB:
             image = to_levels_tensor(image)
         image = box_and_flip(image, self.view, key, InterpolationMode.BILINEAR)
@@ -308,31 +312,34 @@ class Solarization:
         return ImageOps.solarize(image) if random.random() < self.p else image
 
 
-def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, shorter_side=0):
     """Central crop of `image_size` pixels after resizing the short side to 256/224 of that.
 
     Gives (C, `image_size`, `image_size`), normalised, of a PIL image or, where there is a mean for
-    more or fewer channels than 3, of an array.
+    more or fewer channels than 3, of an array. Both are shrunk to `shorter_side` before.
     """
-    return EvalTransform(image_size, mean, std)
+    return EvalTransform(image_size, mean, std, shorter_side)
 
 
 def transform_of(augmentation):
-    """The eval_transform beside an augmentation: its global crops' size, its normalisation."""
-    return eval_transform(augmentation.views[0].size, augmentation.mean, augmentation.std)
+    """The eval_transform beside a MultiCrop: the size of its global crops, its other settings."""
+    return eval_transform(
+        augmentation.views[0].size, augmentation.mean, augmentation.std, augmentation.shorter_side
+    )
 
 
 class EvalTransform(transforms.Compose):
     """See eval_transform. `in_chans`: how many channels it takes."""
 
-    def __init__(self, image_size, mean, std):
+    def __init__(self, image_size, mean, std, shorter_side):
         self.in_chans = len(mean)
+        first = functools.partial(shrink, shorter_side=shorter_side)
         resize = transforms.Resize(resized_side(image_size), InterpolationMode.BICUBIC)
         crop, normalize = transforms.CenterCrop(image_size), transforms.Normalize(mean, std)
         if self.in_chans == RGB:
-            super().__init__([resize, crop, transforms.ToTensor(), normalize])
+            super().__init__([first, resize, crop, transforms.ToTensor(), normalize])
         else:
-            super().__init__([to_levels_tensor, resize, crop, to_shares, normalize])
+            super().__init__([first, to_levels_tensor, resize, crop, to_shares, normalize])
 
 
 def resized_side(image_size):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import default_collate
 
-from dino.data.augmentations import NEUTRAL, MultiCrop, ViewParameters
+from dino.data.augmentations import NEUTRAL, MultiCrop, ViewParameters, shrink
 from dino.data.channels import RGB, to_levels_tensor
 from dino.errors import UserError
 
@@ -68,7 +68,7 @@ class CropStage:
         self.augmentation = augmentation
 
     def __call__(self, image, key=None):
-        image = self.augmentation.shrunk(image)
+        image = shrink(image, self.augmentation.shorter_side)
         parameters = self.augmentation.draw(image, key)
         # channels last in memory, for which torch resizes 8-bit images fastest
         pixels = to_levels_tensor(image)

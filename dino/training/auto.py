@@ -112,7 +112,7 @@ def fit_crops(settings, survey, device_type):
         reason = f"the minimum for a ResNet; the images have {side}"
     settings.decide("global_crop_size", size, reason)
     if layout_matters(survey, device_type) and side > settings["global_crop_size"]:
-        finer = "as large as a crop: what is finer, as a weave, tells one image from all others"
+        finer = "the size of a crop: finer detail, such as a weave, identifies single images"
         settings.decide("shrink_images", settings["global_crop_size"], finer)
     if survey.images >= LIKE_IMAGENET and size == OFFICIAL_CROP:
         return  # the official local crops

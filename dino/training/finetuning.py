@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 
 from dino.backbones import build_backbone, first_of, has_batchnorms
-from dino.data.augmentations import View, box_and_flip, normalised
+from dino.data.augmentations import View, box_and_flip, normalised, shrink
 from dino.data.channels import RGB, to_levels_tensor
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
@@ -148,11 +148,13 @@ def build_finetuning(model, device, *, weight_decay, layer_decay, ema_decay, amp
 class FineTuningAugmentation:
     """Image -> a box of it, flipped or not, after timm's RandAugment: (C, S, S), normalised.
 
-    PIL or, of other channels than RGB, an array (H, W, C), of which RandAugment can change nothing.
-    A function of image and `key` alone. `rand_augment` is timm's text for it, "" for none.
+    PIL or, of other channels than RGB, an array (H, W, C), of which RandAugment can change nothing;
+    shrunk to `shorter_side` first. A function of image and `key` alone. `rand_augment` is timm's
+    text for it, "" for none.
     """
 
-    def __init__(self, image_size, mean, std, crop_scale, rand_augment):
+    def __init__(self, image_size, mean, std, crop_scale, rand_augment, shorter_side=0):
+        self.shorter_side = shorter_side
         self.view, self.mean, self.std = View(image_size, tuple(crop_scale)), mean, std
         color = tuple(max(0, min(255, round(255 * value))) for value in mean)
         options = dict(translate_const=int(0.45 * image_size), img_mean=color)
@@ -160,6 +162,7 @@ class FineTuningAugmentation:
         self.change = build_rand_augment(rand_augment, options) if rand_augment else None
 
     def __call__(self, image, key):
+        image = shrink(image, self.shorter_side)
         if len(self.mean) != RGB:
             image = to_levels_tensor(image)
         image = box_and_flip(image, self.view, key, InterpolationMode.BICUBIC)

@@ -250,6 +250,7 @@ class Run:
             stem=self.args.stem,
             patch_size=self.args.patch_size,
             image_size=self.augmentation.views[0].size,
+            shrink_images=self.augmentation.shorter_side,
             mean=self.augmentation.mean,
             std=self.augmentation.std,
         )

@@ -175,7 +175,16 @@ def hash_weights(module):
 
 
 def backbone_payload(
-    model, *, arch, patch_size, image_size, mean, std, stem="auto", network="teacher"
+    model,
+    *,
+    arch,
+    patch_size,
+    image_size,
+    mean,
+    std,
+    stem="auto",
+    network="teacher",
+    shrink_images=0,
 ):
     """The content of `backbone.pth`: clean keys, and how to build and feed the backbone of `model`.
 
@@ -189,6 +198,7 @@ def backbone_payload(
         "stem": stem,
         "patch_size": patch_size,
         "image_size": image_size,
+        "shrink_images": shrink_images,
         "mean": mean,
         "std": std,
     }

@@ -44,6 +44,7 @@ class Pretrained:
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
     stem: str = "auto"  # of a ResNet
+    shrink_images: int = 0  # pixels of the shorter side, before anything else; 0: as they are
 
     @property
     def in_chans(self):
@@ -67,7 +68,7 @@ class Pretrained:
     @property
     def transform(self):
         """PIL image, or array of other channels -> normalised central crop (C, size, size)."""
-        return eval_transform(self.image_size, self.mean, self.std)
+        return eval_transform(self.image_size, self.mean, self.std, self.shrink_images)
 
 
 def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
@@ -172,6 +173,7 @@ def check_description(described, source):
         "patch_size": is_count,
         "stem": lambda value: isinstance(value, str) and value in STEMS,
         "image_size": is_count,
+        "shrink_images": lambda value: type(value) is int and 0 <= value <= 2**13,
         "mean": is_color,
         "std": lambda value: is_color(value, lowest=1 / LARGEST_COLOR),
     }
