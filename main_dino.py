@@ -158,9 +158,8 @@ def settle(args, images, augmentation, device, weights):
             own_views,
         )
         gc.collect()  # compiled networks are in cycles: those on trial would stay on the device
-        fix_random_seeds(
-            args.seed
-        )  # the timed steps drew random numbers, how many depends on the clock
+        # the timed steps drew random numbers, how many depends on the clock
+        fix_random_seeds(args.seed)
         check_training_flags(args, own_views)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
