@@ -39,8 +39,8 @@ from dino.data.labels import describe_set
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, is_main_process, print0, shut_down
 from dino.errors import Diverged, UserError, exit_on_user_error
-from dino.evaluation.features import FrozenFeatures, require_finite
-from dino.evaluation.linear import evaluate_heads, train_heads_one_epoch
+from dino.evaluation.features import FrozenFeatures
+from dino.evaluation.linear import evaluate_head, evaluate_heads, train_heads_one_epoch
 from dino.evaluation.linear_files import (
     BEST,
     NEWEST,
@@ -139,7 +139,7 @@ def eval_linear(args):
     _, device = init_distributed(args.device, args.dist_url)
     torch.backends.cudnn.benchmark = True
     if args.evaluate:
-        accuracy = evaluate_head(args, device)
+        accuracy = evaluate(args, device)
     else:
         with owned(args.output_dir):
             accuracy = train_heads(args, device)
@@ -159,7 +159,7 @@ def check_linear_flags(args):
     check_folder(Path(args.output_dir))
 
 
-def evaluate_head(args, device):
+def evaluate(args, device):
     """Top-1 in percent of --classifier or, without it, of the published head of the backbone."""
     paths, labels, names = list_labelled_images(args.data_path, "val")
     if args.classifier:
@@ -189,8 +189,8 @@ def evaluate_head(args, device):
     print0(printable(f"Loaded {source}, {head.num_labels} classes."))
     options = loader_options(args, device)
     loader = evaluation_loader(paths, labels, pretrained.transform, **options)
-    (result,) = evaluate_heads(features, [head.to(device)], loader, len(paths))
-    require_finite(torch.tensor(result["loss"]), f"the outputs of {pretrained.arch} with {source}")
+    what = f"the outputs of {pretrained.arch} with {source}"
+    result = evaluate_head(features, head, loader, len(paths), what)
     print_result(result)
     print0(f"Accuracy of the network on the {len(paths)} test images: {result['acc1']:.1f}%")
     return result["acc1"]

@@ -45,8 +45,8 @@ from dino.data.labels import describe_set
 from dino.data.loaders import evaluation_loader, training_loader
 from dino.distributed import get_world_size, init_distributed, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
-from dino.evaluation.features import FrozenFeatures, require_finite
-from dino.evaluation.linear import evaluate_heads
+from dino.evaluation.features import FrozenFeatures
+from dino.evaluation.linear import evaluate_head
 from dino.evaluation.linear_files import (
     check_head_description,
     fingerprint,
@@ -199,7 +199,8 @@ def check_flags(args):
             f"--output_dir {folder}: log.txt there is of a run of another script, and would be"
             f" lost. Give this run a folder of its own, such as {folder / 'finetuned'}."
         )
-    check_no_results(folder, (BEST, "log.txt"), own_checkpoints(folder), NEWEST)
+    if not own_checkpoints(folder):
+        check_no_results(folder, (BEST, "log.txt"), NEWEST)
 
 
 def evaluate(args, device):
@@ -218,8 +219,7 @@ def evaluate(args, device):
     if head.linear.in_features != features.dim:
         raise UserError(f"{source}: its head does not fit its backbone.")
     loader = evaluation_loader(paths, labels, pretrained.transform, **loader_options(args, device))
-    (result,) = evaluate_heads(features, [head.to(device)], loader, len(paths))
-    require_finite(torch.tensor(result["loss"]), f"the outputs of {source}")
+    result = evaluate_head(features, head, loader, len(paths), f"the outputs of {source}")
     print0(f"Accuracy of the network on the {len(paths)} test images: {result['acc1']:.1f}%")
     return result["acc1"]
 
@@ -305,11 +305,10 @@ def train(args, device, interruption):
         backbone
         | {name: getattr(args, name) for name in RECIPES[args.preset]}
         | dict(from_scratch=args.from_scratch, seed=args.seed, classes=classes)
-        | dict(global_batch=global_batch)
+        | dict(global_batch=global_batch, pretrained_weights=args.pretrained_weights)
         | dict(train_set=describe_set(paths, args.data_path))
         | dict(val_set=describe_set(val_paths, args.data_path))
-        | dict(initial_backbone=fingerprint(pretrained.backbone))
-        | dict(pretrained_weights=args.pretrained_weights),
+        | dict(initial_backbone=fingerprint(pretrained.backbone)),
         backbone,
         Saver(args.output_dir, minutes=args.saveckp_minutes),
         interruption,

@@ -103,7 +103,8 @@ class RunLog:
 
     def measurement(self, progress, measured):
         """What was measured on the features between two epochs: printed and logged."""
-        epochs = position(progress)["epoch"]
+        place = position(progress)
+        epochs = place["epoch"]
         knn = [f"{name[4:]} {measured[name]:.1f} %" for name in measured if name[:4] == "knn_"]
         if knn:
             print0(f"k-NN accuracy after {epochs} epochs: {', '.join(knn)}")
@@ -111,7 +112,7 @@ class RunLog:
             f"Features after {epochs} epochs: RankMe {measured['rank_me']:.1f},"
             f" alignment {measured['alignment']:.3f}, uniformity {measured['uniformity']:.2f}"
         )
-        self.append("metrics.jsonl", position(progress) | measured)
+        self.append("metrics.jsonl", place | measured)
 
     def verdict(self, progress, name, text):
         """What the epoch that just ended has shown: printed and logged."""

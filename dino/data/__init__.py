@@ -6,6 +6,6 @@ does the second half on the device; `loaders` serves batches in a reproducible o
 embedded data set, `masks` are images with ground-truth masks. `channels` reads images of any number
 of channels, `datasets` opens those of torchvision or one's own, `survey` says what a data set is
 like. `retrieval_set` (revisited Oxford and Paris, with a ground truth that `plain_pickle` reads),
-`copydays` and `davis` are benchmarks' layouts; `demo_videos` makes a set of videos with masks;
-`frames` are files in a folder, `videos` files of their own.
+`copydays` and `davis` are benchmarks' layouts, `name_lists` their text files; `demo_videos` makes a
+set of videos with masks; `frames` are files in a folder, `videos` files of their own.
 """

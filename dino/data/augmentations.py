@@ -256,8 +256,14 @@ class DataAugmentationDINO(MultiCrop):
         super().__init__(dino_views(*args, **kwargs), mean, std, shorter_side)
 
 
-def box_and_flip(image, view, key, interpolation):
-    """A box of an image, resized, flipped or not, by `key`; nothing else of `view` is applied."""
+def box_and_flip(image, view, key, interpolation, shorter_side):
+    """A box of an image, resized, flipped or not, by `key`; nothing else of `view` is applied.
+
+    A PIL image, or of an array (H, W, C) a tensor (C, S, S); shrunk to `shorter_side` first.
+    """
+    image = shrink(image, shorter_side)
+    if not isinstance(image, Image.Image):
+        image = to_levels_tensor(image)
     height, width = F.get_dimensions(image)[1:]
     parameters = draw_views(np.random.default_rng(key), [view], width, height)
     box, size = parameters.boxes[0].tolist(), [view.size] * 2
@@ -278,10 +284,8 @@ class LinearProbeAugmentation:
         self.mean, self.std, self.shorter_side = mean, std, shorter_side
 
     def __call__(self, image, key):
-        image = shrink(image, self.shorter_side)
-        if len(self.mean) != RGB:
-            image = to_levels_tensor(image)
-        image = box_and_flip(image, self.view, key, InterpolationMode.BILINEAR)
+        bilinear = InterpolationMode.BILINEAR
+        image = box_and_flip(image, self.view, key, bilinear, self.shorter_side)
         return normalised(image, self.mean, self.std)
 
 

@@ -51,14 +51,13 @@ def colours_on_device(choice, augmentation, device):
     """Whether --augment `choice` leaves the colours of this MultiCrop to the device; UserError if
     it should, and has operations of its own.
     """
-    if choice == "device" and not fits_stages(augmentation):
+    fits = fits_stages(augmentation)
+    if choice == "device" and not fits:
         raise UserError(
             f"--augment device: {type(augmentation).__name__} has operations of its own, which the"
             " device would leave out. Give --augment cpu."
         )
-    return choice == "device" or (
-        choice == "auto" and device.type == "cuda" and fits_stages(augmentation)
-    )
+    return choice == "device" or (choice == "auto" and device.type == "cuda" and fits)
 
 
 class CropStage:

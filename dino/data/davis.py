@@ -16,6 +16,7 @@ from dino.atomic import replacing
 from dino.data.frames import check_frames, check_size, list_frames
 from dino.data.images import given_path
 from dino.data.masks import BACKGROUND, VOID, open_mask
+from dino.data.name_lists import read_names
 from dino.errors import UserError
 
 RESOLUTION = "480p"
@@ -43,10 +44,10 @@ class Video:
 def find_videos(data_path, split="val"):
     """The Videos that ImageSets/2017/`split`.txt lists. UserError where a file is missing."""
     root = given_path(data_path)
-    return [find_video(root, name) for name in read_names(root, split)]
+    return [find_video(root, name) for name in list_videos(root, split)]
 
 
-def read_names(root, split):
+def list_videos(root, split):
     """Names of the videos of a split. Blank lines are skipped: UserError for anything else."""
     if Path(split).name != split:  # it is a part of the names of tables, too
         raise UserError(f"--split {split}: give the name of a list in ImageSets/2017/, as val.")
@@ -56,19 +57,12 @@ def read_names(root, split):
             f"--data_path {root}: there is no {path}. Give DAVIS 2017's folder, which holds"
             " ImageSets/2017/val.txt, JPEGImages/480p/ and Annotations/480p/; or demo://."
         )
-    try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path}: this file is not text. It must list a video's name per line."
-        ) from None
+    names = read_names(path)
     if not names:
         raise UserError(f"{path} lists no video. It must list a name per line.")
     for name in names:
         if name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
             raise UserError(f"{path}: {name!r} is not the name of a folder of frames.")
-        if names.count(name) > 1:
-            raise UserError(f"{path} lists {name} twice.")
     return names
 
 

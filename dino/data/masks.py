@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dino.data.images import find_images, given_path, read_image
+from dino.data.name_lists import read_names
 from dino.errors import UserError
 
 LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp")
@@ -78,20 +79,8 @@ def find_voc(data_path, ground_truth):
         )
     return [
         (name, root / "JPEGImages" / f"{name}.jpg", masks[0] / f"{name}.png")
-        for name in read_names(names)
+        for name in read_names(names, separate=str.split)
     ]
-
-
-def read_names(path):
-    """The names that a list of VOC holds; UserError unless it is text, and names each once."""
-    try:
-        names = path.read_text().split()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: this file is not text. It must list a name per line.") from None
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path} lists {twice} twice.")
-    return names
 
 
 def find_pairs(data_path, ground_truth):
@@ -159,7 +148,8 @@ def open_mask(path):
     read_image(path)  # raises, with the name of the file, for what cannot be decoded
     mask = Image.open(path)
     compression = mask.info.get("compression") if mask.format == "TIFF" else None
-    if mask.format == "JPEG" or compression in LOSSY_IN_TIFF or is_lossy_webp(path):
+    is_lossy = mask.format == "JPEG" or (mask.format == "WEBP" and is_lossy_webp(path))
+    if is_lossy or compression in LOSSY_IN_TIFF:
         kind = f"{compression} in TIFF" if compression else mask.format
         raise UserError(
             f"{path}: {kind} blurs the edge of a mask. Save masks as PNG, from their source."
@@ -168,11 +158,8 @@ def open_mask(path):
 
 
 def is_lossy_webp(path):
-    """Whether a file is a WebP whose pixels are in a chunk `VP8 `; in `VP8L` nothing is lost."""
-    content = Path(path).read_bytes()
-    if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
-        return False
-    start = 12
+    """Whether the pixels of a WebP are in a chunk `VP8 `; in `VP8L` nothing is lost."""
+    content, start = Path(path).read_bytes(), 12  # behind the header, RIFF and WEBP
     while start < len(content) and content[start : start + 4] not in (b"VP8 ", b"VP8L"):
         size = int.from_bytes(content[start + 4 : start + 8], "little")
         start += 8 + size + size % 2

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dino.distributed import all_reduce_sum, get_world_size
+from dino.evaluation.features import require_finite
 from dino.meters import MetricLogger, is_due, progress_bar
 
 PRINT_FREQ = 20  # iterations between two lines of the console
@@ -62,3 +63,10 @@ def evaluate_heads(features, heads, loader, total):
         for result in results:
             del result["acc5"]
     return results
+
+
+def evaluate_head(features, head, loader, total, what):
+    """`evaluate_heads` of one head; UserError, which says `what` they are, for infinite outputs."""
+    (result,) = evaluate_heads(features, [head.to(features.device)], loader, total)
+    require_finite(torch.tensor(result["loss"]), what)
+    return result

@@ -107,8 +107,8 @@ def check_folder(folder):
     heads of a run whose checkpoint is gone.
     """
     check_own_log(folder)
-    checkpoints = [path for path in [folder / NEWEST] if path.exists()]
-    check_no_results(folder, (BEST, LAST, "log.txt"), checkpoints, NEWEST)
+    if not (folder / NEWEST).exists():
+        check_no_results(folder, (BEST, LAST, "log.txt"), NEWEST)
 
 
 def check_own_log(folder):

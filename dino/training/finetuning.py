@@ -21,8 +21,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode
 
 from dino.backbones import build_backbone, first_of, has_batchnorms
-from dino.data.augmentations import View, box_and_flip, normalised, shrink
-from dino.data.channels import RGB, to_levels_tensor
+from dino.data.augmentations import View, box_and_flip, normalised
 from dino.distributed import get_rank, get_world_size
 from dino.errors import UserError
 from dino.evaluation.linear_files import LinearClassifier
@@ -162,10 +161,8 @@ class FineTuningAugmentation:
         self.change = build_rand_augment(rand_augment, options) if rand_augment else None
 
     def __call__(self, image, key):
-        image = shrink(image, self.shorter_side)
-        if len(self.mean) != RGB:
-            image = to_levels_tensor(image)
-        image = box_and_flip(image, self.view, key, InterpolationMode.BICUBIC)
+        bicubic = InterpolationMode.BICUBIC
+        image = box_and_flip(image, self.view, key, bicubic, self.shorter_side)
         if self.change:
             seed = seed_of(*key)  # timm draws from these two
             random.seed(seed)

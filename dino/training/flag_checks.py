@@ -38,8 +38,8 @@ def check_places(args):
             " lost. Give another folder."
         )
     folder = args.output_dir
-    results = "backbone.pth", "checkpoint_best_*.pth"
-    check_no_results(folder, results, own_checkpoints(folder), NEWEST)
+    if not own_checkpoints(folder):
+        check_no_results(folder, ("backbone.pth", "checkpoint_best_*.pth"), NEWEST)
     if args.preset == CONTINUE and not args.init_from:
         raise UserError("--preset continue: name the weights to start from with --init_from FILE.")
     if args.init_from and args.resume not in ("auto", "never"):

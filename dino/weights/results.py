@@ -6,15 +6,14 @@ from pathlib import Path
 from dino.errors import UserError
 
 
-def check_no_results(folder, names, checkpoints, newest):
+def check_no_results(folder, names, newest):
     """Raise UserError for a file of these `names`, which may hold *, that a new run would replace.
 
-    With any of its `checkpoints` the run in `folder` is resumed, and replaces nothing. The error
-    names `newest`, the usual one. An empty file is nothing to lose.
+    For a `folder` without a checkpoint, such as `newest`. An empty file is nothing to lose.
     """
     found = [path for name in names for path in Path(folder).glob(name) if path.is_file()]
     results = [path.name for path in found if path.stat().st_size]
-    if results and not checkpoints:
+    if results:
         raise UserError(
             f"--output_dir {folder}: holds {results[0]}, which would be lost, and no {newest} to"
             " resume from. Give another folder, or move the file away."
