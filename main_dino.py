@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO
 from dino.data.images import limit_pixels
+from dino.data.levels import set_white
 from dino.distributed import get_world_size, init_distributed, shut_down
 from dino.errors import exit_on_user_error
 from dino.loss import DINOLoss
@@ -161,6 +162,7 @@ def settle(args, images, augmentation, device, weights):
         # the timed steps drew random numbers, how many depends on the clock
         fix_random_seeds(args.seed)
         check_training_flags(args, own_views)
+    set_white(args.white)
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
     args.in_chans = len(augmentation.mean)

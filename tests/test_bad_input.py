@@ -110,6 +110,7 @@ RANGES = {  # values outside of the range of these flags
     },
     "-0.1 nan inf": {
         "main_dino": "lr min_lr weight_decay weight_decay_end clip_grad saveckp_minutes blur_radius"
+        " white"
     },
     "0 nan inf": {"main_dino": "warmup_teacher_temp teacher_temp hours std", "eval_linear": "lr"},
     "nan inf": {"main_dino": "mean"},

@@ -94,6 +94,7 @@ def test_12_bits_in_files_of_16_are_called_dark_and_not_blank(tmp_path, capsys):
     said = capsys.readouterr().out
     assert re.search(r"Warning: no value of the images is above 1\d of 255", said)
     assert "blank" not in said
+    assert re.search(r"--white +4095 +the files use 12 of their 16 bits", said)
 
 
 UNREADABLE = {

@@ -18,17 +18,17 @@ from dino.data.images import (
     UnreadableImage,
     check_is_regular,
     check_pixels,
-    highest_by_range,
     open_image,
     read_image,
-    to_rgb,
 )
+from dino.data.levels import check_bits, loses_bits, to_levels, to_rgb, white
 from dino.errors import UserError
 
 RGB = 3
 TIFF = (".tif", ".tiff")
 BLACK_IS_ZERO_OR_RGB = (1, 2)  # values of TIFF's tag PhotometricInterpretation
 LOOKED_AT = 8  # files, to find out how many channels there are
+MOST_FOR_WHITE = 64  # files, to find out how many bits are used
 MOST_CHANNELS = 1024  # of an image
 
 
@@ -37,8 +37,7 @@ def read_any(path, in_chans=RGB):
 
     Raises UnreadableImage for what cannot be decoded or has another number of channels.
     """
-    is_array = str(path).lower().endswith(ARRAYS)
-    if in_chans == RGB and not is_array:
+    if in_chans == RGB and is_for_pillow(path):
         return read_image(path)
     try:
         image = with_channels(read_channels(path, in_chans), in_chans)
@@ -47,6 +46,15 @@ def read_any(path, in_chans=RGB):
         raise
     except Exception as error:  # whatever a decoder may raise on somebody's bytes
         raise UnreadableImage(path, str(error) or type(error).__name__) from None
+
+
+def is_for_pillow(path):
+    """Whether Pillow reads an RGB image of this file as well as tifffile or numpy do."""
+    ending = Path(path).suffix.lower()
+    if ending in TIFF and white():
+        with open_image(path) as image:
+            return not loses_bits(image)
+    return ending not in ARRAYS
 
 
 def reader(in_chans):
@@ -60,6 +68,17 @@ def read_channels(path, in_chans=None):
     ValueError for a TIFF or .npy of too many pixels, or that is not for `in_chans` channels, before
     it is decoded.
     """
+    pixels, bits = read_numbers(path, in_chans)
+    if pixels is None:
+        with open_image(path) as image:
+            pixels = as_levels(image)
+    return to_levels(np.ascontiguousarray(channels_last(pixels)), bits)
+
+
+def read_numbers(path, in_chans=None):
+    """(numbers of any type, in two dimensions or three; the bits that a TIFF says they have or
+    None) of a .npy or a TIFF of levels, (None, None) of what is for Pillow. See read_channels.
+    """
     check_is_regular(path)
     ending = Path(path).suffix.lower()
     pixels = bits = None
@@ -71,14 +90,12 @@ def read_channels(path, in_chans=None):
             if holds_levels(series):
                 check_shape(shape_of(series), in_chans)
                 pixels, bits = series.asarray(), series.keyframe.bitspersample
-    if pixels is None:
-        with open_image(path) as image:
-            pixels = as_levels(image)
-    return to_levels(np.ascontiguousarray(channels_last(pixels)), bits)
+    return pixels, bits
 
 
 def as_levels(image):
     """A PIL image as an array; as RGB where its numbers are not the levels of its channels."""
+    check_bits(image)
     return np.asarray(image if image.mode in ("L", "RGB", "RGBA", "LA") else to_rgb(image))
 
 
@@ -125,28 +142,6 @@ def channels_are_told(series):
     one_page = math.prod(shape) == math.prod(series.keyframe.shape)
     rows = axes[0] == "Q" and shape[-1] < min(shape[:-1])
     return one_page or rows or bool(set(axes) & {"C", "S"})
-
-
-def to_levels(values, bits=None):
-    """Numbers of any type as uint8 levels. ValueError for values that have no place in 0 to 255.
-
-    Integers of up to 16 bits without a sign by their type, of which a TIFF may use fewer `bits`;
-    other numbers by their range, as images.to_rgb does.
-    """
-    values = values.astype(values.dtype.newbyteorder("="), copy=False)
-    if values.dtype == np.uint8 and bits in (None, 8):
-        return values
-    if values.dtype == np.int8:
-        raise ValueError("8-bit integers with a sign")
-    if not (np.isfinite(values).all() and values.min() >= 0):
-        raise ValueError("values below 0, or that are not finite")
-    if values.dtype == np.bool_:
-        highest = 1
-    elif values.dtype in (np.uint8, np.uint16):
-        highest = 2 ** (bits or 8 * values.itemsize) - 1
-    else:
-        highest = highest_by_range(values)
-    return np.floor(values * (255 / highest) + 0.5).astype(np.uint8)
 
 
 def check_shape(shape, in_chans=None):
@@ -240,6 +235,30 @@ def channels_in_header(path):
             return RGB, True
         channels = check_shape(shape_of(series))
         return (RGB if channels == 1 else channels), channels_are_told(series)
+
+
+def find_white(paths):
+    """What --white should be for these files: 2^b - 1 if those of 16 bits use b of them, else 0.
+
+    So a sensor of 12 bits has all 256 levels, of which 65535 as white would leave 17.
+    """
+    highest = max(map(highest_of_16_bits, paths[:: -(-len(paths) // MOST_FOR_WHITE)]), default=0)
+    bits = max(8, highest.bit_length())
+    return 2.0**bits - 1 if highest and bits < 16 else 0.0
+
+
+def highest_of_16_bits(path):
+    """The greatest number in a file of 16-bit integers without a sign; 0 for other files."""
+    try:
+        numbers, _ = read_numbers(path)
+        if numbers is None:
+            with open_image(path) as image:
+                is_png = image.format == "PNG" and image.mode.startswith("I")
+                numbers = np.asarray(image).astype(np.uint16) if is_png else None
+    except Exception:  # reading it as an image will say what is wrong
+        return 0
+    is_16_bits = numbers is not None and (numbers.dtype.kind, numbers.dtype.itemsize) == ("u", 2)
+    return int(numbers.max()) if is_16_bits else 0
 
 
 def to_levels_tensor(image):

@@ -11,10 +11,9 @@ import signal
 from multiprocessing import connection
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler
 
-from dino.data.images import UnreadableImage, limit_pixels
+from dino.data.images import UnreadableImage, follow, reading_rules
 from dino.data.items import Replaced, collate_readable
 from dino.errors import UserError
 from dino.signals import leave_signals_to_parent
@@ -45,7 +44,7 @@ class ImageLoader(DataLoader):
             timeout=LOOK if options.get("num_workers") else 0,
             collate_fn=collate_readable,
             generator=torch.Generator(),
-            worker_init_fn=functools.partial(start_worker, Image.MAX_IMAGE_PIXELS),
+            worker_init_fn=functools.partial(start_worker, reading_rules()),
             **options,
         )
 
@@ -197,10 +196,10 @@ def exit_codes(workers):
     return {worker.exitcode for worker in workers} - {None, 0}
 
 
-def start_worker(max_pixels, number):
+def start_worker(rules, number):
     """For DataLoader's worker_init_fn."""
     leave_signals_to_parent()
-    limit_pixels(max_pixels)
+    follow(rules)
 
 
 class EpochSampler(DistributedSampler):

@@ -17,6 +17,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dino.command_line import PLACEHOLDER
+from dino.data.levels import check_decodable, set_white, to_rgb, white
 from dino.errors import UserError
 from dino.printable import printable
 
@@ -216,6 +217,17 @@ def limit_pixels(count):
     Image.MAX_IMAGE_PIXELS = count
 
 
+def reading_rules():
+    """What `limit_pixels` and `set_white` have set; with `follow` another process reads alike."""
+    return Image.MAX_IMAGE_PIXELS, white()
+
+
+def follow(rules):
+    most_pixels, number = rules
+    limit_pixels(most_pixels)
+    set_white(number)
+
+
 def read_image(path):
     """The image at `path` as PIL RGB, as the official code reads it. Raises UnreadableImage.
 
@@ -298,69 +310,3 @@ class FileOfScans(io.BufferedReader):
             if self.scans > MOST_SCANS:
                 raise ValueError(f"a JPEG of more than {MOST_SCANS} scans")
         return content
-
-
-def to_rgb(image):
-    """A PIL image of any mode as RGB. ValueError for values that have no place in 0 to 255."""
-    tags = image.tag_v2 if image.format == "TIFF" else {}
-    if image.mode == "L" and 2 in tags.get(SAMPLE_FORMAT, ()):
-        raise ValueError("8-bit integers with a sign")
-    if image.mode == "F" or image.mode.startswith("I"):
-        if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-            raise ValueError("more than 8 bits of which 0 is white")
-        values = np.asarray(image)
-        if not (np.isfinite(values).all() and values.min() >= 0):
-            raise ValueError("values below 0, or that are not finite")
-        scale = 255 / (highest_of_type(image, tags) or highest_by_range(values))
-        image = Image.fromarray(np.floor(values * scale + 0.5).astype(np.uint8))
-    return image.convert("RGB")
-
-
-# Tags of TIFF. The sample format 2 is "integer with a sign", 3 "floating-point number".
-BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339
-WHITE_IS_ZERO, NOT_COMPRESSED, APART = 0, 1, 2
-
-
-def check_decodable(tags):
-    """Raise ValueError for a TIFF of which Pillow 13 gives other numbers than it holds.
-
-    Each byte of the planes is a pixel to it, or the bytes are swapped once too often.
-    """
-    compressed = tags.get(COMPRESSION, NOT_COMPRESSED) != NOT_COMPRESSED
-    if tags.get(PLANES) == APART and max(tags.get(BITS, (1,))) > 8 and not compressed:
-        raise ValueError("planes of more than 8 bits that are not compressed; save them compressed")
-    if compressed and tags.prefix == b"MM" and {2, 3} & set(tags.get(SAMPLE_FORMAT, ())):
-        raise ValueError(
-            "big-endian numbers with a sign that are compressed; save it little-endian"
-        )
-
-
-def highest_of_type(image, tags):
-    """The value of white in integers of 9 to 16 bits, Pillow's modes I;16 and I; else None."""
-    bits = set(tags.get(BITS, ()))
-    if len(bits) == 1 and 8 < max(bits) < 16:
-        return 2 ** max(bits) - 1
-    if image.mode.startswith("I;16") or (image.format in ("PNG", "PPM") and image.mode == "I"):
-        return 65535
-    if image.mode == "I" and tags.get(BITS) == (16,):
-        return 32767 if tags.get(SAMPLE_FORMAT) == (2,) else 65535
-    return None
-
-
-def highest_by_range(values):
-    """The value of white in 32-bit numbers: 1 (of floating-point numbers), 255 or 65535.
-
-    ValueError where the range does not tell, or where it tells that these are not levels: what lies
-    between would come out almost black.
-    """
-    highest = values.max()
-    shares = np.issubdtype(values.dtype, np.floating)
-    if shares and highest <= 1:
-        return 1
-    if highest <= 255 and (highest > 16 or not shares):
-        return 255
-    if 4096 < highest <= 65535:
-        return 65535
-    raise ValueError(
-        f"values up to {highest:g}, from which it cannot be told whether white is 1, 255 or 65535"
-    )

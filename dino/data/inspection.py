@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dino.data.channels import RGB, read_any, size_of
-from dino.data.images import ARRAYS, UnreadableImage
+from dino.data.images import ARRAYS, UnreadableImage, follow, reading_rules
 from dino.signals import leave_signals_to_parent
 
 SECONDS = 60.0  # that an image may take
@@ -96,7 +96,9 @@ class Worker:
 
     def __init__(self, in_chans):
         self.connection, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=serve, args=(theirs, in_chans), daemon=True)
+        self.process = multiprocessing.Process(
+            target=serve, args=(theirs, in_chans, reading_rules()), daemon=True
+        )
         self.process.start()
         theirs.close()  # so that its death ends the connection
         self.spent = False
@@ -125,9 +127,10 @@ class Worker:
         self.connection.close()
 
 
-def serve(connection, in_chans):
+def serve(connection, in_chans, rules):
     """Answer each path with Facts or with why there are none, for as long as the parent lives."""
     leave_signals_to_parent()
+    follow(rules)
     warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process().sentinel
     while connection in wait([connection, parent]):

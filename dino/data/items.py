@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from dino.data.channels import RGB, reader, size_of, with_channels
-from dino.data.images import UnreadableImage, to_rgb
+from dino.data.images import UnreadableImage
+from dino.data.levels import to_rgb
 
 MOST_ATTEMPTS = 10  # of --on_bad_image skip, to replace one image
 

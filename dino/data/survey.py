@@ -114,8 +114,8 @@ def dark_images(brightest):
         return ""
     return (
         f"no value of the images is above {brightest} of 255, so that they have {brightest + 1} of"
-        " 256 levels. Files of 16 bits are read as 8, with 65535 as white: where a sensor uses"
-        " fewer bits, as of 12 or 14, scale the values in the files up to 65535 first."
+        " 256 levels. If these are files of 16 bits from a sensor of fewer, say which number is"
+        " white: --white 4095 for 12 bits."
     )
 
 

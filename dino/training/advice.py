@@ -4,8 +4,9 @@
 import torch
 
 from dino.data.augmentations_on_device import on_workers
+from dino.data.levels import white
 from dino.data.survey import survey
-from dino.training.auto import fit_data
+from dino.training.auto import fit_data, fit_white
 from dino.training.data import build_augmentation
 from dino.training.flags import parse_args
 from dino.training.plots import draw_augmentations, view_names
@@ -20,6 +21,7 @@ def print_settings_that_fit(images, in_chans, views_path=None):
     """Print what --preset auto takes before it knows a run's length; draw its views if asked."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = Settings(vars(parse_args(["--preset", AUTO])), given=())
+    fit_white(settings, images)
     seen = survey(images, skip_bad=True, in_chans=in_chans)
     fit_data(settings, seen, device, processes=1)
     print(f"\nWhat fits, and --preset auto takes on this {device.upper()}: {seen}")
@@ -42,4 +44,5 @@ def print_stats(images, in_chans):
     """Print mean and standard deviation of each channel as flags."""
     seen = survey(images, skip_bad=True, in_chans=in_chans, sample=MOST_FOR_STATS)
     mean, std = (" ".join(f"{value:g}" for value in values) for values in (seen.mean, seen.std))
-    print(f"\nOf {seen.sample} images: --mean {mean} --std {std}")
+    so_read = f"--white {white():g} " if white() else ""
+    print(f"\nOf {seen.sample} images: {so_read}--mean {mean} --std {std}")

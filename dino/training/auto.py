@@ -7,6 +7,9 @@ iterations. What each rule was measured on is in benchmarks/small_data.md.
 
 import math
 
+from dino.data.channels import find_white
+from dino.data.images import ImageFiles
+from dino.data.levels import set_white
 from dino.data.survey import dark_images, survey
 from dino.distributed import get_world_size, print0, rank_share
 from dino.precision import has_fast_bfloat16
@@ -51,12 +54,13 @@ def decide_settings(
     if not resumes:
         check_strengths(args)
         skip_bad = args.on_bad_image == "skip"
+        if weights is not None:
+            keep_networks(settings, weights)
+        fit_white(settings, images)
         seen = survey(images, args.seed, skip_bad, args.in_chans)
         print0(f"--preset {args.preset}: {seen}")
         if dark := dark_images(seen.brightest):
             print0(f"Warning: {dark}")
-        if weights is not None:
-            keep_networks(settings, weights)
         settings.decide("warmup_epochs", 0, "until the length is known")
         fit_data(settings, seen, device.type, get_world_size())
         iterations = rank_share(len(images)) // settings["batch_size_per_gpu"]
@@ -79,6 +83,15 @@ STRENGTHS, LEAST_CORRELATION = (1.0, 0.5, 0.25), 0.02
 
 
 # ---- what follows from the data ----
+
+
+def fit_white(settings, images):
+    """Decide which number is white, before the images are looked at, and read them so."""
+    white = find_white(images.paths) if isinstance(images, ImageFiles) else 0.0
+    if white:
+        bits = math.frexp(white)[1]
+        settings.decide("white", white, f"the files use {bits} of their 16 bits")
+    set_white(settings["white"])
 
 
 def fit_data(settings, survey, device_type, processes):

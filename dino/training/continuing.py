@@ -21,6 +21,8 @@ def keep_networks(settings, weights):
         raise UserError(f"--init_from {path} does not say which network it holds: give --arch.")
     if len(described["mean"]) != settings["in_chans"]:
         del described["mean"], described["std"]  # then the weights are fitted to other channels
+    if not described.get("white"):
+        described.pop("white", None)  # then the data tell it
     described["global_crop_size"] = described.pop("image_size")
     for name, value in (described | head_widths(weights)).items():
         settings.fix(name, value, "that of the weights")

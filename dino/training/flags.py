@@ -14,6 +14,7 @@ from dino.command_line import (
     number,
 )
 from dino.data.demo import DEMO
+from dino.data.levels import HIGHEST_WHITE
 from dino.errors import UserError
 from dino.small_resnet import STEMS
 from dino.training.ablation_flags import add_ablation_arguments
@@ -64,6 +65,13 @@ def add_network_arguments(group):
         type=number(int, 1, 1024),
         help="channels of the images, with as many numbers for --mean and --std; other than 3:"
         " neither hue, saturation nor grayscale, and TIFF or .npy for more than 4",
+    )
+    add(
+        "--white",
+        default=0.0,
+        type=number(float, 0, HIGHEST_WHITE),
+        help="the number that is white in images of more than 8 bits a channel, 4095 for a sensor"
+        " of 12; 0 for 65535 in files of 16 bits, 1, 255 or 65535 by the range in files of 32",
     )
     add(
         "--drop_path_rate",

@@ -251,6 +251,7 @@ class Run:
             patch_size=self.args.patch_size,
             image_size=self.augmentation.views[0].size,
             shrink_images=self.augmentation.shorter_side,
+            white=self.args.white,
             mean=self.augmentation.mean,
             std=self.augmentation.std,
         )

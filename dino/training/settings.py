@@ -52,7 +52,7 @@ DECIDABLE = frozenset(
         *("arch", "stem", "patch_size", "in_chans", "out_dim", "use_bn_in_head"),
         *("head_hidden_dim", "head_bottleneck_dim", "global_crop_size", "local_crop_size"),
         *("local_crops_number", "global_crops_scale", "local_crops_scale", "min_crop_pixels"),
-        "shrink_images",
+        *("shrink_images", "white"),
         *("jitter", "blur_radius", "solarize_p", "grayscale_p", "mean", "std", "augment"),
         *("batch_size_per_gpu", "lr", "amp_dtype", "epochs", "warmup_epochs"),
         *("momentum_teacher", "momentum_teacher_end", "freeze_last_layer", "freeze_backbone"),

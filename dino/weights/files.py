@@ -185,6 +185,7 @@ def backbone_payload(
     stem="auto",
     network="teacher",
     shrink_images=0,
+    white=0.0,
 ):
     """The content of `backbone.pth`: clean keys, and how to build and feed the backbone of `model`.
 
@@ -199,6 +200,7 @@ def backbone_payload(
         "patch_size": patch_size,
         "image_size": image_size,
         "shrink_images": shrink_images,
+        "white": white,
         "mean": mean,
         "std": std,
     }

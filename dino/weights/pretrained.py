@@ -17,6 +17,7 @@ from dino.backbones import (
 )
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from dino.data.channels import MOST_CHANNELS, RGB
+from dino.data.levels import HIGHEST_WHITE, set_white
 from dino.distributed import print0
 from dino.errors import UserError
 from dino.json_files import is_number
@@ -45,6 +46,7 @@ class Pretrained:
     std: tuple = IMAGENET_STD
     stem: str = "auto"  # of a ResNet
     shrink_images: int = 0  # pixels of the shorter side, before anything else; 0: as they are
+    white: float = 0.0  # what stands for white in images of more than 8 bits: see levels.set_white
 
     @property
     def in_chans(self):
@@ -76,7 +78,8 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
 
     A checkpoint that says what it holds decides; a flag given on the command line (`args.given`)
     that contradicts it is an error. Without --pretrained_weights: the weights in the table
-    `published`. `image_size` overrides the checkpoint's. UserError unless the backbone takes images
+    `published`. `image_size` overrides the checkpoint's. From here on this process reads images
+    of more than 8 bits as the backbone's training did. UserError unless the backbone takes images
     of that size.
     """
     if args.pretrained_weights:
@@ -107,6 +110,7 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     pretrained = Pretrained(backbone.eval(), embed_dim, **{**options, "image_size": size})
     stated = "--image_size" if image_size else f"{source}: image_size"
     check_takes_sizes(backbone, arch, [size], in_chans, f"{stated} {size}: {arch}")
+    set_white(pretrained.white)
     return pretrained
 
 
@@ -174,6 +178,7 @@ def check_description(described, source):
         "stem": lambda value: isinstance(value, str) and value in STEMS,
         "image_size": is_count,
         "shrink_images": lambda value: type(value) is int and 0 <= value <= 2**13,
+        "white": lambda value: is_number(value) and 0 <= value <= HIGHEST_WHITE,
         "mean": is_color,
         "std": lambda value: is_color(value, lowest=1 / LARGEST_COLOR),
     }

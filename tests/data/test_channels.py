@@ -17,9 +17,10 @@ import eval_attention
 import eval_knn
 from dino.data.augmentations import LinearProbeAugmentation, MultiCrop, View, eval_transform
 from dino.data.augmentations_on_device import BothStages, CropStage, DeviceStage
-from dino.data.channels import count_channels, read_any, read_channels, to_levels
+from dino.data.channels import count_channels, read_any, read_channels
 from dino.data.images import UnreadableImage
 from dino.data.items import collate_readable, image_of
+from dino.data.levels import to_levels
 from dino.errors import UserError
 from dino.evaluation.attention import open_for_attention
 from dino.networks import MultiCropWrapper

@@ -3,11 +3,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL_RUN, photograph
 
 from dino.data.augmentations import IMAGENET_STD
+from dino.data.levels import set_white
 from dino.errors import UserError
 from dino.training.flags import parse_args
 from dino.weights.files import read
@@ -21,10 +23,10 @@ def train(*flags):
     train_dino(parse_args([str(flag) for flag in (*SMALL_RUN, *flags)]), images=IMAGES)
 
 
-def continue_from(weights, folder, *flags):
+def continue_from(weights, folder, *flags, images=IMAGES):
     few = ("--num_workers", 0, "--local_crops_number", 2, "--report", "false", "--device", "cpu")
     flags = ("--preset", "continue", "--init_from", weights, "--output_dir", folder, *few, *flags)
-    train_dino(parse_args([str(flag) for flag in flags]), images=IMAGES)
+    train_dino(parse_args([str(flag) for flag in flags]), images=images)
     return json.loads((folder / "args.json").read_text())
 
 
@@ -49,6 +51,21 @@ def test_a_backbone_without_a_head_stays_as_it_is_until_its_new_head_has_learned
         teacher = torch.load(tmp_path / name, weights_only=True)["teacher"]
         (head,) = (value for key, value in teacher.items() if key.endswith("head.mlp.0.weight"))
         assert not torch.equal(head, student["module.head.mlp.0.weight"]), "the head learns"
+
+
+@pytest.mark.parametrize(("stated", "taken"), [(1000.0, 1000.0), (0.0, 4095.0)])
+def test_white_is_that_of_the_weights_or_else_that_of_the_files(trained, tmp_path, stated, taken):
+    content = torch.load(trained / "backbone.pth", weights_only=True)
+    torch.save(content | {"white": stated}, tmp_path / "weights.pth")
+    for number, image in enumerate(IMAGES):
+        twelve_bits = np.asarray(image, np.uint16) * np.uint16(4095 / 255)
+        np.save(tmp_path / f"{number}.npy", twelve_bits)
+    flags = ("--data_path", tmp_path, "--epochs", 1)
+    try:
+        flags = continue_from(tmp_path / "weights.pth", tmp_path / "run", *flags, images=None)
+    finally:
+        set_white(0.0)
+    assert flags["white"] == taken
 
 
 def test_a_checkpoint_with_its_head_is_continued_whole(trained, tmp_path, capsys):
