@@ -35,7 +35,7 @@ from dino.training.plots import draw_first_views, draw_run
 from dino.training.recorder import Recorder
 from dino.training.saver import NEWEST, Saver
 from dino.weights.files import backbone_payload, flags_in
-from dino.weights.starting import initialise_from, warn_of_other_colors
+from dino.weights.starting import initialise_from, warn_of_other_images
 
 SECONDS_PER_PICTURE = 60  # between two drawings of the curves, which take a second
 BEST_KNN, BEST_RANK = "checkpoint_best_knn.pth", "checkpoint_best_rank.pth"
@@ -92,8 +92,7 @@ class Run:
             state = self.state
             networks = state.student, state.teacher, state.dino_loss
             initialise_from(weights, self.args.init_from, *networks)
-            colors = dict(mean=self.augmentation.mean, std=self.augmentation.std)
-            warn_of_other_colors(weights, self.args.init_from, **colors)
+            warn_of_other_images(weights, self.args.init_from, **self.image_flags())
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         self.recorder.log.start(vars(self.args))
         draw_first_views(self.saver.folder / "augmentations.png", self.loader, self.augmentation)
@@ -250,12 +249,18 @@ class Run:
             stem=self.args.stem,
             patch_size=self.args.patch_size,
             image_size=self.augmentation.views[0].size,
-            shrink_images=self.augmentation.shorter_side,
-            white=self.args.white,
-            mean=self.augmentation.mean,
-            std=self.augmentation.std,
+            **self.image_flags(),
         )
         self.saver.save(dict.fromkeys(names, training) | {"backbone.pth": backbone})
+
+    def image_flags(self):
+        """What is made of an image before the backbone sees it, by the names of the flags."""
+        return dict(
+            mean=self.augmentation.mean,
+            std=self.augmentation.std,
+            shrink_images=self.augmentation.shorter_side,
+            white=self.args.white,
+        )
 
     def better_network(self):
         """The name of the one whose backbone is in backbone.pth."""

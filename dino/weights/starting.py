@@ -47,29 +47,34 @@ def initialise_from(checkpoint, path, student, teacher, dino_loss):
     print0(printable(f"From {path}: {', '.join(taken)}{rest}."))
 
 
-def warn_of_other_colors(checkpoint, path, **colors):
-    """Print a warning unless the run's `colors`, mean and std, are those that the file states.
+def warn_of_other_images(checkpoint, path, **flags):
+    """Print a warning unless the run's `flags` make of images what those that the file states do.
 
-    Its first layer would see brighter or darker images than it learned from.
+    The network would see brighter, darker, sharper or softer images than it learned from.
     """
     described = describe(checkpoint)
     stated = {
         name: described[name]
-        for name, value in colors.items()
+        for name, value in flags.items()
         if same_kind(described.get(name), value)
+        and not np.allclose(described[name], value, atol=1e-3)
     }
-    if any(not np.allclose(value, colors[name], atol=1e-3) for name, value in stated.items()):
+    if stated:
         theirs, ours = (
-            " ".join(f"--{name} {' '.join(f'{v:g}' for v in value)}" for name, value in of.items())
-            for of in (stated, colors)
+            " ".join(f"--{name} {spaced(of[name])}" for name in stated) for of in (stated, flags)
         )
         print0(
             printable(
-                f"Warning: the images of {path} were normalised by {theirs}, and those of this run"
-                f" by {ours}, which changes what its features say. --preset continue takes over"
-                " what a file states."
+                f"Warning: the weights of {path} are of images with {theirs}, and this run has"
+                f" {ours}, which changes what its features say. --preset continue takes over what a"
+                " file states."
             )
         )
+
+
+def spaced(value):
+    """A number, or several, as on a command line."""
+    return " ".join(f"{number:g}" for number in np.atleast_1d(value))
 
 
 def describe_weights(checkpoint, path, flag="--init_from"):

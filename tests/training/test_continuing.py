@@ -13,7 +13,7 @@ from dino.data.levels import set_white
 from dino.errors import UserError
 from dino.training.flags import parse_args
 from dino.weights.files import read
-from dino.weights.starting import warn_of_other_colors
+from dino.weights.starting import warn_of_other_images
 from main_dino import train_dino
 
 IMAGES = [photograph(name).resize((48, 40)) for name in ("astronaut.png", "coffee.png")] * 8
@@ -86,14 +86,14 @@ def test_a_head_of_other_widths_starts_afresh_and_learns_alone_first(trained, tm
     assert flags["freeze_backbone"] == 1
 
 
-def test_a_run_that_normalises_otherwise_than_its_weights_did_says_so(trained, tmp_path, capsys):
+def test_a_run_that_makes_other_images_than_its_weights_had_says_so(trained, tmp_path, capsys):
     flags = ("--init_from", trained / "backbone.pth", "--epochs", 1, "--warmup_epochs", 0)
-    train(*flags, "--output_dir", tmp_path / "other")
+    train(*flags, "--output_dir", tmp_path / "other", "--shrink_images", 24)
     said = capsys.readouterr().out
-    assert "were normalised by --mean 0.4 0.5 0.6 --std 0.229 0.224 0.225" in said
-    assert "those of this run by --mean 0.485 0.456 0.406" in said
-    same = dict(mean=(0.4, 0.5, 0.6), std=IMAGENET_STD)
-    warn_of_other_colors(read(trained / "backbone.pth"), "backbone.pth", **same)
+    assert "are of images with --mean 0.4 0.5 0.6 --shrink_images 0, and" in said
+    assert "this run has --mean 0.485 0.456 0.406 --shrink_images 24," in said
+    same = dict(mean=(0.4, 0.5, 0.6), std=IMAGENET_STD, shrink_images=0, white=0.0)
+    warn_of_other_images(read(trained / "backbone.pth"), "backbone.pth", **same)
     assert capsys.readouterr().out == ""
 
 
