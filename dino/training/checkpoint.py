@@ -85,6 +85,7 @@ class Progress:
     def count_epoch(self):
         self.epoch += 1
         self.images = 0
+        self.sums = {}  # of a save inside the epoch; the next one begins at 0
 
 
 def training_payload(state, progress, args, rng):
