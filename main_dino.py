@@ -132,6 +132,7 @@ def train_dino(args, images=None, augmentation=None):
         except StopRequested as stop:
             run.stop(stop)
         run.saver.finish()
+        run.draw()  # also where a kill came between the last checkpoint and its pictures
         report_end(probes.knn, run.recorder.log, args)
         if args.report:
             report_run(args.output_dir, run.better_backbone(), images, augmentation)

@@ -106,10 +106,12 @@ class Run:
         restore_training(checkpoint, f"{flag} {path}", vars(self.state))
         progress = self.progress
         restore_progress(progress, checkpoint, f"{flag} {path}", images)
-        if progress.epoch > self.args.epochs:
+        least = progress.epoch + bool(progress.steps)  # of an epoch begun, backbone.pth has a part
+        if least > self.args.epochs:
+            inside = f" and {progress.steps} iterations of the next" if progress.steps else ""
             raise UserError(
-                f"--epochs {self.args.epochs}: {path} has done {progress.epoch}. Give at least as"
-                f" many, or {to_begin_anew(self.args.resume)}."
+                f"--epochs {self.args.epochs}: {path} has done {progress.epoch}{inside}. Give at"
+                f" least {least}, or {to_begin_anew(self.args.resume)}."
             )
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         if progress.logged_epochs < self.args.epochs:  # else nothing is done with these flags
@@ -187,13 +189,16 @@ class Run:
         return [f"checkpoint{epoch:04}.pth"] if every and epoch % every == 0 else []
 
     def draw_if_due(self):
-        """Draw the curves and the attention maps at the end of the run, and now and then."""
-        ended = self.progress.epoch == self.args.epochs
-        if ended or time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
-            draw_run(self.saver.folder)
-            if self.probes.attention:
-                self.probes.attention.draw()
-            self.drawn = time.monotonic()
+        """Draw now and then while training."""
+        if time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
+            self.draw()
+
+    def draw(self):
+        """Draw the curves and the attention maps."""
+        draw_run(self.saver.folder)
+        if self.probes.attention:
+            self.probes.attention.draw()
+        self.drawn = time.monotonic()
 
     def is_measurement_due(self):
         epochs = self.progress.epoch

@@ -156,7 +156,33 @@ def test_a_run_resumed_on_a_gpu_ends_where_the_unbroken_one_ends(data, tmp_path)
     assert (found - expected).norm() < 0.02 * (expected - start).norm()
 
 
+def test_the_means_of_an_epoch_hold_nothing_of_the_epoch_before(data, unbroken, tmp_path):
+    """A save inside an epoch has its sums so far; no save at its end may follow."""
+    train(data, tmp_path, "--resume_freq", 3, "--saveckp_freq", 0)
+    expected, found = (
+        [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+        for folder in (unbroken, tmp_path)
+    )
+    for name in ("train_loss", "train_lr", "train_wd", "grad_norm", "kl"):
+        assert [line[name] for line in found] == [line[name] for line in expected]
+
+
+def test_the_pictures_of_a_run_that_was_killed_before_it_drew_them_are_drawn(data, tmp_path):
+    train(data, tmp_path, "--epochs", 1)
+    (tmp_path / "curves.png").unlink()
+    train(data, tmp_path, "--epochs", 1)
+    assert Image.open(tmp_path / "curves.png").size[0] > 1000
+
+
 # ---- with what changed ----
+
+
+def test_fewer_epochs_than_were_begun_are_refused(data, unbroken, tmp_path):
+    checkpoint = torch.load(unbroken / NEWEST, weights_only=True)
+    checkpoint |= {"epoch": 1, "iteration": 6 + 3, "images": 3 * 4}
+    write_atomically(checkpoint, tmp_path / NEWEST)
+    with pytest.raises(UserError, match=r"--epochs 1: .* has done 1 and 3 iter.* at least 2, or"):
+        train(data, tmp_path, "--epochs", 1)
 
 
 def test_changed_flags_are_listed_and_those_that_may_not_change_are_refused(
