@@ -28,6 +28,7 @@ from dino.training.checkpoint import (
     check_same_run,
     restore_progress,
     restore_training,
+    same_labels,
     to_begin_anew,
     training_payload,
 )
@@ -101,11 +102,14 @@ class Run:
 
     def resume(self, images, path, checkpoint):
         """Resume an interrupted run, on so many images: everything as saved, or a UserError."""
-        check_same_run(path, flags_in(checkpoint), vars(self.args))
+        saved = flags_in(checkpoint)
+        check_same_run(path, saved, vars(self.args))
         flag = "--output_dir" if self.args.resume == "auto" else "--resume"
         restore_training(checkpoint, f"{flag} {path}", vars(self.state))
         progress = self.progress
         restore_progress(progress, checkpoint, f"{flag} {path}", images)
+        if not same_labels(saved, vars(self.args)):
+            progress.best_knn = 0.0
         least = progress.epoch + bool(progress.steps)  # of an epoch begun, backbone.pth has a part
         if least > self.args.epochs:
             inside = f" and {progress.steps} iterations of the next" if progress.steps else ""
@@ -189,8 +193,9 @@ class Run:
         return [f"checkpoint{epoch:04}.pth"] if every and epoch % every == 0 else []
 
     def draw_if_due(self):
-        """Draw now and then while training."""
-        if time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
+        """Draw now and then while training; at the end of the run that is done anyway."""
+        ended = self.progress.epoch == self.args.epochs
+        if not ended and time.monotonic() > self.drawn + SECONDS_PER_PICTURE:
             self.draw()
 
     def draw(self):
@@ -211,15 +216,16 @@ class Run:
         """
         self.saver.wait()  # the probes fork loader workers: better while no other thread runs
         state, probes, until_asked = self.state, self.probes, self.agreement.until_asked
-        measured = {}
+        measured, labels = {}, {}
         with torch.compiler.set_stance("force_eager"):  # other shapes would be compiled anew
             if probes.knn:
                 networks = {"knn_teacher": state.teacher, "knn_student": state.student}
                 backbones = [unwrap(network).backbone for network in networks.values()]
                 accuracies = probes.knn.accuracies(backbones, until_asked)
                 measured |= zip(networks, accuracies, strict=True)
+                labels = {"knn_set": probes.knn.images}
             measured |= probes.sample.measure(unwrap(state.teacher).backbone, until_asked)
-        self.recorder.log.measurement(self.progress, measured)
+        self.recorder.log.measurement(self.progress, measured, labels)
         return measured
 
     def keep_attention(self):
