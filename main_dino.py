@@ -45,7 +45,7 @@ from dino.training.budget import seconds_per_step
 from dino.training.building import build_loader, build_probes, build_schedules, build_state
 from dino.training.checkpoint import Progress
 from dino.training.correlation import view_correlation
-from dino.training.data import build_augmentation, check_batch, open_images
+from dino.training.data import build_augmentation, check_batch, describe_images, open_images
 from dino.training.failures import divergence_explained, lost_ranks_explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
@@ -88,6 +88,8 @@ def train_dino(args, images=None, augmentation=None):
     workers = loader_workers(args.num_workers)
     loader = build_loader(args, images, augmentation, workers, device)
     probes = build_probes(args, images, knn_data_path, augmentation, workers, device)
+    if probes.knn:
+        args.knn_set = probes.knn.images
 
     # ---- student, teacher, loss, optimizer, schedules ----
     amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
@@ -167,6 +169,7 @@ def settle(args, images, augmentation, device, weights):
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
     args.in_chans = len(augmentation.mean)
+    args.train_set = describe_images(images, args)
     check_batch(args, len(images))
     return args, augmentation
 

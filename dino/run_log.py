@@ -101,8 +101,11 @@ class RunLog:
         self.append("log.txt", record)
         self.to_boards("epoch", record, record["epoch"])
 
-    def measurement(self, progress, measured):
-        """What was measured on the features between two epochs: printed and logged."""
+    def measurement(self, progress, measured, labels):
+        """What was measured on the features between two epochs: printed and logged.
+
+        `labels`: {"knn_set": what images the k-NN accuracies are of}, or {} without any.
+        """
         place = position(progress)
         epochs = place["epoch"]
         knn = [f"{name[4:]} {measured[name]:.1f} %" for name in measured if name[:4] == "knn_"]
@@ -112,7 +115,7 @@ class RunLog:
             f"Features after {epochs} epochs: RankMe {measured['rank_me']:.1f},"
             f" alignment {measured['alignment']:.3f}, uniformity {measured['uniformity']:.2f}"
         )
-        self.append("metrics.jsonl", place | measured)
+        self.append("metrics.jsonl", place | measured | labels)
 
     def verdict(self, progress, name, text):
         """What the epoch that just ended has shown: printed and logged."""
@@ -137,7 +140,7 @@ class RunLog:
     def read_all(self):
         """{kind: lines} of metrics.jsonl, which is parsed once."""
         found = {kind: [] for kind in KINDS}
-        for line in read_lines(self.folder / "metrics.jsonl")[0]:
+        for line in of_the_last_labels(read_lines(self.folder / "metrics.jsonl")[0]):
             for kind, (numbers, texts) in KINDS.items():
                 if all(is_figure(line.get(name)) for name in numbers) and all(
                     isinstance(line.get(name), str) for name in texts
@@ -157,6 +160,28 @@ class RunLog:
         for board in self.boards if is_main_process() else ():
             with best_effort(board.folder):
                 board.add(group, figures, step)
+
+
+def of_the_last_labels(lines):
+    """`lines` without k-NN accuracies of other images than the last ones, which do not compare.
+
+    Lines of earlier versions do not say what images theirs are of.
+    """
+    last = next((line["knn_set"] for line in reversed(lines) if "knn_set" in line), None)
+    return [
+        line
+        if line.get("knn_set", last) == last
+        else {key: value for key, value in line.items() if not key.startswith("knn_")}
+        for line in lines
+    ]
+
+
+def before_training(lines):
+    """The first of some measurements; None if it was not before the first step.
+
+    It was later where a run was resumed in another folder, or got its labels then.
+    """
+    return lines[0] if lines and lines[0]["epoch"] == 0 else None
 
 
 def position(progress):

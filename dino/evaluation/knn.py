@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dino.data.images import list_labelled_images
+from dino.data.labels import describe_set
 from dino.data.loaders import evaluation_loader
 from dino.distributed import all_reduce_sum, gather_interleaved, get_rank, get_world_size
 from dino.evaluation.features import CPU, extract_share
@@ -124,12 +125,13 @@ class KnnProbe:
         options = dict(
             batch_size=batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
         )
-        paths, labels, self.classes = list_labelled_images(data_path, "train", flag=flag)
-        self.data_path, self.k, self.temperature = data_path, min(k, len(paths)), temperature
-        self.train = evaluation_loader(paths, labels, transform, **options), len(paths)
+        train_paths, labels, self.classes = list_labelled_images(data_path, "train", flag=flag)
+        self.data_path, self.k, self.temperature = data_path, min(k, len(train_paths)), temperature
+        self.train = evaluation_loader(train_paths, labels, transform, **options), len(train_paths)
         paths, labels, _ = list_labelled_images(data_path, "val", self.classes, flag)
         self.val = evaluation_loader(paths, labels, transform, **options), len(paths)
         self.device, self.test_images = device, len(paths)
+        self.images = describe_set([*train_paths, *paths], data_path)
 
     def accuracies(self, backbones, wrap=iter):
         """[top-1 of each backbone in percent]. `wrap` goes around the loaders, and may raise.

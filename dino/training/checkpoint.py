@@ -44,6 +44,8 @@ INDIFFERENT = {
     *("resume_freq", "log_freq", "tensorboard", "wandb", "report", "knn_data_path", "knn_freq"),
 }
 
+# Beside the flags, texts that tell a run's images from others.
+SETS = {"train_set": "What is trained on", "knn_set": "What the k-NN accuracy is of"}
 
 MOST = 2**53  # of counts: what a float holds exactly
 
@@ -150,10 +152,9 @@ def check_same_run(path, saved, args):
                 f" another value. Give that one, or {to_begin_anew(args.get('resume', 'auto'))}."
             )
     for name, (before, now) in changed.items():
+        what = SETS.get(name, f"--{name}")
         print0(
-            printable(
-                f"--{name} was {brief(before)} when {path} was written; from here it is {now}."
-            )
+            printable(f"{what} was {brief(before)} when {path} was written; from here it is {now}.")
         )
 
     weights, began = args.get("init_from"), saved.get("init_from")
@@ -165,6 +166,14 @@ def check_same_run(path, saved, args):
                 " start from these."
             )
         )
+
+
+def same_labels(saved, args):
+    """Whether k-NN accuracies of the run with the flags `saved` compare with those under `args`.
+
+    Flags of earlier versions do not say what images they were of.
+    """
+    return saved.get("knn_set", args.get("knn_set")) == args.get("knn_set")
 
 
 def to_begin_anew(resume):

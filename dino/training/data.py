@@ -6,6 +6,7 @@ from dino.data.channels import RGB, count_channels, reader
 from dino.data.datasets import Items, open_dataset
 from dino.data.demo import DEMO, NUMBER_OF_IMAGES, demo_folder, write_demo_images
 from dino.data.images import ImageFiles, list_training_images
+from dino.data.labels import describe_set
 from dino.distributed import get_world_size, rank_share
 from dino.errors import UserError
 from dino.training.own_views import own_augmentation
@@ -31,6 +32,14 @@ def open_images(args, images=None):
     folder = demo_folder(args.output_dir)
     write_demo_images(folder)
     return ImageFiles(list_training_images(folder / "images")), args.knn_data_path or folder
+
+
+def describe_images(images, args):
+    """A text that tells the images to train on from others: their number and, of files, names."""
+    if not isinstance(images, ImageFiles):
+        return f"{len(images)} images"
+    folder = demo_folder(args.output_dir) if args.data_path == DEMO else args.data_path
+    return describe_set(images.paths, folder)
 
 
 def check_batch(args, count):

@@ -10,7 +10,7 @@ from dino.distributed import all_reduce_sum, get_world_size, heartbeat, is_main_
 from dino.errors import Diverged
 from dino.meters import MetricLogger, SmoothedValue, is_due, peak_memory_mb
 from dino.printable import printable
-from dino.run_log import RunLog
+from dino.run_log import RunLog, before_training
 from dino.training.health import Health, Monitor
 from dino.training.presets import PRESETS
 from dino.training.settings import REASONS
@@ -220,7 +220,9 @@ def report_end(probe, log, args):
         (measured[-1][f"knn_{network}"], network) for network in ("student", "teacher")
     )
     before = "--init_from's backbone" if args.init_from else "untrained backbone"
-    rows = {"raw pixels": raw, before: measured[0]["knn_teacher"], "trained backbone": accuracy}
+    first = before_training(measured)
+    untrained = {before: first["knn_teacher"]} if first else {}
+    rows = {"raw pixels": raw, **untrained, "trained backbone": accuracy}
     print0(
         f"k-NN accuracy (k = {probe.k}) on the held-out images of {printable(probe.data_path)}:",
         *[f"  {name:{len(before)}} {value:5.1f} %" for name, value in rows.items()],

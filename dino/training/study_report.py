@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dino.atomic import replacing
 from dino.json_files import write_json
+from dino.run_log import before_training
 from dino.training.plots import is_first_of_epoch
 
 # Our columns: title, key of `measure`, digits after the point.
@@ -50,7 +51,8 @@ def measure(run, processes):
         "verdicts": [v["verdict"] for v in run.verdicts if v["verdict"] not in HARMLESS],
     }
     if run.knn:
-        figures |= {"knn_untrained": run.knn[0]["knn_teacher"]}
+        if first := before_training(run.knn):
+            figures |= {"knn_untrained": first["knn_teacher"]}
         figures |= {name: run.knn[-1][name] for name in ("knn_teacher", "knn_student")}
     return figures
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dino.data.loaders import training_loader
 from dino.errors import UserError
+from dino.run_log import RunLog
 from dino.training.checkpoint import Progress, restore_progress
 from dino.training.flags import parse_args
 from dino.training.saver import NEWEST, find_checkpoint
@@ -175,6 +176,50 @@ def test_the_pictures_of_a_run_that_was_killed_before_it_drew_them_are_drawn(dat
 
 
 # ---- with what changed ----
+
+
+def test_other_images_are_told_also_where_they_are_as_many(
+    class_folders, unbroken, tmp_path, capsys
+):
+    images, run = tmp_path / "images", tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(class_folders / "train", images)
+    shutil.copy(unbroken / "checkpoint0001.pth", run / NEWEST)
+    train(images, run, "--epochs", 2)
+    assert "What is trained on" not in capsys.readouterr().out, "the folder has moved"
+    path = next(images.rglob("*.png"))
+    path.rename(path.with_name("another.png"))
+    train(images, run, "--epochs", 2)
+    assert "What is trained on was 24 images, names " in capsys.readouterr().out
+
+
+def test_an_accuracy_is_called_untrained_only_if_it_was_measured_before_training(
+    class_folders, data, unbroken, tmp_path, capsys
+):
+    labelled = ("--knn_data_path", class_folders, "--knn_freq", 1, "--epochs", 2)
+    train(data, tmp_path, "--resume", unbroken / "checkpoint0000.pth", *labelled)
+    said = capsys.readouterr().out
+    assert "trained backbone  " in said
+    assert "untrained backbone" not in said
+
+
+def test_k_nn_accuracies_of_other_images_are_not_compared(class_folders, data, tmp_path, capsys):
+    some, others = tmp_path / "some", tmp_path / "others"
+    for folder in (some, others):
+        shutil.copytree(class_folders, folder)
+    next((others / "val").rglob("*.png")).unlink()
+    run = tmp_path / "run"
+    train(data, run, "--epochs", 1, "--knn_data_path", some)
+    checkpoint = torch.load(run / NEWEST, weights_only=True)
+    write_atomically(checkpoint | {"best_knn": 99.0}, run / NEWEST)
+    capsys.readouterr()
+    train(data, run, "--epochs", 2, "--knn_data_path", others)
+    said = capsys.readouterr().out
+    assert "What the k-NN accuracy is of was " in said
+    assert "untrained backbone" not in said
+    assert [line["epoch"] for line in RunLog(run).read("knn_teacher")] == [2]
+    assert [line["epoch"] for line in RunLog(run).read("rank_me")] == [0, 1, 2]
+    assert read(run / NEWEST)["best_knn"] < 99
 
 
 def test_fewer_epochs_than_were_begun_are_refused(data, unbroken, tmp_path):
