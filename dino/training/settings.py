@@ -84,12 +84,15 @@ class Settings:
         self.locked.add(name)
 
     def adopt(self, saved, source):
-        """Take what was decided in the flags `saved` of an earlier run, of the file `source`.
+        """Take what was decided, and --epochs, in the flags `saved` of a run, of the file `source`.
 
         UserError for a flag that no preset decides, or a value that a command line could not give.
         """
         flags = {flag.dest: flag for flag in get_args_parser()._actions}
-        for name, reason in saved[REASONS].items():
+        # under these presets --epochs has no default: one that was given then is kept as well
+        reasons = dict(saved[REASONS])
+        reasons.setdefault("epochs", "given when that run began")
+        for name, reason in reasons.items():
             if name not in DECIDABLE or not is_valid(flags[name], saved.get(name)):
                 raise UserError(
                     f"{source}: says that --{name} was decided to be {brief(saved.get(name))},"

@@ -381,6 +381,18 @@ def test_other_hours_for_a_run_that_is_resumed_are_answered_with_what_changes_it
     )
 
 
+@pytest.mark.parametrize("flags", [(), ("--hours", 1e-6)])
+def test_a_resumed_run_keeps_the_epochs_that_were_given_when_it_began(tmp_path, capsys, flags):
+    folder, images = ("--output_dir", tmp_path / "run"), pictures(*[(20, 20)] * 12)
+    train("--epochs", 1, *folder, images=images)
+    capsys.readouterr()
+    train(*flags, *folder, images=images)
+    said = capsys.readouterr().out
+    assert "1 of 1 epochs are done" in said
+    assert "--epochs was" not in said
+    assert ("does not change this run, whose --epochs 1" in said) == bool(flags)
+
+
 def test_backbone_pth_is_the_network_that_measured_better(class_folders, tmp_path, capsys):
     train(
         *("--data_path", class_folders / "train", "--knn_data_path", class_folders),
