@@ -110,12 +110,14 @@ class Run:
         restore_progress(progress, checkpoint, f"{flag} {path}", images)
         if not same_labels(saved, vars(self.args)):
             progress.best_knn = 0.0
-        least = progress.epoch + bool(progress.steps)  # of an epoch begun, backbone.pth has a part
-        if least > self.args.epochs:
-            inside = f" and {progress.steps} iterations of the next" if progress.steps else ""
+        done, least = f"{progress.epoch}", "as many"
+        if progress.steps:  # backbone.pth is of these, too
+            done += f" and {progress.steps} iterations of the next"
+            least = f"{progress.epoch + 1}"
+        if progress.iteration > self.args.epochs * progress.iterations_per_epoch:
             raise UserError(
-                f"--epochs {self.args.epochs}: {path} has done {progress.epoch}{inside}. Give at"
-                f" least {least}, or {to_begin_anew(self.args.resume)}."
+                f"--epochs {self.args.epochs}: {path} has done {done}. Give at least {least}, or"
+                f" {to_begin_anew(self.args.resume)}."
             )
         self.saver.folder.mkdir(parents=True, exist_ok=True)
         if progress.logged_epochs < self.args.epochs:  # else nothing is done with these flags
