@@ -91,6 +91,7 @@ def listen():
         for number in STOPPING:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, interruption.receive)
+        sys.unraisablehook = functools.partial(end_if_dropped, interruption, sys.unraisablehook)
         args = interruption, ours, theirs
         watcher = threading.Thread(target=exit_without_handlers, args=args, daemon=True)
         try:
@@ -135,10 +136,7 @@ def exit_without_handlers(interruption, ours, theirs):
             number = ours.recv(1)[0]
         except TimeoutError:
             if not (interruption.requested or interruption.deferred):
-                name = signal.Signals(first).name
-                with contextlib.suppress(OSError):
-                    os.write(2, f"Stopped by {name} before training began.\n".encode())
-                os._exit(exit_code_after(first))
+                exit_with_word(first)
             ours.settimeout(None)
             continue
         if number not in STOPPING:
@@ -150,6 +148,26 @@ def exit_without_handlers(interruption, ours, theirs):
         copy = "TORCHELASTIC_RUN_ID" in os.environ and times[-1] - times[0] < COPY_SECONDS
         if len(times) > 1 + copy:
             os._exit(exit_code_after(first))
+
+
+def end_if_dropped(interruption, print_it, unraisable):
+    """A sys.unraisablehook. Python goes on after what a destructor or a hook of fork raises.
+
+    If that is StopRequested, nobody else would hear of it; if it is something else, the stop has
+    left an object half made.
+    """
+    if isinstance(unraisable.exc_value, StopRequested):
+        exit_with_word(interruption.number)
+    if not interruption.requested:
+        print_it(unraisable)
+
+
+def exit_with_word(number):
+    """End this process, which the signal `number` asked to stop and which has nothing to save."""
+    name = signal.Signals(number).name
+    with contextlib.suppress(OSError):
+        os.write(2, f"Stopped by {name} before training began.\n".encode())
+    os._exit(exit_code_after(number))
 
 
 @contextlib.contextmanager

@@ -173,6 +173,24 @@ def test_signals_that_a_forked_child_hears_are_not_its_parents():
     assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
 
 
+DROPPED = """
+import os, signal, time
+os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGTERM))  # after listen's own
+from dino.signals import listen
+listen()
+if os.fork() == 0:
+    os._exit(0)
+time.sleep(20)
+"""
+
+
+def test_a_signal_during_a_fork_ends_what_has_nothing_to_save_and_shows_no_traceback():
+    """Python prints and drops what hooks of fork raise, as it does with destructors."""
+    ended = run_python("-c", DROPPED)
+    assert ended.returncode == 75
+    assert ended.stderr == "Stopped by SIGTERM before training began.\n"
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
