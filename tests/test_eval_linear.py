@@ -413,6 +413,11 @@ def test_the_folder_of_another_run_is_refused(finished, tmp_path):
         run(*flags[:-1], 3, "--output_dir", folder)
     with pytest.raises(UserError, match=r"that run has seed 0, and this one 1\. Give another"):
         run(*flags, "--seed", 1, "--output_dir", folder)
+    # named before the heads, which are not as many
+    with pytest.raises(
+        UserError, match=r"that run has lr \[0\.1, 0\.5, 2\.0\], and this one \[1\.0"
+    ):
+        run(*flags, "--lr", 1, "--output_dir", folder)
     torch.save([1], tmp_path / "checkpoint.pth.tar")
     with pytest.raises(UserError, match="not a training checkpoint"):
         run(*flags, "--output_dir", tmp_path)
