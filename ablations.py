@@ -91,7 +91,8 @@ def get_args_parser():
         "--nproc_per_node",
         default=1,
         type=number(int, 1, 1024),
-        help="processes of each run, one a GPU; the study's batch is divided among them",
+        help="processes of each run, one a GPU; they share the study's batch, 1024 images on ImageNet and"
+        " 32 with --demo, or take --batch_size_per_gpu each",
     )
     add(
         "--print_commands",
@@ -142,7 +143,6 @@ def plan_runs(args, study):
     """A Plan for each run and seed. UserError for flags that main_dino.py refuses, or we set."""
     shared = study.demo if args.demo else study.paper
     data = demo_data(args.output_dir) if args.demo else {}
-    base = to_texts(data | shared)
     parser = Parser(prog="ablations.py", parents=[get_training_parser()])
     training = parser.parse_args(args.training)
     given = training.given
@@ -155,6 +155,8 @@ def plan_runs(args, study):
             "--data_path is missing: a folder of images, such as imagenet/train, and"
             " --knn_data_path for the accuracies. Or add --demo."
         )
+    batch = {"global_batch": None} if "batch_size_per_gpu" in given else {}
+    base = to_texts(data | resolve(shared | batch, args.nproc_per_node, epochs))
     variants = study.runs(args.demo)
     for name in args.runs or ():
         if name not in variants:

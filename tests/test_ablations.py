@@ -82,6 +82,21 @@ def test_components_multicrop_and_batches_are_those_of_the_tables(capsys, tmp_pa
     assert {run.local_crops_number for run in runs} == {0}
 
 
+@pytest.mark.parametrize("processes", [1, 8])
+@pytest.mark.parametrize(
+    ("study", "batch"),
+    [(("multicrop", *DATA), 1024), (("collapse", *DATA), 1024), (("teacher", "--demo"), 32)],
+)
+def test_the_processes_of_a_run_share_the_batch_of_the_study(
+    study, batch, processes, capsys, tmp_path
+):
+    flags = (*study, "--output_dir", str(tmp_path), "--nproc_per_node", str(processes))
+    runs = commands(capsys, *flags)
+    assert {run.batch_size_per_gpu for run in runs} == {batch // processes}
+    runs = commands(capsys, *flags, "--batch_size_per_gpu", "5")
+    assert {run.batch_size_per_gpu for run in runs} == {5}
+
+
 def test_flags_of_the_command_line_go_to_all_runs_that_do_not_set_them(capsys, tmp_path):
     flags = ("--epochs", "40", "--local_crops_number", "3", "--runs", "DINO", "no multi-crop")
     runs = commands(capsys, "components", *DATA, "--output_dir", str(tmp_path), *flags)
