@@ -5,12 +5,13 @@ What destroys features: a head that starts afresh under the learning rate of a r
 What each rule was measured on is in benchmarks/continue.md.
 """
 
+from dino.distributed import print0
 from dino.errors import UserError
 from dino.weights.starting import describe_weights, head_widths
 
 LR = 5e-5  # for 256 images: a tenth of the official one
 OFFICIAL_MOMENTUM = 0.996
-HEAD_ALONE = 0.1  # of the epochs, in which a head that starts afresh learns alone
+HEAD_ALONE = 0.1  # of the epochs, and at least one, in which a head that starts afresh learns alone
 
 
 def keep_networks(settings, weights):
@@ -37,3 +38,9 @@ def fit_continuation(settings, weights):
     if not head or any(settings[name] != value for name, value in head.items()):
         alone = max(1, round(HEAD_ALONE * settings["epochs"]))
         settings.decide("freeze_backbone", alone, "epochs, for the head, which starts afresh")
+    if settings["freeze_backbone"] >= settings["epochs"]:
+        print0(
+            f"Warning: the backbone stays as it is, since --freeze_backbone"
+            f" {settings['freeze_backbone']} lasts all of --epochs {settings['epochs']}. Give more"
+            " epochs, or --freeze_backbone 0."
+        )

@@ -86,6 +86,15 @@ def test_a_head_of_other_widths_starts_afresh_and_learns_alone_first(trained, tm
     assert flags["freeze_backbone"] == 1
 
 
+def test_a_run_in_which_the_backbone_never_learns_says_so(trained, tmp_path, capsys):
+    """The head that starts afresh has one epoch for itself, and the run no other."""
+    continue_from(trained / "backbone.pth", tmp_path / "one", "--epochs", 1)
+    said = "Warning: the backbone stays as it is, since --freeze_backbone 1 lasts all of --epochs 1"
+    assert said in capsys.readouterr().out
+    continue_from(trained / "checkpoint.pth", tmp_path / "whole", "--epochs", 1)
+    assert "stays as it is" not in capsys.readouterr().out
+
+
 def test_a_run_that_makes_other_images_than_its_weights_had_says_so(trained, tmp_path, capsys):
     flags = ("--init_from", trained / "backbone.pth", "--epochs", 1, "--warmup_epochs", 0)
     train(*flags, "--output_dir", tmp_path / "other", "--shrink_images", 24)
