@@ -91,8 +91,7 @@ def get_args_parser():
         "--nproc_per_node",
         default=1,
         type=number(int, 1, 1024),
-        help="processes of each run, one a GPU; they share the study's batch, 1024 images on ImageNet and"
-        " 32 with --demo, or take --batch_size_per_gpu each",
+        help="processes of each run, one a GPU, among which the study's batch is divided",
     )
     add(
         "--print_commands",

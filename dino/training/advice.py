@@ -6,7 +6,7 @@ import torch
 from dino.data.augmentations_on_device import on_workers
 from dino.data.levels import white
 from dino.data.survey import survey
-from dino.training.auto import fit_data, fit_white
+from dino.training.auto import device_name, fit_data, fit_white
 from dino.training.data import build_augmentation
 from dino.training.flags import parse_args
 from dino.training.plots import draw_augmentations, view_names
@@ -24,7 +24,7 @@ def print_settings_that_fit(images, in_chans, views_path=None):
     fit_white(settings, images)
     seen = survey(images, skip_bad=True, in_chans=in_chans)
     fit_data(settings, seen, device, processes=1)
-    print(f"\nWhat fits, and --preset auto takes on this {device.upper()}: {seen}")
+    print(f"\nWhat fits, and --preset auto takes on this {device_name(device)}: {seen}")
     print(settings.table())
     if views_path:
         augmentation = build_augmentation(settings.namespace())

@@ -142,7 +142,12 @@ def largest_crop(survey, device_type):
     if layout_matters(survey, device_type):
         return LAYOUT_ON_CPU, "what outlines need"
     pixels = CROP_ON_CPU if device_type == "cpu" else OFFICIAL_CROP
-    return pixels, f"what a {device_type.upper()} can afford"
+    return pixels, f"what a {device_name(device_type)} can afford"
+
+
+def device_name(device_type):
+    """CPU or GPU, for torch's cpu or cuda."""
+    return "CPU" if device_type == "cpu" else "GPU"
 
 
 def fit_views(settings, survey):
@@ -154,7 +159,7 @@ def fit_views(settings, survey):
     settings.decide(
         "local_crops_scale",
         (least, max(0.4, round(1.5 * least, 3))),
-        why.get(least, "no crop is enlarged by more than a third"),
+        why.get(least, "no local crop is enlarged by more than a third"),
     )
     settings.decide(
         "min_crop_pixels",
@@ -171,7 +176,7 @@ def fit_views(settings, survey):
         settings.decide("jitter", (0.2, 0.2, 0.0, 0.0), grey)
         settings.decide("solarize_p", 0.0, grey)
         settings.decide("grayscale_p", 0.0, "grey images cannot lose their colours")
-    settings.decide("augment", "device", "half of Pillow's time or less, also on a CPU")
+    settings.decide("augment", "device", "0.5 to 0.7 of Pillow's time on a CPU")
     settings.decide("mean", survey.mean, "measured on the sample")
     settings.decide("std", survey.std, "measured on the sample")
 
@@ -227,7 +232,8 @@ def fit_backbone(settings, survey, device_type):
         keeps = ", and keeps quarters of the image apart" if has_layout else ""
         why = f"learns faster than a ViT on a CPU{keeps}; {ask}"
     elif survey.images < LIKE_IMAGENET:
-        arch, why = "resnet18", f"learns faster than a ViT from {survey.images} images; {ask}"
+        expected = f"expected to learn faster than a ViT from {survey.images} images"
+        arch, why = "resnet18", f"{expected} (not measured on a GPU); {ask}"
     else:
         arch, why = "vit_small", f"as in the paper: {survey.images} images"
     settings.decide("arch", arch, why)
@@ -245,11 +251,12 @@ def fit_backbone(settings, survey, device_type):
 
 
 def fit_batch(settings, survey, device_type, processes):
-    """At least 8 batches an epoch, of a power of two."""
+    """At least 8 batches an epoch, of a power of two; of 4 images where that leaves fewer."""
     usual = 64 if device_type == "cpu" else 256 // min(processes, 8)
     share = survey.images / processes
     batch = min(usual, 2 ** int(math.log2(max(min(4, share), share / 8, 1))))
-    why = "usual" if batch == usual else f"8 batches an epoch of {survey.images} images"
+    few = "at least 8 batches an epoch" if share >= 8 * batch else "the minimum"
+    why = "usual" if batch == usual else f"{few}, of {survey.images} images"
     settings.decide("batch_size_per_gpu", batch, why)
 
 
@@ -315,9 +322,11 @@ def fit_length(settings, iterations_per_epoch):
         )
     settings.decide("warmup_epochs", *warm_up(epochs, iterations_per_epoch))
     frozen = 1 if epochs >= 10 else 0
-    settings.decide("freeze_last_layer", frozen, f"of {epochs} epochs; the official 1 is of 100")
+    settings.decide(
+        "freeze_last_layer", frozen, f"with --epochs {epochs}; the official 1 is of 100"
+    )
     every = max(1, epochs // 6)
-    settings.decide("knn_freq", every, f"{math.ceil(epochs / every)} measurements while training")
+    settings.decide("knn_freq", every, f"measurements while training: {math.ceil(epochs / every)}")
     fit_saves(settings, iterations_per_epoch)
 
 

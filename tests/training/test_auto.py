@@ -114,7 +114,7 @@ def test_the_sample_is_drawn_by_the_seed():
 # ---- what is decided ----
 
 
-def test_the_blur_is_in_proportion_to_the_crop_and_no_crop_is_enlarged_by_more_than_a_third():
+def test_the_blur_is_in_proportion_to_the_crop_and_no_local_crop_is_enlarged_by_more_than_a_third():
     for side in (16, 24, 32, 64, 96):
         settings = decide(3000, side)
         size, local = settings["global_crop_size"], settings["local_crop_size"]
@@ -206,6 +206,19 @@ def test_an_epoch_has_batches_whatever_the_number_of_images(images):
     settings = decide(images, 24)
     assert 1 <= settings["batch_size_per_gpu"] <= 64
     assert images < 8 or images // settings["batch_size_per_gpu"] >= 2
+
+
+@pytest.mark.parametrize("images", [5, 40, 300])
+def test_the_reason_for_a_small_batch_counts_the_batches_right(images):
+    settings = decide(images, 24)
+    whole = images // settings["batch_size_per_gpu"]
+    assert settings.reasons["batch_size_per_gpu"].startswith("at least 8") == (whole >= 8)
+
+
+def test_a_gpu_is_called_so_and_not_by_the_name_that_torch_has_for_it():
+    reasons = decide(3000, 400, device="cuda").reasons
+    assert reasons["global_crop_size"] == "what a GPU can afford of the images' 400 pixels"
+    assert not [why for why in reasons.values() if "CUDA" in why]
 
 
 def test_views_are_softened_until_they_have_something_in_common():
