@@ -167,7 +167,7 @@ def submit(args):
     except ImportError:
         raise UserError(
             "submitit is not installed: pip install submitit. Without it, sbatch runs main_dino.py:"
-            " see README."
+            " see docs/slurm.md."
         ) from None
     parameters = executor_parameters(args)
     timeouts = parameters.pop("slurm_max_num_timeout")

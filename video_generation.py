@@ -102,7 +102,7 @@ def get_args_parser():
     add(
         "--video_only",
         action="store_true",
-        help="only make the video, of the maps in --input_path; without a network",
+        help="only make the video, of the maps in --input_path; no backbone is loaded",
     )
     add(
         "--fps",

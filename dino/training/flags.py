@@ -239,7 +239,7 @@ def add_run_arguments(group):
     add(
         "--preset",
         choices=list(PRESETS),
-        help="a named recipe, which sets defaults: see presets.py; auto looks at the images and"
+        help="a named recipe, which sets defaults: see README.md; auto looks at the images and"
         " decides, for one's own data, and prints what and why; continue does so to train on from"
         " the weights of --init_from",
     )
