@@ -199,6 +199,6 @@ VERDICTS = {
     " learn in epoch {epoch} (--freeze_last_layer). This is normal; it falls again.",
     "waiting for data": "{waited:.0f} % of the time of epoch {epoch} was spent waiting for images."
     " --augment device, if it is not on, needs about a fifth of the loader's time; more"
-    " --num_workers help if there are idle cores; smaller image files or a faster disk help if there"
-    " are none.",
+    " --num_workers help if there are idle cores; smaller image files or a faster disk help if"
+    " there are none.",
 }
