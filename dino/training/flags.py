@@ -64,7 +64,7 @@ def add_network_arguments(group):
         default=3,
         type=number(int, 1, 1024),
         help="channels of the images, with as many numbers for --mean and --std; other than 3:"
-        " neither hue, saturation nor grayscale, and TIFF or .npy for more than 4",
+        " no change of hue, and grey is the mean over the channels; more than 4: TIFF or .npy",
     )
     add(
         "--white",
@@ -230,7 +230,7 @@ def add_optimisation_arguments(group):
         const="true",
         choices=["auto", "true", "false"],
         help="torch.compile for networks and loss: minutes at the start, then shorter steps; auto"
-        " does so on a GPU",
+        " does so on a GPU, but with several GPUs for no network that has batch norms",
     )
 
 
