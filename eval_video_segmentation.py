@@ -9,8 +9,9 @@
 The mask of each video's first frame is carried on by nearest neighbours of patch tokens. The masks
 are written as DAVIS wants them, and scored where all frames have a true one: J, F and their mean,
 in the files of davis2017-evaluation too. On DAVIS 2017 the authors report J&F 61.8 with ViT-S/16
-and 71.4 with ViT-B/8, whose weights are downloaded without --pretrained_weights. Run the same command again to resume: finished videos stay. The
-second command makes videos with known masks from scikit-image's photographs.
+and 71.4 with ViT-B/8, whose weights are downloaded without --pretrained_weights. Run the same
+command again to resume: finished videos stay. The second command makes videos with known masks from
+scikit-image's photographs.
 """
 
 import time

@@ -107,12 +107,12 @@ class RunLog:
         `labels`: {"knn_set": what images the k-NN accuracies are of}, or {} without any.
         """
         place = position(progress)
-        epochs = place["epoch"]
+        done = f"{place['epoch']} epoch{'s' * (place['epoch'] != 1)}"
         knn = [f"{name[4:]} {measured[name]:.1f} %" for name in measured if name[:4] == "knn_"]
         if knn:
-            print0(f"k-NN accuracy after {epochs} epochs: {', '.join(knn)}")
+            print0(f"k-NN accuracy after {done}: {', '.join(knn)}")
         print0(
-            f"Features after {epochs} epochs: RankMe {measured['rank_me']:.1f},"
+            f"Features after {done}: RankMe {measured['rank_me']:.1f},"
             f" alignment {measured['alignment']:.3f}, uniformity {measured['uniformity']:.2f}"
         )
         self.append("metrics.jsonl", place | measured | labels)
