@@ -28,7 +28,7 @@ from dino.weights.files import (
     without_prefix,
     write_atomically,
 )
-from dino.weights.loading import check_described, list_names, load_exactly, restore, same_kind
+from dino.weights.loading import list_names, load_exactly, restore_described, same_kind
 from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 from dino.weights.results import check_has_best, check_no_results, is_beginning
 
@@ -301,8 +301,7 @@ def resume_training(path, state, progress, description):
 
 def load_training(checkpoint, source, state, progress, description):
     """Restore what `save_training` wrote. UserError if it is of a run with another description."""
-    restore(checkpoint, source, **vars(state))
-    check_described(checkpoint, description, source)
+    restore_described(checkpoint, description, source, **vars(state))
     restore_heads_progress(progress, checkpoint, source, len(state.heads))
 
 

@@ -27,7 +27,7 @@ from dino.training.agreement import Agreement
 from dino.training.finetuning import FineTuningState, Regularisation, finetuning_step
 from dino.training.saver import NEWEST, Saver, newest_whole, own_checkpoints
 from dino.weights.files import backbone_payload
-from dino.weights.loading import check_described, restore
+from dino.weights.loading import restore_described
 from dino.weights.results import check_has_best, is_beginning
 
 BEST = "best_finetuned.pth"
@@ -78,8 +78,7 @@ class FineTuningRun:
         if found is not None and not is_beginning(*found, BEST):
             path, checkpoint = found
             source, progress = f"--output_dir {path}", self.progress
-            restore(checkpoint, source, **vars(self.state))
-            check_described(checkpoint, self.description, source)
+            restore_described(checkpoint, self.description, source, **vars(self.state))
             restore_finetuning(progress, checkpoint, source, epochs, len(self.loader))
             done = f"{progress.epoch} of {epochs} epochs and {progress.steps} iterations"
             print0(printable(f"Resumed from {path}: {done} are done."))

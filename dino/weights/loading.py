@@ -64,14 +64,7 @@ def restore(checkpoint, source, **objects):
 
     Raises UserError for entries that are absent or do not fit.
     """
-    entries = checkpoint if isinstance(checkpoint, dict) else {}
-    missing = [name for name in [*objects, "epoch"] if name not in entries]
-    if missing:
-        raise UserError(
-            f"{source}: no entry {missing[0]!r}, so this is not a training checkpoint"
-            f" of such a run; it has {list_names(entries)}. Give another checkpoint, or another"
-            " --output_dir."
-        )
+    check_entries(checkpoint, source, objects)
     for name, value in objects.items():
         what, state = f"{source}: {name}", checkpoint[name]
         if not is_named(state):
@@ -82,6 +75,27 @@ def restore(checkpoint, source, **objects):
             restore_optimizer(value, state, what)
         else:
             restore_values(value, state, what)
+
+
+def check_entries(checkpoint, source, names):
+    """Raise UserError for a file without an entry of each name, and without progress."""
+    entries = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [name for name in [*names, "epoch"] if name not in entries]
+    if missing:
+        raise UserError(
+            f"{source}: no entry {missing[0]!r}, so this is not a training checkpoint"
+            f" of such a run; it has {list_names(entries)}. Give another checkpoint, or another"
+            " --output_dir."
+        )
+
+
+def restore_described(checkpoint, description, source, **objects):
+    """`restore`, of a run with this `description`: a flag that differs is named before what it
+    makes not fit.
+    """
+    check_entries(checkpoint, source, objects)
+    check_described(checkpoint, description, source)
+    restore(checkpoint, source, **objects)
 
 
 def check_described(checkpoint, description, source):
