@@ -12,9 +12,11 @@ from PIL import Image
 
 import finetune
 import visualize_attention
+from dino.backbones import build_backbone
 from dino.errors import UserError
 from dino.training.backbone_pictures import GAP, TILE
 from dino.training.flags import parse_args
+from dino.weights.starting import load_resized
 from main_dino import train_dino
 from vision_transformer import vit_nano
 
@@ -100,3 +102,14 @@ def test_four_channels_are_finetuned_without_the_colours_of_randaugment(trained,
     flags = ("--evaluate", "--pretrained_weights", network, "--data_path", data)
     again = finetune.finetune(parse(finetune, *flags, "--num_workers", 0, "--device", "cpu"))
     assert again == pytest.approx(best)
+
+
+@pytest.mark.parametrize("arch", ["vit_nano", "resnet18", "xcit_nano_12_p16", "mobilenet_v3_small"])
+def test_rgb_weights_start_a_network_of_five_channels_that_says_the_same_of_grey(arch):
+    """Whatever the first layer is called: docs/images.md promises it of every network."""
+    grey = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    rgb, five = (build_backbone(arch, in_chans=channels)[0].eval() for channels in (3, 5))
+    load_resized(five, rgb.state_dict(), "--init_from rgb.pth")
+    with torch.no_grad():
+        features = rgb(grey.expand(-1, 3, -1, -1)), five(grey.expand(-1, 5, -1, -1))
+    torch.testing.assert_close(*features, rtol=1e-3, atol=1e-4)

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from dino.distributed import print0
@@ -147,17 +148,23 @@ def fit_channels(backbone, weights, what):
     one: an image whose channels are all equal gives what it gave before. What is not numbers of
     such a layer is left for load_exactly to refuse.
     """
-    own = backbone.state_dict()
-    for name in ("patch_embed.proj.weight", "conv1.weight"):
-        first = weights.get(name)
-        takes = isinstance(first, torch.Tensor) and first.ndim == 4 and first.dtype in FLOATS
-        if name in own and takes:
-            before, now = first.shape[1], own[name].shape[1]
-            if before != now:
-                print0(printable(f"{what}: {name} adapted from {before} channels to {now}."))
-                first = first.mean(dim=1, keepdim=True).expand(-1, now, -1, -1) * before / now
-                weights = {**weights, name: first}
+    name = first_convolution(backbone)
+    own, first = backbone.state_dict().get(name), weights.get(name)
+    takes = isinstance(first, torch.Tensor) and first.ndim == 4 and first.dtype in FLOATS
+    if own is not None and takes and first.shape[1] != own.shape[1]:
+        before, now = first.shape[1], own.shape[1]
+        print0(printable(f"{what}: {name} adapted from {before} channels to {now}."))
+        first = first.mean(dim=1, keepdim=True).expand(-1, now, -1, -1) * before / now
+        weights = {**weights, name: first}
     return weights
+
+
+def first_convolution(backbone):
+    """The name of the weights that see the channels of an image, or None without a convolution."""
+    convolutions = (
+        name for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d)
+    )
+    return next((f"{name}.weight" for name in convolutions), None)
 
 
 def resize_positions(positions, patches):
