@@ -248,15 +248,17 @@ def find_white(paths):
 
 
 def highest_of_16_bits(path):
-    """The greatest number in a file of 16-bit integers without a sign; 0 for other files."""
-    try:
-        numbers, _ = read_numbers(path)
-        if numbers is None:
-            with open_image(path) as image:
-                is_png = image.format == "PNG" and image.mode.startswith("I")
-                numbers = np.asarray(image).astype(np.uint16) if is_png else None
-    except Exception:  # reading it as an image will say what is wrong
-        return 0
+    """The greatest number in a file of 16-bit integers without a sign; 0 for other files.
+
+    Also for a file that cannot be read: reading it as an image will say what is wrong.
+    """
+    numbers = None
+    with contextlib.suppress(Exception), open_image(path) as image:
+        if image.mode.startswith("I;16") or (image.format, image.mode) == ("PNG", "I"):
+            numbers = np.asarray(image).astype(np.uint16)
+    if numbers is None:  # not grey, or not for Pillow
+        with contextlib.suppress(Exception):
+            numbers, _ = read_numbers(path)
     is_16_bits = numbers is not None and (numbers.dtype.kind, numbers.dtype.itemsize) == ("u", 2)
     return int(numbers.max()) if is_16_bits else 0
 
