@@ -23,11 +23,13 @@ KEPT = 2**28  # bytes of views, up to which they stay in memory: of 512 images, 
 def rank_me(features):
     """Effective rank of (n, D): exp of the entropy of its singular values as shares of their sum.
 
-    Garrido et al. 2023 (arXiv 2210.02885), Eq. 1. From 1, all features alike, to min(n, D); nan for
-    features that are not finite.
+    Garrido et al. 2023 (arXiv 2210.02885), Eq. 1. From 1, all features alike, also all 0, to
+    min(n, D); nan for features that are not finite.
     """
     if not features.isfinite().all():
         return math.nan
+    if not features.any():
+        return 1.0
     singular_values = torch.linalg.svdvals(features.double())
     return torch.special.entr(singular_values / singular_values.sum()).sum().exp().item()
 

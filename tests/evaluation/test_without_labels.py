@@ -27,6 +27,7 @@ def test_rank_me_is_the_exponential_of_the_entropy_of_the_singular_values():
     assert rank_me(features) == pytest.approx(expected, rel=1e-9)
     assert rank_me(torch.eye(7)) == pytest.approx(7), "all directions alike"
     assert rank_me(torch.ones(7, 5)) == pytest.approx(1, abs=1e-6), "one direction"
+    assert rank_me(torch.zeros(7, 5)) == 1, "none at all"
     assert math.isnan(rank_me(torch.full((7, 5), math.inf)))
 
 
