@@ -54,7 +54,7 @@ from dino.training.own_views import check_augmentation
 from dino.training.presets import DECIDED
 from dino.training.recorder import report_end, report_start
 from dino.training.run import Run
-from dino.training.saver import find_checkpoint, own_checkpoints
+from dino.training.saver import check_resume, find_checkpoint, own_checkpoints
 from dino.weights.layouts import read_weights
 
 __all__ = ["DINOLoss", "DataAugmentationDINO", "get_args_parser", "train_dino", "train_step"]
@@ -72,6 +72,7 @@ def train_dino(args, images=None, augmentation=None):
     interruption = listen()
     args = complete(args)
     limit_pixels(args.max_image_pixels)
+    check_resume(args.resume, args.output_dir)
     if args.preset not in DECIDED:
         check_training_flags(args, own_views=bool(augmentation or args.augmentation))
     begins = args.init_from and not own_checkpoints(args.output_dir)

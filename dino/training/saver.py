@@ -15,7 +15,13 @@ import torch
 from dino.distributed import is_main_process, is_restart, print0
 from dino.errors import UserError
 from dino.printable import printable
-from dino.weights.files import DamagedFile, flags_in, read, write_atomically
+from dino.weights.files import (
+    DamagedFile,
+    check_is_file,
+    flags_in,
+    read,
+    write_atomically,
+)
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
 
@@ -119,6 +125,12 @@ def on_host(value):
     return value
 
 
+ANOTHER = (
+    "belongs to another run, which would be lost. Give another --output_dir, or leave the flag out"
+    " to resume that run."
+)
+
+
 def find_checkpoint(resume, output_dir):
     """(path, content) of the checkpoint to resume from, or None for a new run.
 
@@ -126,24 +138,28 @@ def find_checkpoint(resume, output_dir):
     without any; else it is a path. The same path given again, or a restart by torchrun, resumes the
     run in `output_dir` that it began. UserError where another run would be lost.
     """
+    check_resume(resume, output_dir)
     folder = Path(output_dir)
     own = own_checkpoints(folder)
     if resume == "auto" or (own and is_restart()):
         return newest_whole(own)
-    another = (
-        "belongs to another run, which would be lost. Give another --output_dir, or leave the flag"
-        " out to resume that run."
-    )
     if resume == "never":
-        if own:
-            raise UserError(f"--resume never: {own[0]} {another}")
         return None
     found = newest_whole(own)
     if found and flags_in(found[1]).get("resume") == resume:
         return found
     if found and Path(resume).resolve().parent != folder.resolve():
-        raise UserError(f"--resume {resume}: {found[0]} {another}")
+        raise UserError(f"--resume {resume}: {found[0]} {ANOTHER}")
     return resume, read(resume, "--resume")
+
+
+def check_resume(resume, output_dir):
+    """Raise the UserErrors of `find_checkpoint` that need no checkpoint to be read: at once."""
+    own = own_checkpoints(Path(output_dir))
+    if resume == "never" and own and not is_restart():
+        raise UserError(f"--resume never: {own[0]} {ANOTHER}")
+    if resume not in ("auto", "never") and not own:
+        check_is_file(Path(resume), f"--resume {resume}")
 
 
 def newest_whole(paths):

@@ -222,6 +222,15 @@ def test_k_nn_accuracies_of_other_images_are_not_compared(class_folders, data, t
     assert read(run / NEWEST)["best_knn"] < 99
 
 
+@pytest.mark.parametrize("resume", ["never", "absent.pth"])
+def test_what_cannot_be_resumed_is_refused_before_the_images_are_looked_for(
+    unbroken, tmp_path, resume
+):
+    folder = unbroken if resume == "never" else tmp_path
+    with pytest.raises(UserError, match=f"--resume {resume}: "):
+        train(tmp_path / "no such folder", folder, "--resume", resume)
+
+
 def test_fewer_epochs_than_were_begun_are_refused(data, unbroken, tmp_path):
     checkpoint = torch.load(unbroken / NEWEST, weights_only=True)
     checkpoint |= {"epoch": 1, "iteration": 6 + 3, "images": 3 * 4}
