@@ -207,9 +207,9 @@ def report_end(probe, log, args):
     Before: of random weights, or of those of --init_from. After: of the better of teacher and
     student, which is in backbone.pth.
     """
-    beside = "curves.png and report.html" if args.report else "curves.png"
+    shown = "curves.png and report.html show" if args.report else "curves.png shows"
     result = Path(args.output_dir) / "backbone.pth"
-    print0(printable(f"The result is {result}; {beside} beside it show the run."))
+    print0(printable(f"The result is {result}; beside it {shown} the run."))
     if probe is None:
         return
     raw = probe.raw_pixel_accuracy()  # by all processes
