@@ -61,7 +61,7 @@ def test_log_has_the_official_keys_first_and_their_official_values(finished):
 
 def test_output_says_what_follows_from_the_flags_and_where_the_result_is(finished, class_folders):
     folder, _, result = finished
-    assert f"The result is {folder / 'backbone.pth'}; curves.png" in result.stdout
+    assert f"The result is {folder / 'backbone.pth'}; beside it curves.png" in result.stdout
     assert "24 images, 6 iterations of 4 images per epoch, 18 in all" in result.stdout
     assert "learning rate 0.0005 x 4 / 256 = 7.81e-06" in result.stdout
     assert "ln(out_dim) = 4.159" in result.stdout
