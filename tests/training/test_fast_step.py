@@ -123,12 +123,12 @@ def test_checkpointing_keeps_less_for_the_backward_pass():
 
 
 def test_compiled_networks_and_loss_give_the_same_numbers():
-    """Fused kernels round in other places: 1e-4. One block, as each further one takes 20 s."""
+    """Two blocks suffice, since all are alike; fused kernels round in other places: 1e-4."""
     results = []
     for compiled in (False, True):
         state = state_for_a_step()
         for network in (state.student, state.teacher):
-            del network.backbone.blocks[1:]
+            del network.backbone.blocks[2:]
         if compiled:
             compile_networks(state.student, state.teacher, state.dino_loss)
         results.append((state, steps(state)))
@@ -380,7 +380,7 @@ def test_steps_on_a_gpu_are_those_on_a_cpu(compiled, nothing_compiled):
     for device in ("cpu", "cuda"):
         state = state_for_a_step(device=device)
         for network in (state.student, state.teacher):
-            del network.backbone.blocks[1:]
+            del network.backbone.blocks[2:]
         if compiled and device == "cuda":
             compile_networks(state.student, state.teacher, state.dino_loss)
         before = weights_of(state.student)
