@@ -273,6 +273,12 @@ def add_precision_argument(group, default="auto"):
     )
 
 
+def spaced(value):
+    """A number, or several, as the value of a flag."""
+    numbers = value if isinstance(value, tuple | list) else [value]
+    return " ".join(f"{number:g}" for number in numbers)
+
+
 def count_cores():
     """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 from dino.backbones import build_backbone
+from dino.data.levels import set_white
 from dino.networks import MultiCropWrapper
 from dino.weights.files import backbone_payload, write_atomically
 from vision_transformer import DINOHead
@@ -74,6 +75,13 @@ def asked(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     return addresses
+
+
+@pytest.fixture
+def white_is_reset():
+    """After a test that sets --white for its process."""
+    yield
+    set_white(0.0)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 
 import torch
 
+from dino.command_line import spaced
 from dino.data.augmentations_on_device import on_workers
 from dino.data.levels import white
 from dino.data.survey import survey
@@ -43,6 +44,6 @@ def views_of(augmentation, image, number):
 def print_stats(images, in_chans):
     """Print mean and standard deviation of each channel as flags."""
     seen = survey(images, skip_bad=True, in_chans=in_chans, sample=MOST_FOR_STATS)
-    mean, std = (" ".join(f"{value:g}" for value in values) for values in (seen.mean, seen.std))
     so_read = f"--white {white():g} " if white() else ""
-    print(f"\nOf {seen.sample} images: {so_read}--mean {mean} --std {std}")
+    colors = f"--mean {spaced(seen.mean)} --std {spaced(seen.std)}"
+    print(f"\nOf {seen.sample} images: {so_read}{colors}")

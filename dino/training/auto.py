@@ -89,7 +89,7 @@ def fit_white(settings, images):
     """Decide which number is white, before the images are looked at, and read them so."""
     white = find_white(images.paths) if isinstance(images, ImageFiles) else 0.0
     if white:
-        bits = math.frexp(white)[1]
+        bits = int(white).bit_length()
         settings.decide("white", white, f"the files use {bits} of their 16 bits")
     set_white(settings["white"])
 

@@ -11,6 +11,7 @@ import torch
 
 from dino.ablations import AblatedLoss
 from dino.distributed import all_reduce_sum, get_world_size
+from dino.run_log import before_training
 
 NEARLY_ALL, NEARLY_NONE = 0.98, 0.01  # shares of ln K: uniform, few outputs
 FEW_OUTPUTS = 10
@@ -127,9 +128,9 @@ class Health:
         or the last one of the run, after the epochs in which the learning rate rises: features may
         get worse first in a sound run.
         """
-        if not lines or lines[0]["epoch"] > 0:  # a log that was lost
+        before, lines = before_training(lines), lines[1:]
+        if before is None:  # a log that was lost
             return []
-        before, *lines = lines
         judged = [line for line in lines if line["epoch"] > self.first_judged_epoch]
         last = lines[-1:] if finished else judged[-2:] if len(judged) > 1 else []
         verdicts = []

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dino.command_line import spaced
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
 from dino.distributed import print0
 from dino.networks import unwrap
@@ -71,11 +72,6 @@ def warn_of_other_images(checkpoint, path, **flags):
                 " file states."
             )
         )
-
-
-def spaced(value):
-    """A number, or several, as on a command line."""
-    return " ".join(f"{number:g}" for number in np.atleast_1d(value))
 
 
 def describe_weights(checkpoint, path, flag="--init_from"):

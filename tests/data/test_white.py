@@ -23,10 +23,7 @@ LEVELS = np.asarray(photograph().resize((40, 32)))  # (32, 40, 3)
 TWELVE_BITS = np.rint(LEVELS * (4095 / 255)).astype(np.uint16)
 
 
-@pytest.fixture(autouse=True)
-def white_is_reset():
-    yield
-    set_white(0.0)
+pytestmark = pytest.mark.usefixtures("white_is_reset")
 
 
 def write_png_of_16_bits(path, values):

@@ -9,7 +9,6 @@ import torch
 from conftest import SMALL_RUN, photograph
 
 from dino.data.augmentations import IMAGENET_STD
-from dino.data.levels import set_white
 from dino.errors import UserError
 from dino.training.flags import parse_args
 from dino.weights.files import read
@@ -53,6 +52,7 @@ def test_a_backbone_without_a_head_stays_as_it_is_until_its_new_head_has_learned
         assert not torch.equal(head, student["module.head.mlp.0.weight"]), "the head learns"
 
 
+@pytest.mark.usefixtures("white_is_reset")
 @pytest.mark.parametrize(("stated", "taken"), [(1000.0, 1000.0), (0.0, 4095.0)])
 def test_white_is_that_of_the_weights_or_else_that_of_the_files(trained, tmp_path, stated, taken):
     content = torch.load(trained / "backbone.pth", weights_only=True)
@@ -61,10 +61,7 @@ def test_white_is_that_of_the_weights_or_else_that_of_the_files(trained, tmp_pat
         twelve_bits = np.asarray(image, np.uint16) * np.uint16(4095 / 255)
         np.save(tmp_path / f"{number}.npy", twelve_bits)
     flags = ("--data_path", tmp_path, "--epochs", 1)
-    try:
-        flags = continue_from(tmp_path / "weights.pth", tmp_path / "run", *flags, images=None)
-    finally:
-        set_white(0.0)
+    flags = continue_from(tmp_path / "weights.pth", tmp_path / "run", *flags, images=None)
     assert flags["white"] == taken
 
 
