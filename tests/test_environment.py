@@ -4,7 +4,7 @@
 import re
 
 import pytest
-from conftest import SMALL_RUN, run_python, run_script
+from conftest import SMALL_RUN, run_script
 
 from dino import distributed
 from dino.errors import UserError
@@ -70,7 +70,7 @@ main_dino.main()
 
 
 def test_a_limit_on_threads_is_a_paragraph(tmp_path):
-    result = run_python("-c", NO_MORE_THREADS, "--data_path", tmp_path)
+    result = run_script("-c", NO_MORE_THREADS, "--data_path", tmp_path)
     assert result.returncode == 2, result.stderr
     assert "no thread can be started" in result.stderr
     assert result.stderr.count("\n") == 1

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SMALL_RUN, Started, run_python, start_forkserver
+from conftest import SMALL_RUN, Started, run_script, start_forkserver
 
 from dino.errors import UserError
 from dino.signals import STOPPING, StopRequested, signals_blocked
@@ -169,7 +169,7 @@ print("alive")
 
 def test_signals_that_a_forked_child_hears_are_not_its_parents():
     """As loader workers, in the moment before they have handlers of their own."""
-    result = run_python("-c", CHILDREN_HEAR_SIGNALS)
+    result = run_script("-c", CHILDREN_HEAR_SIGNALS)
     assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
 
 
@@ -186,7 +186,7 @@ time.sleep(20)
 
 def test_a_signal_during_a_fork_ends_what_has_nothing_to_save_and_shows_no_traceback():
     """Python prints and drops what hooks of fork raise, as it does with destructors."""
-    ended = run_python("-c", DROPPED)
+    ended = run_script("-c", DROPPED)
     assert ended.returncode == 75
     assert ended.stderr == "Stopped by SIGTERM before training began.\n"
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process that has imported everything, and forks one for each command that it is sent.
 
-`python script.py ...` spends five seconds on importing torch and torchvision. What is forked here
-is as real a process, with its own memory, files, signals and exit code, and begins at once.
+`python script.py ...`, or `python -c code ...`, spends five seconds on importing torch and
+torchvision. What is forked here is as real a process, with its own memory, files, signals and exit
+code, and begins at once.
 
 Over the socket whose number is the first argument come JSON requests with two files, for stdout and
 stderr; back go {"pid": ...} when the process begins and {"returncode": ...} when it has ended.
@@ -10,6 +11,7 @@ stderr; back go {"pid": ...} when the process begins and {"returncode": ...} whe
 """
 
 import atexit
+import functools
 import json
 import os
 import runpy
@@ -68,17 +70,22 @@ def become(request, stdout, stderr):
     for file, number in ((stdout, 1), (stderr, 2)):
         os.dup2(file, number)
     sys.argv = request["command"]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+    if sys.argv[0] == "-c":
+        sys.path[0] = ""
+        run = functools.partial(exec, sys.argv.pop(1), {"__name__": "__main__"})
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+        run = functools.partial(runpy.run_path, sys.argv[0], run_name="__main__")
     sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os._exit(exit_code_of(sys.argv[0]))
+    os._exit(exit_code_of(run))
 
 
-def exit_code_of(script):
-    """Run `script` as the interpreter does, to the end of its threads and exit functions."""
+def exit_code_of(run):
+    """Call `run` as the interpreter runs a script: to the end of threads and exit functions."""
     code = 0
     try:
-        runpy.run_path(script, run_name="__main__")
+        run()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if isinstance(stop.code, str):

@@ -49,6 +49,15 @@ class ImageLoader(DataLoader):
         )
 
     def __iter__(self):
+        try:
+            yield from self.batches_despite_deaths()
+        except GeneratorExit:  # also in a forked copy, whose workers these are not
+            raise
+        except BaseException:
+            self.end_workers()
+            raise
+
+    def batches_despite_deaths(self):
         delivered, deaths = 0, 0
         while True:
             try:
@@ -66,6 +75,7 @@ class ImageLoader(DataLoader):
                     raise RuntimeError(str(error)) from None  # of the user's own code, in a worker
                 deaths += 1
                 self.after_death(error, deaths)
+                self.end_workers()
             # The pass that failed and its error refer to each other. If a new worker is forked
             # before they are freed, it frees its copy, and complains that it has no such workers.
             gc.collect()
@@ -86,8 +96,7 @@ class ImageLoader(DataLoader):
         return iterator
 
     def after_death(self, error, deaths):
-        """Report a killed worker and have a new iterator made; UserError the third time."""
-        self._iterator = None  # of persistent workers
+        """Report a killed worker; UserError the third time."""
         # by somebody, such as scancel
         terminated = not is_caught(error) and exit_codes(self.workers) == {-signal.SIGTERM}
         if terminated and deaths <= 2:
@@ -101,6 +110,12 @@ class ImageLoader(DataLoader):
         if deaths > 2:
             raise UserError(f"Loader processes died three times in a row ({reason}). {advice}")
         print(f"Warning: a loader process died and is replaced ({reason}). {advice}", flush=True)
+
+    def end_workers(self):
+        """At once: torch waits for each of them for 5 s where an error refers to their pass."""
+        self._iterator = None  # of persistent workers: the next pass makes new ones
+        for worker in self.workers:
+            worker.terminate()
 
     def readable(self, batch):
         if isinstance(batch, UnreadableImage):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import photograph, run_python, save_backbone
+from conftest import photograph, run_script, save_backbone
 from PIL import Image
 from torch import nn
 
@@ -187,7 +187,7 @@ def test_a_tiff_whose_metadata_name_another_file_is_read_without_opening_it(tmp_
     tifffile.imwrite(tmp_path / "a.tif", bands(1)[..., 0], description=name, metadata=None)
     code = "import sys; from dino.data.channels import *;"
     code += "print(count_channels(sys.argv[1:]), read_any(sys.argv[1], 1).shape)"
-    run = run_python("-c", code, tmp_path / "a.tif", timeout=60)
+    run = run_script("-c", code, tmp_path / "a.tif", timeout=60)
     assert run.stdout.split() == ["3", "(40,", "40,", "1)"], run.stderr
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, SMALL_RUN, photograph, run_python, run_script
+from conftest import ROOT, SMALL_RUN, photograph, run_script
 from PIL import Image
 
 from dino.command_line import MAX_PIXELS
@@ -170,7 +170,7 @@ for path in sys.argv[1:]:
         print(error)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
-    *reasons, kilobytes = run_python("-c", code, *tmp_path.glob("*.gif")).stdout.splitlines()
+    *reasons, kilobytes = run_script("-c", code, *tmp_path.glob("*.gif")).stdout.splitlines()
     assert len(reasons) == 2
     assert all(f"--max_image_pixels {MAX_PIXELS}" in reason for reason in reasons)
     assert int(kilobytes) < 100_000

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import photograph, run_python
+from conftest import photograph, run_script
 from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.datasets import ImageFolder
 
@@ -300,7 +300,7 @@ with exit_on_user_error("a.py"):
 
 def test_a_worker_without_room_for_its_batch_is_a_paragraph(class_folders):
     """A limit on files holds for shared memory too, and can be set anywhere."""
-    result = run_python("-c", NO_ROOM, class_folders / "train")
+    result = run_script("-c", NO_ROOM, class_folders / "train")
     assert result.returncode == 2, result.stderr
     assert "three times in a row (RuntimeError: unable to" in result.stderr
     assert "--shm-size" in result.stderr
@@ -309,7 +309,9 @@ def test_a_worker_without_room_for_its_batch_is_a_paragraph(class_folders):
 
 
 def test_a_worker_that_is_lost_without_a_word_is_named_by_its_error(capsys):
-    loader = ImageLoader([0], num_workers=0)
+    loader = ImageLoader([0], num_workers=1)
+    loader.workers = [multiprocessing.get_context("fork").Process(target=os._exit, args=(1,))]
+    loader.workers[0].start()
     loader.after_death(EOFError(), 1)
     assert "died and is replaced (EOFError())" in capsys.readouterr().out
     assert not is_death(RuntimeError())
@@ -321,9 +323,12 @@ def fails(image, key):
 
 def test_an_error_in_views_of_ones_own_is_not_taken_for_a_death(class_folders):
     images = ImageFiles(list_training_images(class_folders / "train"))
-    options = dict(batch_size=2, seed=0, pin_memory=False)
-    with pytest.raises(RuntimeError, match="a bug in views of one's own"):
-        next(iter(training_loader(images, fails, num_workers=1, **options)))
+    loader = training_loader(images, fails, batch_size=2, num_workers=1, seed=0, pin_memory=False)
+    with pytest.raises(RuntimeError, match="a bug in views of one's own") as held:
+        next(iter(loader))
+    (worker,) = loader.workers
+    worker.join(timeout=4)
+    assert not worker.is_alive(), f"it should not wait until {held} is freed"
 
 
 def test_a_batch_with_a_replaced_image_is_copied_to_pinned_memory_like_others(monkeypatch):

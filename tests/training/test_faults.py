@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, Started, run_python, run_script
+from conftest import ROOT, SMALL_RUN, Started, run_script
 from helpers import assert_equal_states, final_state
 
 from dino.errors import UserError
@@ -162,7 +162,7 @@ train_dino(args, images=Images())
 
 
 def test_a_run_whose_images_do_not_come_saves_and_stops_when_asked(tmp_path):
-    run = run_python("-c", IMAGES_THAT_STOP_COMING, *LONG_RUN, "--output_dir", tmp_path)
+    run = run_script("-c", IMAGES_THAT_STOP_COMING, *LONG_RUN, "--output_dir", tmp_path)
     assert run.returncode == 75, run.stderr
     done = int(re.search(r"Stopped by SIGTERM: (\d+) iterations are done", run.stdout)[1])
     assert torch.load(tmp_path / NEWEST, weights_only=True)["iteration"] == done
