@@ -122,8 +122,10 @@ def test_checkpointing_keeps_less_for_the_backward_pass():
     assert kept[True] < kept[False] / 3
 
 
-def test_compiled_networks_and_loss_give_the_same_numbers():
+def test_compiled_networks_and_loss_give_the_same_numbers(monkeypatch):
     """Two blocks suffice, since all are alike; fused kernels round in other places: 1e-4."""
+    # kernels without vector instructions: two thirds of the time to compile
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
     results = []
     for compiled in (False, True):
         state = state_for_a_step()
