@@ -9,8 +9,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -18,7 +16,7 @@ import zlib
 import numpy as np
 import pytest
 import tifffile
-from conftest import ROOT, photograph
+from conftest import Started, photograph
 from PIL import Image
 
 import check_data
@@ -313,9 +311,7 @@ def test_no_process_outlives_a_check_that_is_killed(tmp_path):
     for i, image in enumerate(crops(2)):
         image.save(tmp_path / f"{i}.png")
     with file_that_hangs(tmp_path / "hangs.jpg"):
-        process = subprocess.Popen(
-            [sys.executable, "check_data.py", str(tmp_path), "--num_workers", "2"], cwd=ROOT
-        )
+        process = Started("check_data.py", tmp_path, "--num_workers", 2)
         children = []
         while len(children) < 2:
             assert process.poll() is None

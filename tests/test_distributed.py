@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL_RUN, run_processes, run_python, run_script, run_torchrun
+from conftest import ROOT, SMALL_RUN, Started, run_processes, run_python, run_script, run_torchrun
 from torch import nn
 
 from dino import distributed
@@ -151,19 +151,11 @@ def test_slurm_processes_meet_on_the_first_host_of_the_list(hosts, first):
 
 
 def test_slurm_variables_alone_start_a_run(class_folders, tmp_path):
-    command = [sys.executable, "main_dino.py", *SMALL_RUN, "--epochs", 1]
+    command = ["main_dino.py", *SMALL_RUN, "--epochs", 1]
     command += ["--data_path", class_folders / "train", "--output_dir", tmp_path]
     slurm = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
     processes = [
-        subprocess.Popen(
-            [str(part) for part in command],
-            cwd=ROOT,
-            env={**os.environ, **slurm, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
+        Started(*command, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs

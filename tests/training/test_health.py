@@ -96,7 +96,7 @@ VIT_RUN = (
     *("--arch", "vit_nano", "--patch_size", 8, "--global_crop_size", 32, "--local_crop_size", 16),
     *("--local_crops_number", 2, "--out_dim", 1024, "--head_hidden_dim", 512, "--num_workers", 1),
     *("--head_bottleneck_dim", 128, "--momentum_teacher", 0.98, "--warmup_epochs", 2),
-    *("--device", "cpu"),
+    *("--device", "cpu", "--report", "false"),
 )
 
 
