@@ -114,8 +114,9 @@ class ImageLoader(DataLoader):
     def end_workers(self):
         """At once: torch waits for each of them for 5 s where an error refers to their pass."""
         self._iterator = None  # of persistent workers: the next pass makes new ones
-        for worker in self.workers:
-            worker.terminate()
+        if not self.pin_memory:  # else torch first ends the thread that reads what they write
+            for worker in self.workers:
+                worker.terminate()
 
     def readable(self, batch):
         if isinstance(batch, UnreadableImage):
