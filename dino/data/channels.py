@@ -71,7 +71,7 @@ def read_channels(path, in_chans=None):
     pixels, bits = read_numbers(path, in_chans)
     if pixels is None:
         with open_image(path) as image:
-            pixels = as_levels(image)
+            return as_levels(image)
     return to_levels(np.ascontiguousarray(channels_last(pixels)), bits)
 
 
@@ -88,15 +88,21 @@ def read_numbers(path, in_chans=None):
     elif ending in TIFF:
         with open_tiff(path) as series:
             if holds_levels(series):
-                check_shape(shape_of(series), in_chans)
+                channels = check_shape(shape_of(series), in_chans)
+                if channels != in_chans == 1 and not channels_are_told(series):
+                    raise ValueError(f"{channels} pages that may be frames; save one of them alone")
                 pixels, bits = series.asarray(), series.keyframe.bitspersample
     return pixels, bits
 
 
 def as_levels(image):
-    """A PIL image as an array; as RGB where its numbers are not the levels of its channels."""
+    """A PIL image as uint8 (H, W, C); as RGB where its numbers are not the levels of its channels.
+
+    The shape of the array alone would not say that an image of one or two rows is not channels.
+    """
     check_bits(image)
-    return np.asarray(image if image.mode in ("L", "RGB", "RGBA", "LA") else to_rgb(image))
+    levels = np.asarray(image if image.mode in ("L", "RGB", "RGBA", "LA") else to_rgb(image))
+    return levels.reshape(*levels.shape[:2], -1)
 
 
 def holds_levels(series):
@@ -188,7 +194,7 @@ def with_channels(image, in_chans):
     One channel is the grey value of a colour image. Numbers are scaled by `to_levels`.
     """
     if isinstance(image, Image.Image):
-        image = channels_last(as_levels(image))
+        image = as_levels(image)
     image = to_levels(np.ascontiguousarray(image))
     check_channels(image.shape[-1], in_chans)
     if in_chans == 1 and image.shape[-1] == RGB:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers in image files as levels, 0 to 255, whatever their type; of which one is white."""
 
+import re
+
 import numpy as np
 from PIL import Image
 
@@ -9,6 +11,8 @@ BITS, COMPRESSION, PHOTOMETRIC, PLANES, SAMPLE_FORMAT = 258, 259, 262, 284, 339
 WHITE_IS_ZERO, NOT_COMPRESSED, APART = 0, 1, 2
 HIGHEST_WHITE = 2.0**32  # that a flag or a file may state
 ONE_NUMBER = ("I", "F")  # how Pillow's modes of one number a pixel, of more than 8 bits, begin
+# In what Pillow calls the bytes of a file: a channel's, in some order. BMP's BGR;16 are a pixel's.
+OF_16_BITS = re.compile(";16[BLN]")
 
 _white = 0  # see set_white
 
@@ -100,7 +104,8 @@ def highest_of_pillow(image, tags):
 
 
 def highest_by_range(values):
-    """The value of white in 32-bit numbers: 1 (of floating-point numbers), 255 or 65535.
+    """The value of white in 32-bit numbers: 1 (of floating-point numbers), 255 or 65535; in those
+    of 16 bits with a sign, which end there, 32767 for 65535.
 
     ValueError where the range does not tell, or where it tells that these are not levels: what lies
     between would come out almost black.
@@ -112,7 +117,7 @@ def highest_by_range(values):
     if highest <= 255 and (highest > 16 or not shares):
         return 255
     if 4096 < highest <= 65535:
-        return 65535
+        return 32767 if values.dtype == np.int16 else 65535
     raise ValueError(
         f"values up to {highest:g}, from which it cannot be told whether white is 1, 255 or 65535:"
         " see --white of main_dino.py"
@@ -124,7 +129,7 @@ def loses_bits(image):
     has not been decoded.
     """
     several = not image.mode.startswith(ONE_NUMBER)
-    return several and any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
+    return several and any(OF_16_BITS.search(str(tile.args)) for tile in getattr(image, "tile", ()))
 
 
 def check_bits(image):

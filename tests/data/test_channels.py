@@ -56,7 +56,8 @@ def test_sixteen_bits_and_shares_are_scaled_to_levels(tmp_path):
     pixels = bands(4)
     tifffile.imwrite(tmp_path / "16.tif", pixels.astype(np.uint16) * 257)
     np.save(tmp_path / "share.npy", pixels.astype(np.float32) / 255)
-    for name in ("16.tif", "share.npy"):
+    np.save(tmp_path / "signed.npy", np.rint(pixels * (32767 / 255)).astype(np.int16))
+    for name in ("16.tif", "share.npy", "signed.npy"):
         np.testing.assert_array_equal(read_any(tmp_path / name, 4), pixels)
 
 
@@ -130,6 +131,14 @@ def test_the_palette_of_an_image_of_ones_own_is_no_brightness():
     photo = photograph().quantize(16)
     grey = image_of((photo, 7), 0, 1)[..., 0]
     np.testing.assert_array_equal(grey, np.asarray(photo.convert("RGB").convert("L")))
+
+
+@pytest.mark.parametrize("size", [(9, 1), (9, 2), (1, 1), (1, 9)])
+def test_rows_of_a_small_photograph_are_not_taken_for_its_channels(tmp_path, size):
+    photo = photograph().resize(size)
+    photo.save(tmp_path / "a.png")
+    grey = read_any(tmp_path / "a.png", 1)
+    np.testing.assert_array_equal(grey[..., 0], np.asarray(photo.convert("L")))
 
 
 def test_formats_of_pillow_give_their_channels_too(tmp_path):
@@ -230,6 +239,12 @@ def test_pages_that_are_the_rows_of_an_image_are_told_from_a_long_stack(tmp_path
     tifffile.imwrite(tmp_path / "stack.tif", np.zeros((50, 24, 24), np.uint8))
     with pytest.raises(UserError, match=r"stack\.tif: .*several pages"):
         count_channels([tmp_path / "stack.tif"])
+
+
+def test_three_pages_that_may_be_frames_are_no_colours_of_a_grey_image(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(bands(3), -1, 0), photometric="minisblack")
+    with pytest.raises(UnreadableImage, match="3 pages that may be frames"):
+        read_any(tmp_path / "a.tif", 1)
 
 
 @pytest.mark.parametrize("metadata", [{"axes": "TYX"}, {}, None])

@@ -89,6 +89,15 @@ def test_images_of_8_bits_stay_as_they_are(tmp_path):
         np.testing.assert_array_equal(np.asarray(read_any(path)), LEVELS)
 
 
+def test_a_bmp_of_16_bits_a_pixel_is_not_of_more_than_8_a_channel(tmp_path):
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    header += struct.pack("<III", 31 << 11, 63 << 5, 31)  # the bits of red, green and blue
+    pixels = struct.pack("<HH", 31 << 11, 31)
+    (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 70, 0, 0, 66) + header + pixels)
+    set_white(4095.0)
+    assert np.asarray(read_any(tmp_path / "a.bmp")).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+
+
 def test_a_png_of_which_only_8_of_16_bits_would_be_read_is_refused(tmp_path):
     write_png_of_16_bits(tmp_path / "a.png", LEVELS.astype(np.uint16) * 257)
     np.testing.assert_array_equal(np.asarray(read_any(tmp_path / "a.png")), LEVELS)
