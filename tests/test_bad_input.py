@@ -113,7 +113,8 @@ RANGES = {  # values outside of the range of these flags
         " white"
     },
     "0 nan inf": {"main_dino": "warmup_teacher_temp teacher_temp hours std", "eval_linear": "lr"},
-    "nan inf": {"main_dino": "mean"},
+    "58.4 0.0009": {"main_dino": "std"},
+    "123.7 -0.1 nan": {"main_dino": "mean"},
     "0.011 nan inf": {"eval_knn": "temperature"},
     "-0.1 1.1 nan": {
         "main_dino": "global_crops_scale local_crops_scale momentum_teacher drop_path_rate"

@@ -21,6 +21,8 @@ from dino.data.channels import RGB, size_of, to_levels_tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Ranges of what channels of 0 to 1 may be normalised by; a survey gives a constant one the lowest.
+MEANS, STDS = (0.0, 1.0), (0.001, 1.0)
 
 LOG_RATIO = np.log([3 / 4, 4 / 3])  # of a crop's width to its height
 CROP_ATTEMPTS = 10

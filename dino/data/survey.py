@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dino.data.augmentations import STDS
 from dino.data.channels import size_of
 from dino.data.images import UnreadableImage
 from dino.data.items import image_of
@@ -76,15 +77,14 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
         return Survey(len(images), 0, (1, 1, 1), 0.0, (0.5,) * in_chans, (0.25,) * in_chans)
     sides, greys, means, squares, places, most = map(np.array, zip(*looked_at, strict=True))
     mean = means.mean(axis=0)
-    # a channel that never changes must not be divided by 0
-    std = np.maximum(squares.mean(axis=0) - mean**2, 1e-6) ** 0.5
+    std = np.maximum(squares.mean(axis=0) - mean**2, 0) ** 0.5
     return Survey(
         images=len(images),
         sample=len(looked_at),
         sides=(int(sides.min()), int(np.median(sides)), int(sides.max())),
         grey=float(greys.mean()),
         mean=tuple(mean.round(4).tolist()),
-        std=tuple(std.round(4).tolist()),
+        std=tuple(std.round(4).clip(*STDS).tolist()),
         layout=share_of_places(places),
         brightest=int(most.max()),
     )

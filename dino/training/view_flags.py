@@ -2,7 +2,7 @@
 """The flags of main_dino.py about what the networks see."""
 
 from dino.command_line import number
-from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MEANS, STDS
 
 
 def add_view_arguments(group):
@@ -107,7 +107,7 @@ def add_view_arguments(group):
         "--mean",
         default=IMAGENET_MEAN,
         nargs="+",
-        type=number(float),
+        type=number(float, *MEANS),
         help="mean of each channel on a scale of 0 to 1, for the normalisation: python"
         " check_data.py --stats PATH",
     )
@@ -115,7 +115,7 @@ def add_view_arguments(group):
         "--std",
         default=IMAGENET_STD,
         nargs="+",
-        type=number(float, above=0),
+        type=number(float, *STDS),
         help="standard deviation of each channel on that scale",
     )
     add(

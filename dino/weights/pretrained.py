@@ -15,7 +15,7 @@ from dino.backbones import (
     check_takes_sizes,
     is_timm,
 )
-from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MEANS, STDS, eval_transform
 from dino.data.channels import MOST_CHANNELS, RGB
 from dino.data.levels import HIGHEST_WHITE, set_white
 from dino.distributed import print0
@@ -30,7 +30,6 @@ from dino.weights.published import PUBLISHED_BACKBONES, download, published_entr
 from vision_transformer import ARCHITECTURES
 
 HEADS = ("head.", "fc.")  # how names of a classifier or of DINO's head begin
-LARGEST_COLOR = 1000.0  # of a mean or a standard deviation that images are normalised by
 
 
 @dataclass
@@ -168,9 +167,9 @@ def check_description(described, source):
     def is_count(value):
         return type(value) is int and 0 < value <= 2**13
 
-    def is_color(value, lowest=-LARGEST_COLOR):
+    def is_color(value, lowest, highest):
         numbers = isinstance(value, tuple | list) and 0 < len(value) <= MOST_CHANNELS
-        return numbers and all(is_number(v) and lowest < v <= LARGEST_COLOR for v in value)
+        return numbers and all(is_number(v) and lowest <= v <= highest for v in value)
 
     right = {
         "arch": lambda value: isinstance(value, str),
@@ -179,8 +178,8 @@ def check_description(described, source):
         "image_size": is_count,
         "shrink_images": lambda value: type(value) is int and 0 <= value <= 2**13,
         "white": lambda value: is_number(value) and 0 <= value <= HIGHEST_WHITE,
-        "mean": is_color,
-        "std": lambda value: is_color(value, lowest=1 / LARGEST_COLOR),
+        "mean": lambda value: is_color(value, *MEANS),
+        "std": lambda value: is_color(value, *STDS),
     }
     for name, value in described.items():
         if not right[name](value):

@@ -22,6 +22,7 @@ from dino.training.budget import seconds_per_step
 from dino.training.correlation import view_correlation
 from dino.training.flags import complete, parse_args
 from dino.training.settings import DECIDABLE, REASONS, Settings
+from dino.weights.pretrained import check_description
 
 
 def decide(images, side, *, given="", device="cpu", epochs=100, least=None, channels=3, **measured):
@@ -60,7 +61,9 @@ def test_the_survey_measures_what_numpy_measures_over_all_pixels():
 def test_images_of_one_colour_have_a_deviation_that_can_be_divided_by():
     """Their mean square less their squared mean is below 0 by rounding."""
     images = [Image.new("RGB", (40, 40), (7, 7, 7))] * 40
-    assert survey(images).std == (0.001,) * 3
+    seen = survey(images)
+    assert seen.std == (0.001,) * 3
+    check_description({"mean": seen.mean, "std": seen.std}, "backbone.pth of a run on them")
 
 
 def test_grey_images_are_seen_as_grey_however_they_are_stored():

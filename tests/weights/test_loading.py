@@ -164,6 +164,7 @@ def test_a_first_layer_of_another_type_is_refused_before_it_is_fitted_to_channel
     [
         *[("std", (0.5, 0.5, 1e-30)), ("std", (0.5, 0.5, 10**5000)), ("mean", (0, 0, -(10**400)))],
         *[("mean", (True, 0, 0)), ("patch_size", 10**30), ("image_size", True), ("arch", 5)],
+        *[("mean", (123.7, 116.3, 103.5)), ("std", (58.4, 57.1, 57.4))],  # for levels of 0 to 255
     ],
     ids=brief,
 )
