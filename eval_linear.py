@@ -167,7 +167,7 @@ def evaluate(args, device):
         entries = read(args.classifier, "--classifier")
         head, args = take_head(entries, args, source)
         pretrained = open_backbone(args, args.image_size or entries.get("image_size"))
-        check_backbone(entries, pretrained.backbone, source, args.pretrained_weights)
+        check_backbone(entries, pretrained, source, args.pretrained_weights)
     else:
         pretrained = open_backbone(args, args.image_size)
         source = f"the published linear head of {pretrained.arch}"

@@ -401,6 +401,9 @@ def test_a_head_is_refused_with_what_it_was_not_trained_for(
     torch.save(other, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"backbone\.pth, but the weights of .*different"):
         run("--pretrained_weights", tmp_path / "other.pth", *needed[2:], *best)
+    torch.save({**content(checkpoint), "mean": (0.5, 0.4, 0.3)}, tmp_path / "darker.pth")
+    with pytest.raises(UserError, match=r"trained with mean .*darker\.pth states \(0\.5, 0\.4, 0"):
+        run("--pretrained_weights", tmp_path / "darker.pth", *needed[2:], *best)
     shutil.copytree(labelled / "val" / "coffee", tmp_path / "val" / "zebra")
     with pytest.raises(UserError, match=r"knows 3 classes, .*--data_path 'zebra' is none of them"):
         run(*needed[:2], "--data_path", tmp_path, *best)

@@ -28,12 +28,14 @@ from dino.weights.files import (
     without_prefix,
     write_atomically,
 )
-from dino.weights.loading import list_names, load_exactly, restore_described, same_kind
+from dino.weights.loading import equal, list_names, load_exactly, restore_described, same_kind
 from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 from dino.weights.results import check_has_best, check_no_results, is_beginning
 
 # The flags that a head's file states, so that --evaluate needs none of them.
 HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
+# Fields of Pretrained: what becomes of an image before the backbone sees it, besides its size.
+IMAGES = ("mean", "std", "shrink_images", "white")
 PUBLISHED = "the published backbone"
 MOST_EPOCHS = 2**31
 NEWEST, BEST, LAST = "checkpoint.pth.tar", "best_linear.pth", "last_linear.pth"
@@ -136,6 +138,7 @@ def describe_head(pretrained, classes, **flags):
         "arch": pretrained.arch,
         "patch_size": pretrained.patch_size,
         "image_size": pretrained.image_size,
+        **{name: getattr(pretrained, name) for name in IMAGES},
         "backbone": fingerprint(pretrained.backbone),
         "classes": classes,
         **flags,
@@ -235,9 +238,20 @@ def load_pretrained_linear_weights(linear_classifier, model_name, patch_size):
     print0(f"Loaded the released linear weights of {model_name}.")
 
 
-def check_backbone(description, backbone, source, weights):
-    """Raise UserError unless the head was trained on `backbone`, which was read from `weights`."""
-    if description.get("backbone") not in (None, fingerprint(backbone)):
+def check_backbone(description, pretrained, source, weights):
+    """Raise UserError unless the head was trained on `pretrained`, which was read from `weights`.
+
+    The same backbone makes other features of images that are normalised otherwise.
+    """
+    for name in IMAGES:
+        own = getattr(pretrained, name)
+        if name in description and not equal(description[name], own):
+            raise UserError(
+                f"{source} was trained with {name} {brief(description[name])}, and"
+                f" {weights or PUBLISHED} states {brief(own)}. Give the file of weights that it was"
+                " trained with."
+            )
+    if description.get("backbone") not in (None, fingerprint(pretrained.backbone)):
         trained_on = description.get("pretrained_weights")
         raise UserError(
             f"{source} was trained on the features of {trained_on or PUBLISHED}, but the weights"

@@ -21,6 +21,8 @@ MOMENTS = {
 }
 NEVER_NEGATIVE = ("step", "exp_avg_sq")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Of the images of a run on frozen features: files of earlier versions do not state them.
+STATED_LATER = {"train_set", "val_set", "mean", "std", "shrink_images", "white"}
 SHOWN = 5  # names of a list that may be long
 
 
@@ -101,10 +103,9 @@ def restore_described(checkpoint, description, source, **objects):
 def check_described(checkpoint, description, source):
     """Raise UserError unless a run's `description`, plain values by name, is what its file says.
 
-    But for where its pretrained weights are, which may move, and for the images, which a file of an
-    earlier version does not state.
+    But for where its pretrained weights are, which may move, and for what is STATED_LATER.
     """
-    may_differ = {"pretrained_weights"} | ({"train_set", "val_set"} - checkpoint.keys())
+    may_differ = {"pretrained_weights"} | (STATED_LATER - checkpoint.keys())
     for name, value in description.items():
         if name not in may_differ and not equal(checkpoint.get(name), value):
             there, here = brief(checkpoint.get(name)), brief(value)
