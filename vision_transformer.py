@@ -230,10 +230,10 @@ class PatchEmbed(nn.Module):
         """
         patch = self.patch_size
         if tuple(self.proj.stride) == (patch, patch) and (height % patch or width % patch):
+            rows, columns = max(1, height // patch), max(1, width // patch)
             raise ValueError(
                 f"an image of {height} x {width} pixels does not divide into patches of {patch}"
-                f" x {patch};"
-                f" {height - height % patch} x {width - width % patch} would"
+                f" x {patch}; {rows * patch} x {columns * patch} would"
             )
 
 

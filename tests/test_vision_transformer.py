@@ -157,6 +157,8 @@ def test_overlapping_patches_with_own_positions_run_as_in_feature_extractors():
 def test_an_image_that_patches_do_not_divide_is_refused_with_a_size_that_fits():
     with pytest.raises(ValueError, match=r"100 x 64 pixels .* 16 x 16; 96 x 64 would"):
         vits.vit_tiny()(torch.zeros(1, 3, 100, 64))
+    with pytest.raises(ValueError, match=r"7 x 64 pixels .* 16 x 64 would"):
+        vits.vit_tiny()(torch.zeros(1, 3, 7, 64))
 
 
 @pytest.mark.parametrize(("patch_size", "in_chans", "img_size"), [(4, 1, 32), (5, 6, [40, 20])])

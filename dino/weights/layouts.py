@@ -115,8 +115,9 @@ def read_folder(folder, flag):
         )
     if "model_type" in config:
         preprocessor = folder / PREPROCESSOR
-        shown = read_json(preprocessor, flag) if preprocessor.is_file() else {}
-        described = describe_transformers(config, shown, source)
+        described = describe_transformers(config, source)
+        if preprocessor.is_file():
+            described |= describe_preprocessor(read_json(preprocessor, flag), source)
     else:
         described = describe_timm(config, source)
     weights = read_weights(file, flag)
@@ -133,8 +134,8 @@ def read_json(path, flag):
     return content
 
 
-def describe_transformers(config, preprocessor, source):
-    """What transformers' two JSON files say of a backbone; UserError unless it is one of our ViTs.
+def describe_transformers(config, source):
+    """What transformers' config.json says of a backbone; UserError unless it is one of our ViTs.
 
     Names and shapes of weights do not show everything: the number of heads and the activation are
     compared here.
@@ -159,12 +160,13 @@ def describe_transformers(config, preprocessor, source):
         raise UserError(f"{source}: layer_norm_eps is {brief(epsilon)}; ours is 1e-6.")
     described = {"arch": arch, "patch_size": config.get("patch_size", 16)}
     described["image_size"] = config.get("image_size", 224)
-    return described | describe_preprocessor(preprocessor, source)
+    return described
 
 
 def describe_preprocessor(preprocessor, source):
-    """The mean and std in transformers' preprocessor_config.json, as far as it has them; 0 and 1
-    where it does not normalise. UserError where white does not become 1 before that.
+    """The mean and std in transformers' preprocessor_config.json; 0 and 1 where it does not
+    normalise. UserError where white does not become 1 before that, or where it has neither:
+    transformers' own depend on the class that reads the file.
     """
     factor = preprocessor.get("rescale_factor", 1 / 255)
     scaled = is_number(factor) and math.isclose(factor, 1 / 255, rel_tol=1e-3)
@@ -177,7 +179,13 @@ def describe_preprocessor(preprocessor, source):
     if not preprocessor.get("do_normalize", True):
         return {"mean": [0.0] * RGB, "std": [1.0] * RGB}
     names = {"mean": "image_mean", "std": "image_std"}
-    return {ours: preprocessor[name] for ours, name in names.items() if name in preprocessor}
+    found = {ours: preprocessor[name] for ours, name in names.items() if name in preprocessor}
+    if not found:
+        raise UserError(
+            f"{source}: {PREPROCESSOR} has no image_mean and no image_std. Add them: those of"
+            " transformers' ViTImageProcessor are [0.5, 0.5, 0.5]."
+        )
+    return found
 
 
 def describe_timm(config, source):

@@ -188,7 +188,7 @@ def check_description(described, source):
         raise UserError(f"{source} has a mean and a std of different numbers of channels.")
     if "arch" in described:
         try:
-            check_arch(described["arch"])
+            check_arch(described["arch"], described.get("stem", "auto"))
         except UserError as error:
             raise UserError(f"{source} names a network that cannot be built: {error}") from None
 

@@ -150,10 +150,14 @@ def test_two_networks_that_one_entry_holds_are_refused_by_name(tmp_path, prefixe
         open_backbone(weights_flags(tmp_path / "two.pth"))
 
 
-def test_an_unknown_network_is_told_with_the_file_that_names_it(tmp_path):
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [({"arch": "vit_nanoo"}, "vit_nanoo.* vit_nano"), ({"stem": "small"}, "only ResNets")],
+)
+def test_an_unknown_network_is_told_with_the_file_that_names_it(tmp_path, stated, said):
     weights = vit_nano(8, img_size=32).state_dict()
-    torch.save({"teacher": weights, "arch": "vit_nanoo"}, tmp_path / "a.pth")
-    with pytest.raises(UserError, match=r"a\.pth names a network .*vit_nanoo.* vit_nano"):
+    torch.save({"teacher": weights, **stated}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=rf"a\.pth names a network .*{said}"):
         open_backbone(weights_flags(tmp_path / "a.pth"))
 
 

@@ -178,6 +178,7 @@ def test_a_transformers_folder_of_another_network_is_refused(
         ({"do_rescale": False}, "does not rescale images by 1/255 .do_rescale False"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor 0.0078"),
         ({"image_std": [0.5] * 3}, "a mean and a std of different numbers"),
+        ({"size": 32}, r"no image_mean and no image_std\. Add them"),
     ],
 )
 def test_images_that_transformers_would_show_otherwise_are_refused(
