@@ -243,6 +243,18 @@ def test_an_extraction_resumes_with_the_same_settings_only(
         extract(checkpoint, data, output, "--batch_size_per_gpu", 1)
 
 
+def test_an_extraction_that_did_nothing_is_begun_anew_without_the_bad_image(
+    checkpoint, class_folders, tmp_path
+):
+    shutil.copytree(class_folders / "val", tmp_path / "val")
+    bad = tmp_path / "val" / "astronaut" / "0.png"
+    bad.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"0\.png: cannot be read as an image .* remove it"):
+        extract(checkpoint, tmp_path / "val", tmp_path / "f.npz")
+    bad.unlink()
+    assert len(extract(checkpoint, tmp_path / "val", tmp_path / "f.npz").features) == 11
+
+
 def test_a_skipped_image_has_no_features_and_changes_no_other(
     checkpoint, class_folders, tmp_path, capsys
 ):

@@ -26,7 +26,8 @@ RECORDED = ("pretrained_weights", "data_path", "on_bad_image", "torch")
 
 
 class Unfinished:
-    """The folder `folder`, made by rank 0 or found there. UserError if it has other settings.
+    """The folder `folder`, made by rank 0 or found there with a batch done. UserError if it has
+    other settings.
 
     `shape` and `dtype` are those of the features of one image.
     """
@@ -35,7 +36,7 @@ class Unfinished:
         self.folder, self.settings = Path(folder), settings
         self.count, self.batch_size = settings["images"], settings["batch_size"]
         if is_main_process():
-            if (self.folder / SETTINGS).exists():
+            if self.is_begun():
                 check_settings(read_object(self.folder / SETTINGS), settings, self.folder)
             else:
                 self.create(shape, np.dtype(dtype))
@@ -51,6 +52,14 @@ class Unfinished:
                 f"--output: {self.folder} is damaged. Remove it to start again."
             ) from None
         self.unsaved = []
+
+    def is_begun(self):
+        """Whether a batch may be done. Where none is, as the first image was bad, nothing is lost
+        if the files are made anew.
+        """
+        done = self.folder / DONE
+        none_done = done.is_file() and set(done.read_bytes()) == {0}
+        return (self.folder / SETTINGS).exists() and not none_done
 
     def create(self, shape, dtype):
         self.check_space(dtype.itemsize * int(np.prod(shape)))
