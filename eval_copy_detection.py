@@ -35,6 +35,7 @@ from dino.evaluation.features import describe_images
 from dino.evaluation.vits import check_flag_is_vit, open_vit
 from dino.json_files import write_json
 from dino.precision import choose_amp_dtype
+from dino.same_on_ranks import check_same_flags
 
 NOT_GIVEN = {  # the official defaults, which mean "none"
     "whitening_path": "/path/to/whitening_data/",
@@ -86,6 +87,7 @@ def eval_copy_detection(args):
     check_flags(args)
     limit_pixels(args.max_image_pixels)
     _, device = init_distributed(device_flag(args), args.dist_url)
+    check_same_flags(args)
     copydays = open_copydays(args.data_path)
     distractors = optional_folder(args.distractors_path, "distractors_path")
     check_apart(distractors, copydays, f"--distractors_path {args.distractors_path}")

@@ -39,6 +39,7 @@ from dino.evaluation.retrieval_pictures import draw_query
 from dino.json_files import write_json
 from dino.precision import choose_amp_dtype
 from dino.printable import printable
+from dino.same_on_ranks import check_same_flags
 from dino.spread import spread
 from dino.training import plots
 from dino.weights.pretrained import open_backbone
@@ -112,6 +113,7 @@ def eval_image_retrieval(args):
     check_flags(args)
     limit_pixels(args.max_image_pixels)
     _, device = init_distributed(device_flag(args), args.dist_url)
+    check_same_flags(args)
     images = open_retrieval_set(args.data_path, args.dataset)
     print0(f"train: {len(images.database)} imgs / query: {len(images.queries)} imgs")
     pretrained = open_backbone(args, published=PUBLISHED_ON_LANDMARKS)

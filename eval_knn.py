@@ -34,6 +34,7 @@ from dino.evaluation.features import image_features
 from dino.evaluation.knn import knn_accuracies, knn_classifier
 from dino.meters import peak_memory_mb
 from dino.precision import choose_amp_dtype
+from dino.same_on_ranks import check_same_flags
 from dino.weights.files import read, write_atomically
 from dino.weights.pretrained import open_backbone
 
@@ -89,6 +90,7 @@ def eval_knn(args):
     check_knn_flags(args)
     limit_pixels(args.max_image_pixels)
     _, device = init_distributed(args.device, args.dist_url)
+    check_same_flags(args)
     if args.load_features:
         features = load_features(args.load_features)
     else:

@@ -64,6 +64,7 @@ from dino.printable import printable
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.run_log import RunLog
+from dino.same_on_ranks import check_same_flags
 from dino.weights.files import read
 from dino.weights.pretrained import open_backbone
 
@@ -137,6 +138,7 @@ def eval_linear(args):
     check_linear_flags(args)
     limit_pixels(args.max_image_pixels)
     _, device = init_distributed(args.device, args.dist_url)
+    check_same_flags(args)
     torch.backends.cudnn.benchmark = True
     if args.evaluate:
         accuracy = evaluate(args, device)

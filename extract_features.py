@@ -54,6 +54,7 @@ from dino.evaluation.unfinished import FEATURES, LABELS, Unfinished, check_setti
 from dino.meters import peak_memory_mb
 from dino.precision import choose_amp_dtype
 from dino.run_lock import owned
+from dino.same_on_ranks import check_same_flags
 from dino.training import plots
 from dino.weights.files import hash_weights
 from dino.weights.pretrained import open_backbone
@@ -129,6 +130,7 @@ def extract_features(args, images=None):
     queries = list_queries(args.queries) if args.queries else None
 
     _, device = init_distributed(args.device, args.dist_url)
+    check_same_flags(args)
     pretrained = open_backbone(args, args.image_size)
     labels = None  # those of the images given
     if images is None:

@@ -59,6 +59,7 @@ from dino.precision import choose_amp_dtype
 from dino.printable import printable
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
+from dino.same_on_ranks import check_same_flags
 from dino.signals import exit_when_stopped, listen
 from dino.training.finetuning import (
     RECIPES,
@@ -156,6 +157,7 @@ def finetune(args):
     check_flags(args)
     limit_pixels(args.max_image_pixels)
     _, device = init_distributed(args.device, args.dist_url)
+    check_same_flags(args)
     torch.backends.cudnn.benchmark = True
     if args.evaluate:
         accuracy = evaluate(args, device)

@@ -39,6 +39,7 @@ from dino.optim import (
 from dino.precision import autocast, choose_amp_dtype
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
+from dino.same_on_ranks import check_same_flags, check_same_images
 from dino.signals import StopRequested, exit_when_stopped, listen
 from dino.training.auto import decide_settings
 from dino.training.budget import seconds_per_step
@@ -80,6 +81,7 @@ def train_dino(args, images=None, augmentation=None):
 
     # ---- processes ----
     launch, device = init_distributed(args.device, args.dist_url)
+    check_same_flags(args)
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same weights
     torch.backends.cudnn.benchmark = True
 
@@ -91,6 +93,7 @@ def train_dino(args, images=None, augmentation=None):
     probes = build_probes(args, images, knn_data_path, augmentation, workers, device)
     if probes.knn:
         args.knn_set = probes.knn.images
+        check_same_images("--knn_data_path", args.knn_set)
 
     # ---- student, teacher, loss, optimizer, schedules ----
     amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
@@ -149,6 +152,8 @@ def settle(args, images, augmentation, device, weights):
     do not fit each other or the images.
     """
     own_views = bool(augmentation or args.augmentation)
+    described = describe_images(images, args)
+    check_same_images("--data_path", described)
     if augmentation is not None:
         check_augmentation(augmentation, "augmentation")
     if args.preset in DECIDED:
@@ -170,7 +175,7 @@ def settle(args, images, augmentation, device, weights):
     augmentation = augmentation or build_augmentation(args)
     args.mean, args.std = augmentation.mean, augmentation.std
     args.in_chans = len(augmentation.mean)
-    args.train_set = describe_images(images, args)
+    args.train_set = described
     check_batch(args, len(images))
     return args, augmentation
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from dino import pulse
 from dino.errors import UserError, is_whole_number
-from dino.printable import printable
+from dino.printable import brief, printable
 
 # A group on gloo, beside the one for tensors on the device: for heartbeats, since gloo notices a
 # dead peer at once, where NCCL waits for it; and for ballots, which must not wait for the device.
@@ -349,12 +349,16 @@ def gather_objects(value):
 def gather_interleaved(rows, total):
     """All rows of a set of `total` of which rank r holds numbers r, r + world_size, ...
 
-    (n_r, *) -> (total, *); a rank that holds none gives None.
+    (n_r, *) -> (total, *); a rank that holds none gives None. UserError where ranks have another
+    `total`: they do not see the same files.
     """
     world_size = get_world_size()
     if world_size == 1:
         return rows
-    kinds = gather_objects(None if rows is None else (rows.shape[1:], rows.dtype, rows.device.type))
+    kind = None if rows is None else (rows.shape[1:], rows.dtype, rows.device.type)
+    kinds, totals = zip(*gather_objects((kind, total)), strict=True)
+    if len(set(totals)) > 1:
+        raise UserError(f"the processes see different numbers of images: {brief(list(totals))}.")
     shape, dtype, device = next(kind for kind in kinds if kind is not None)
     padded = torch.zeros(-(-total // world_size), *shape, dtype=dtype, device=device)
     if rows is not None:

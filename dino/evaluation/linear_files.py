@@ -20,6 +20,7 @@ from dino.errors import UserError
 from dino.json_files import is_number, read_lines
 from dino.networks import unwrap
 from dino.printable import brief
+from dino.same_on_ranks import check_same_checkpoint
 from dino.weights.files import (
     hash_weights,
     is_named,
@@ -304,6 +305,7 @@ def resume_training(path, state, progress, description):
     with another description, or whose best head is gone.
     """
     checkpoint = read(path, "--output_dir") if path.exists() else None
+    check_same_checkpoint("--output_dir", checkpoint)
     if checkpoint is None or is_beginning(path, checkpoint, BEST):
         save_training(path, state, progress, description)
         return False

@@ -15,6 +15,7 @@ import torch
 from dino.distributed import is_main_process, is_restart, print0
 from dino.errors import UserError
 from dino.printable import printable
+from dino.same_on_ranks import check_same_checkpoint
 from dino.weights.files import (
     DamagedFile,
     check_is_file,
@@ -165,8 +166,15 @@ def check_resume(resume, output_dir):
 def newest_whole(paths):
     """(path, content) of the first readable checkpoint, or None if `paths` is empty.
 
-    Prints a warning for each damaged one; UserError if all are.
+    Prints a warning for each damaged one; UserError if all are, or if ranks find different ones.
     """
+    found = first_whole(paths)
+    check_same_checkpoint("--output_dir", found and found[1])
+    return found
+
+
+def first_whole(paths):
+    """`newest_whole` of what this rank sees."""
     for path in paths:
         try:
             return path, read(path, "--output_dir")
