@@ -2,8 +2,13 @@
 """Files that hold their old content or their new, never part of it."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
+
+# {folder: (the open folder, its open lock, the lock's path)} of those that this process owns, see
+# run_lock
+owned_folders = {}
 
 
 @contextlib.contextmanager
@@ -11,13 +16,16 @@ def replacing(path):
     """Yield a path beside `path` to write to: it becomes `path`, or is removed after an error.
 
     A device or a pipe, such as /dev/null, is yielded itself: root could replace it by a file.
+    OSError in a folder that this process owned, and that is another run's now.
     """
     path = Path(path)
     is_special = path.exists() and not path.is_file()
     temporary = path if is_special else path.with_name(f".{path.name}.tmp")
+    check_still_owned(path.parent)
     try:
         yield temporary
         if not is_special:
+            check_still_owned(path.parent)
             os.replace(temporary, path)
     except OSError as error:
         error.filename = error.filename or str(path)  # a full disk names no file
@@ -25,3 +33,26 @@ def replacing(path):
     finally:
         if not is_special:
             temporary.unlink(missing_ok=True)
+
+
+def check_still_owned(folder):
+    """Raise OSError if `folder`, which this process owned, was moved or is another run's.
+
+    After `mv runs/a runs/b` while a run writes there, the next run makes a new runs/a.
+    """
+    if folder not in owned_folders:
+        return
+    directory, lock, path = owned_folders[folder]
+    if not is_same(directory, folder) or (
+        os.path.exists(path) and not is_same(lock.fileno(), path)
+    ):
+        reason = "the folder was moved or removed, or another run has begun in it"
+        raise OSError(errno.ESTALE, reason, str(folder))
+
+
+def is_same(descriptor, path):
+    """Whether `path` is still this open file or folder."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False

@@ -15,6 +15,7 @@ import stat
 import time
 from pathlib import Path
 
+from dino.atomic import is_same, owned_folders
 from dino.distributed import heartbeat, is_main_process, print0
 from dino.errors import UserError
 from dino.json_files import parse
@@ -40,11 +41,16 @@ def owned(output_dir, flag="--output_dir"):
     refuse_pipes(folder, f"{flag} {output_dir}")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     file = lock(folder / NAME, f"{flag} {output_dir}")
+    directory = os.open(folder, os.O_RDONLY)
+    owned_folders[folder] = directory, file, folder / NAME
     try:
         heartbeat()
         yield
     finally:
-        (folder / NAME).unlink(missing_ok=True)
+        del owned_folders[folder]
+        if is_same(file.fileno(), folder / NAME):  # not that of a run which begins in a new folder
+            (folder / NAME).unlink(missing_ok=True)
+        os.close(directory)
         file.close()  # which releases the lock
         for path in made:  # those that stayed empty, after an error
             with contextlib.suppress(OSError):
@@ -73,7 +79,7 @@ def lock(path, given):
             time.sleep(0.05)
             continue
         refusal = try_lock(file)
-        if refusal not in REFUSED and is_same(file, path):
+        if refusal not in REFUSED and is_same(file.fileno(), path):  # not removed by its last owner
             break
         said = owner(file)
         file.close()
@@ -101,14 +107,6 @@ def open_lock(path, given):
             raise UserError(f"{given}: {path.name} in it is not a regular file. Remove it.")
     # the link may have come in between: to follow it would empty what it points to
     return open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
-
-
-def is_same(file, path):
-    """Whether `path` is still this file, which its last owner may have removed."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def try_lock(file):

@@ -11,7 +11,7 @@ PLACES = (
     *("resume", "classifier", "dump_features", "load_features", "queries"),
     *("whitening_path", "distractors_path", "dist_url"),
 )
-FREE = (*PLACES, "given", "local_rank", "num_workers")
+FREE = (*PLACES, "given", "local_rank", "rank", "gpu", "num_workers")
 ONE_COMMAND = "Start all processes by the same command."
 SHARED_FOLDER = "All processes must see the same files there: give a folder that all nodes share."
 EQUAL_COPIES = (

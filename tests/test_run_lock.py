@@ -12,12 +12,15 @@ import pytest
 from conftest import ROOT
 
 from dino import run_lock
+from dino.atomic import replacing
 from dino.errors import UserError
 from dino.run_lock import owned
+from dino.run_log import RunLog
 
 HOLD = """
 import sys
 from dino.run_lock import owned
+from dino.run_log import RunLog
 with owned(sys.argv[1]):
     print("owned", flush=True)
     sys.stdin.read()
@@ -110,3 +113,27 @@ def test_a_folder_that_its_last_owner_removes_at_this_moment_is_made_anew(tmp_pa
     monkeypatch.setattr(os, "mkdir", just_before)
     with owned(folder):
         assert (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize("change", ["folder moved", "lock removed"])
+def test_a_run_writes_nothing_where_another_run_has_begun_in_its_folder(change, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with owned(folder):
+        if change == "folder moved":
+            folder.rename(tmp_path / "moved")
+            folder.mkdir()
+        (folder / ".lock").unlink(missing_ok=True)
+        (folder / ".lock").write_text("another's")
+        RunLog(folder).append("log.txt", {"epoch": 0})
+        refused = pytest.raises(OSError, match="another run has begun in it")
+        with refused, replacing(folder / "checkpoint.pth") as path:
+            path.write_text("ours")
+    assert [path.name for path in folder.iterdir()] == [".lock"], "nor removes the other's lock"
+    assert "log.txt could not be written (the folder was moved" in capsys.readouterr().out
+
+
+def test_a_run_whose_lock_somebody_removed_goes_on_writing(tmp_path):
+    with owned(tmp_path):
+        (tmp_path / ".lock").unlink()
+        RunLog(tmp_path).append("log.txt", {"epoch": 0})
+    assert (tmp_path / "log.txt").exists()
