@@ -6,12 +6,16 @@ from pathlib import Path
 from dino.backbones import canonical_name, check_arch
 from dino.command_line import check_output_folder
 from dino.data.augmentations import MOST_HUE
+from dino.data.images import PICTURES_OF_A_RUN, SIGN_OF_A_RUN
 from dino.errors import UserError
+from dino.json_files import parse
 from dino.training.presets import CONTINUE, DECIDED
 from dino.training.saver import NEWEST, own_checkpoints
 from dino.wandb_log import require_wandb
 from dino.weights.results import check_no_results
 from vision_transformer import ARCHITECTURES
+
+TEXTS_OF_A_RUN = (SIGN_OF_A_RUN, "versions.json", "metrics.jsonl", "log.txt", "report.html")
 
 
 def check_training_flags(args, own_views=False):
@@ -40,6 +44,8 @@ def check_places(args):
     folder = args.output_dir
     if not own_checkpoints(folder):
         check_no_results(folder, ("backbone.pth", "checkpoint_best_*.pth"), NEWEST)
+        if not is_of_a_run(folder):
+            check_no_results(folder, (*TEXTS_OF_A_RUN, *sorted(PICTURES_OF_A_RUN)), NEWEST)
     if args.preset == CONTINUE and not args.init_from:
         raise UserError("--preset continue: name the weights to start from with --init_from FILE.")
     if args.init_from and args.resume not in ("auto", "never"):
@@ -47,6 +53,15 @@ def check_places(args):
             f"--init_from {args.init_from} and --resume {args.resume} exclude each other: the one"
             " starts a run, the other resumes one."
         )
+
+
+def is_of_a_run(folder):
+    """Whether args.json in `folder` has a run's flags: what one without a checkpoint has left there
+    may be replaced.
+    """
+    path = Path(folder) / SIGN_OF_A_RUN
+    flags = parse(path.read_text(errors="replace")) if path.is_file() else None
+    return isinstance(flags, dict) and "momentum_teacher" in flags
 
 
 def check_hours(args):

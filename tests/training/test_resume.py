@@ -17,6 +17,7 @@ from dino.data.loaders import training_loader
 from dino.errors import UserError
 from dino.run_log import RunLog
 from dino.training.checkpoint import Progress, restore_progress
+from dino.training.flag_checks import check_training_flags
 from dino.training.flags import parse_args
 from dino.training.saver import NEWEST, find_checkpoint
 from dino.weights.files import read, write_atomically
@@ -42,6 +43,26 @@ def unbroken(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unbroken")
     train(data, folder)
     return folder
+
+
+# ---- what a new run may replace ----
+
+
+@pytest.mark.parametrize("name", ["args.json", "log.txt", "report.html", "neighbours.png"])
+def test_a_new_run_replaces_no_file_that_no_run_wrote(data, tmp_path, name):
+    (tmp_path / name).write_text('{"lr": 1}')
+    with pytest.raises(UserError, match=f"holds {name}, which would be lost"):
+        train(data, tmp_path)
+    assert (tmp_path / name).read_text() == '{"lr": 1}'
+
+
+def test_what_a_run_left_that_was_killed_before_its_first_checkpoint_is_replaced(
+    data, unbroken, tmp_path
+):
+    for name in ("args.json", "log.txt", "curves.png"):
+        shutil.copy(unbroken / name, tmp_path)
+    flags = (*RUN, "--data_path", data, "--output_dir", tmp_path)
+    check_training_flags(parse_args([str(flag) for flag in flags]))
 
 
 # ---- which checkpoint ----
