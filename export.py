@@ -30,7 +30,7 @@ from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
 from dino.printable import printable
 from dino.weights.exports import FORMATS, check_libraries
-from dino.weights.files import sync_folder
+from dino.weights.files import check_name_is_text, sync_folder
 from dino.weights.pretrained import open_backbone
 
 # Of any feature, times the largest if that is below 1. Rounding makes about 1e-6.
@@ -87,6 +87,9 @@ def export(args):
         write_through(written)
         os.replace(written, output)
         sync_folder(output.parent)
+    except OSError as error:
+        error.filename = error.filename or str(output)  # a full disk names no file
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     megabytes = sum(file.stat().st_size for file in files_of(output)) / 1e6
@@ -103,6 +106,7 @@ def check_new_output(output, suffix):
         raise UserError(f"{flag} exists. Give another name, or remove it.")
     if suffix and output.suffix != suffix:
         raise UserError(f"{flag}: this format is a file whose name ends in {suffix}.")
+    check_name_is_text(output, flag)
     check_output_file(output)
 
 

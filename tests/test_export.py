@@ -3,8 +3,10 @@
 
 import importlib.util
 import json
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -297,6 +299,7 @@ def test_a_library_that_is_not_installed_is_named(weights, tmp_path, monkeypatch
         ("--format timm --output new --check_images nowhere", "--check_images nowhere: no such"),
         ("--format timm --output new --check_images bad", "cannot be read as an image"),
         ("--format tf --output new", "invalid choice: 'tf'"),
+        (os.fsdecode(b"--format timm --output n\xffw"), "in this path is not UTF-8"),
         ("--format timm", "required: --output"),
     ],
 )
@@ -318,6 +321,12 @@ def test_a_mistake_is_named_and_writes_nothing(
         export.main()
     assert re.search(message, capsys.readouterr().err)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_space_for_a_graph_is_an_error_that_can_be_told(weights):
+    """torch's own writer ends the process: terminate called after throwing an instance of ..."""
+    with pytest.raises(OSError, match="No space left"):
+        exports.write_torch(opened(weights), Path("/dev/full"))
 
 
 def test_the_command_as_a_user_runs_it(checkpoint, tmp_path):

@@ -7,6 +7,7 @@ to (B, D) with the weights of the file, and of no other.
 
 import copy
 import importlib.util
+import io
 import json
 import math
 from collections.abc import Callable
@@ -268,7 +269,11 @@ def transformers_usage(_):
 def write_torch(pretrained, path):
     program = graphs.trace(pretrained)
     description = {"description.json": json.dumps(pretrained.description)}
-    torch.export.save(program, path, extra_files=description)
+    content = (
+        io.BytesIO()
+    )  # torch aborts the process where its own writing fails, as on a full disk
+    torch.export.save(program, content, extra_files=description)
+    path.write_bytes(content.getbuffer())
 
 
 def load_torch(_, path):

@@ -143,6 +143,19 @@ def check_is_file(path, name):
         raise UserError(f"{name}: no such file.")
 
 
+def check_name_is_text(path, name):
+    """Raise UserError for a path of bytes that are not UTF-8: safetensors, ONNX and torch.export
+    cannot open it. `name` begins the message.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{name}: a name in this path is not UTF-8, and the format's library opens no such"
+            " file. Rename it, or give another place."
+        ) from None
+
+
 def flags_in(checkpoint):
     """The flags of the run that wrote a checkpoint, as a dict; {} where it does not say.
 

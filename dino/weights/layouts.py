@@ -16,7 +16,7 @@ from dino.data.channels import RGB
 from dino.errors import UserError
 from dino.json_files import is_number, parse
 from dino.printable import brief
-from dino.weights.files import DamagedFile, is_named, read, without_prefix
+from dino.weights.files import DamagedFile, check_name_is_text, is_named, read, without_prefix
 from vision_transformer import ARCHITECTURES
 
 # The name in a safetensors file's metadata of what ours say of the backbone, as JSON.
@@ -85,6 +85,7 @@ def read_safetensors(path, flag):
     """
     from safetensors import safe_open  # timm brings it along
 
+    check_name_is_text(path, f"{flag} {path}")
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

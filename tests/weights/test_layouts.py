@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import struct
 
@@ -322,3 +323,10 @@ def test_weights_of_half_precision_are_read_as_float32(tmp_path):
     save_file(half, tmp_path / "half.safetensors")
     found = opened(tmp_path / "half.safetensors").backbone.state_dict()
     assert all(torch.equal(value, half[name].float()) for name, value in found.items())
+
+
+def test_safetensors_whose_path_is_not_utf_8_are_not_called_damaged(tmp_path):
+    path = tmp_path / os.fsdecode(b"w\xff.safetensors")
+    path.touch()
+    with pytest.raises(UserError, match="a name in this path is not UTF-8"):
+        read_weights(path)
