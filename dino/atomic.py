@@ -35,6 +35,17 @@ def replacing(path):
             temporary.unlink(missing_ok=True)
 
 
+def append_line(path, line):
+    """Append a line to a file, or OSError and nothing: a part that the disk still took would become
+    one line with the next.
+    """
+    with open(path, "ab", buffering=0) as file:
+        end, content = file.tell(), f"{line}\n".encode()
+        if file.write(content) < len(content):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
 def check_still_owned(folder):
     """Raise OSError if `folder`, which this process owned, was moved or is another run's.
 

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import resource
 
 import pytest
 from conftest import SMALL_RUN, run_script
@@ -118,3 +119,14 @@ def test_figures_that_no_run_can_have_are_left_out_of_a_comparison(tmp_path, odd
     (tmp_path / "args.json").write_text('{"out_dim": 64}')
     compared = run_script("compare_runs.py", tmp_path, "--output", tmp_path / "curves.png")
     assert compared.returncode == 0, compared.stderr
+
+
+def test_a_line_that_a_full_disk_takes_in_part_damages_none_of_its_neighbours(tmp_path, capsys):
+    log, limits = RunLog(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    log.append("log.txt", {"epoch": 0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    log.append("log.txt", {"epoch": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.append("log.txt", {"epoch": 2})
+    assert read_lines(tmp_path / "log.txt") == ([{"epoch": 0}, {"epoch": 2}], 0)
+    assert "log.txt could not be written" in capsys.readouterr().out

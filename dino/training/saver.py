@@ -2,7 +2,8 @@
 """When checkpoints are written, by whom, which are kept, and which one a run resumes from.
 
 Rank 0 writes, in a thread of its own from a copy on the host, while training continues. A write
-that fails (no space, no permission) is reported, and the next save tries again.
+that fails (no space, no permission) is reported, and the next save tries again: with the state of
+its moment, but for the best and the numbered checkpoints, which it writes as they were to be.
 """
 
 import re
@@ -25,6 +26,8 @@ from dino.weights.files import (
 )
 
 NEWEST, PREVIOUS = "checkpoint.pth", "checkpoint_previous.pth"
+NUMBERED = re.compile(r"checkpoint(\d{4,})\.pth")
+MADE_ANEW = (NEWEST, "backbone.pth")  # by every save
 
 
 class Saver:
@@ -40,6 +43,7 @@ class Saver:
         self.last_time = time.monotonic()
         self.thread = None
         self.failure = None  # why the last write failed
+        self.owed = {}  # {name: payload} that no later save makes, of writes that failed
 
     def is_due(self, iterations_done):
         """Whether --saveckp_iters asks for a checkpoint now; the same on every rank."""
@@ -65,14 +69,27 @@ class Saver:
 
     def write(self, files):
         self.failure = None
+        left = files | {name: self.owed[name] for name in self.owed if name not in files}
         try:
-            for name, payload in files.items():
+            for name, payload in list(left.items()):
                 write_atomically(payload, self.folder / name, keep_as=self.previous(name))
+                del left[name]
             self.drop_old()
         except Exception as error:  # of any kind: it would end this thread, and nobody would know
             self.failure = getattr(error, "strerror", None) or repr(error)
             text = f"a checkpoint could not be written ({self.failure})."
             print0(printable(f"Warning: {self.folder}: {text}"), "The next save tries again.")
+        self.owe(left)
+
+    def owe(self, files):
+        """Keep what the next save would not make anew. Of numbered ones the newest: each is as
+        large as the networks.
+        """
+        self.owed = {name: files[name] for name in files if name not in MADE_ANEW}
+        numbered = sorted(filter(NUMBERED.fullmatch, self.owed), key=number_of)
+        for name in numbered[:-1]:
+            print0(printable(f"Warning: {self.folder}: {name} will not be written."))
+            del self.owed[name]
 
     def previous(self, name):
         return self.folder / PREVIOUS if name == NEWEST else None
@@ -101,12 +118,13 @@ class Saver:
 
 def numbered_checkpoints(folder):
     """Paths of the checkpoints that a run kept by number, the newest first; of no other files."""
-    numbers = {
-        int(found[1]): path
-        for path in Path(folder).glob("checkpoint*.pth")
-        if (found := re.fullmatch(r"checkpoint(\d{4,})\.pth", path.name))
-    }
-    return [numbers[number] for number in sorted(numbers, reverse=True)]
+    paths = Path(folder).glob("checkpoint*.pth")
+    numbered = [path for path in paths if NUMBERED.fullmatch(path.name)]
+    return sorted(numbered, key=lambda path: number_of(path.name), reverse=True)
+
+
+def number_of(name):
+    return int(NUMBERED.fullmatch(name)[1])
 
 
 def own_checkpoints(folder):

@@ -331,6 +331,19 @@ def test_a_save_that_fails_for_any_reason_is_reported(tmp_path, capsys):
     assert "Warning" in capsys.readouterr().out
 
 
+def test_the_best_checkpoint_and_a_numbered_one_are_written_once_there_is_room(tmp_path):
+    names = ["checkpoint0001.pth", "checkpoint0002.pth", "checkpoint_best_knn.pth"]
+    saver = Saver(tmp_path / "run")
+    for epoch in (1, 2):  # where nothing can be written
+        saver.save({name: {"epoch": epoch} for name in (names[epoch - 1], names[2], NEWEST)})
+        saver.wait()
+    (tmp_path / "run").mkdir()
+    saver.save({NEWEST: {"epoch": 3}})
+    saver.finish()
+    found = {path.name: read(path)["epoch"] for path in (tmp_path / "run").iterdir()}
+    assert found == {NEWEST: 3, names[1]: 2, names[2]: 2}, "one numbered is kept in memory"
+
+
 def test_a_folder_with_damaged_checkpoints_only_is_an_error(tmp_path):
     for name in (NEWEST, PREVIOUS):
         (tmp_path / name).write_bytes(b"")
