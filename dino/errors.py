@@ -2,6 +2,7 @@
 """Errors that a user can act on: one paragraph, exit code 2, no traceback."""
 
 import contextlib
+import errno
 import os
 import sys
 
@@ -31,6 +32,9 @@ class LostRank(UserError):
     exit_code = 1
 
 
+TOO_MANY_FILES = (
+    "too many files are open. Raise the limit (ulimit -n 4096), or lower --num_workers."
+)
 NO_MEMORY = "there is not enough memory for this. Lower sizes or batches."
 
 
@@ -54,7 +58,10 @@ def exit_on_user_error(program):
     except MemoryError:
         print_and_exit(program, NO_MEMORY)
     except RuntimeError as error:
-        if "DefaultCPUAllocator: " not in str(error):  # torch's error has no type of its own
+        # torch's errors have no types of their own
+        if os.strerror(errno.EMFILE) in str(error):  # of a loader
+            print_and_exit(program, TOO_MANY_FILES)
+        if "DefaultCPUAllocator: " not in str(error):
             raise
         print_and_exit(program, NO_MEMORY)
     except KeyboardInterrupt:
@@ -67,6 +74,8 @@ def exit_on_user_error(program):
 
 def explain(error):
     """An OSError in a sentence, with the file if it names one."""
+    if error.errno == errno.EMFILE:
+        return TOO_MANY_FILES
     named = error.filename is not None
     where = f"{error.filename}: " if named else "a file could not be read or written: "
     return f"{where}{error.strerror or error}."

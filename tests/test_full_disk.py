@@ -143,3 +143,16 @@ def test_an_error_that_names_no_file_is_still_one_paragraph(capsys):
     with pytest.raises(SystemExit, match="2"), exit_on_user_error("a.py"):
         raise OSError(28, "No space left on device")
     assert capsys.readouterr().err.endswith("be read or written: No space left on device.\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(24, "Too many open files"),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+    ],
+)
+def test_too_many_open_files_are_one_paragraph_with_advice(error, capsys):
+    with pytest.raises(SystemExit, match="2"), exit_on_user_error("a.py"):
+        raise error
+    assert capsys.readouterr().err.endswith("(ulimit -n 4096), or lower --num_workers.\n")

@@ -65,7 +65,11 @@ class Saver:
                 copies[id(payload)] = on_host(payload)
         files = {name: copies[id(payload)] for name, payload in payloads.items()}
         self.thread = threading.Thread(target=self.write, args=(files,))
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:  # there is no room for a thread
+            self.thread = None
+            self.write(files)
 
     def write(self, files):
         self.failure = None

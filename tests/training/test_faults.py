@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -329,6 +330,16 @@ def test_a_save_that_fails_for_any_reason_is_reported(tmp_path, capsys):
     with pytest.raises(UserError, match="the last checkpoint could not be written"):
         saver.finish()
     assert "Warning" in capsys.readouterr().out
+
+
+def test_where_no_thread_can_be_started_a_checkpoint_is_written_all_the_same(tmp_path):
+    saver, size = Saver(tmp_path), threading.stack_size(2**46)  # more than there are addresses
+    try:
+        saver.save({NEWEST: {"epoch": 1}})
+    finally:
+        threading.stack_size(size)
+    saver.finish()
+    assert read(tmp_path / NEWEST)["epoch"] == 1
 
 
 def test_the_best_checkpoint_and_a_numbered_one_are_written_once_there_is_room(tmp_path):
