@@ -8,13 +8,18 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, run_script, run_torchrun
+from conftest import ROOT, photograph, run_script, run_torchrun
 from helpers import assert_equal_states, parse, refusal, save_random_backbone
 
 import eval_knn
 from dino.backbones import build_backbone
 from dino.errors import Diverged, UserError
-from dino.training.finetuning import FineTuned, Regularisation, build_finetuning
+from dino.training.finetuning import (
+    FineTuned,
+    Regularisation,
+    build_finetuning,
+    build_rand_augment,
+)
 from dino.weights.pretrained import open_backbone
 from finetune import finetune, get_args_parser
 
@@ -44,6 +49,15 @@ def finished(checkpoint, class_folders, tmp_path_factory):
     """The folder of an unbroken run, and its best accuracy."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     return folder, run(*flags_of(checkpoint, class_folders, folder))
+
+
+@pytest.mark.parametrize("text", ["rand-m10-inc1", "rand-m15-mmax20-inc1", "rand-m2"])
+def test_no_bit_that_is_kept_by_rand_augment_is_black_and_no_error(text):
+    """Pillow refuses it since 13, and DeiT's text asks for it once in 1,000 images."""
+    image = photograph().resize((8, 8))
+    (operation,) = [op for op in build_rand_augment(text, {}).ops if "Posterize" in op.name]
+    operation.prob = 1
+    assert operation(image).getextrema() == ((0, 0),) * 3
 
 
 def test_a_layer_of_a_vit_learns_at_the_rate_of_the_one_above_times_the_decay():

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup
-from timm.data.auto_augment import rand_augment_transform
+from timm.data import Mixup, auto_augment
 from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
@@ -174,12 +173,26 @@ class FineTuningAugmentation:
 def build_rand_augment(text, options):
     """timm's RandAugment; UserError for a text that it does not take."""
     try:
-        return rand_augment_transform(text, options)
+        change = auto_augment.rand_augment_transform(text, options)
     except (AssertionError, ValueError, KeyError):
         raise UserError(
             f"--rand_augment {text}: timm does not take it. Give one like"
             f" {DEIT['rand_augment']}, or '' for none."
         ) from None
+    for operation in change.ops:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = posterize
+    return change
+
+
+def posterize(image, bits, **options):
+    """timm's, and black where no bit is kept, as it was until Pillow 13 refused that.
+
+    DeiT's text for RandAugment asks for it once in about 1,000 images.
+    """
+    if bits <= 0:
+        return Image.new(image.mode, image.size)
+    return auto_augment.posterize(image, bits, **options)
 
 
 def seed_of(*numbers):
