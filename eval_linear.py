@@ -20,6 +20,7 @@ import torch
 
 from dino.backbones import is_vit
 from dino.command_line import (
+    LARGEST_RATE,
     LARGEST_SEED,
     Parser,
     add_image_arguments,
@@ -96,7 +97,7 @@ def get_args_parser():
         "--lr",
         default=[0.001],
         nargs="+",
-        type=number(float, above=0),
+        type=number(float, high=LARGEST_RATE, above=0),
         help="learning rates at the start, for 256 images a step; they are scaled linearly by the"
         " global batch. Each trains a classifier of its own, and the best is reported",
     )
@@ -290,12 +291,12 @@ def train_heads(args, device):
         losses = train_heads_one_epoch(
             features, state.heads, state.optimizer, loader, epoch, progress.best_head
         )
-        if not any(map(math.isfinite, losses)):
-            raise Diverged(f"the loss is {losses[0]} in epoch {epoch}. Try a lower --lr.")
+        check_one_is_finite(losses, epoch)
         state.scheduler.step()
         progress.epoch = epoch + 1
         if epoch % args.val_freq == 0 or progress.epoch == args.epochs:
             results = evaluate_heads(features, state.heads, val_loader, len(val_paths))
+            check_one_is_finite([result["loss"] for result in results], epoch)
             improved = progress.add(epoch, [result["acc1"] for result in results])
             result = results[progress.best_head]
             print_validation(result, progress, len(val_paths))
@@ -306,6 +307,12 @@ def train_heads(args, device):
         save_training(checkpoint, state, progress, description)
     print_table(args.lr, progress)
     return progress.best_acc
+
+
+def check_one_is_finite(losses, epoch):
+    """Raise Diverged if no head's loss is a finite number."""
+    if not any(map(math.isfinite, losses)):
+        raise Diverged(f"the loss is {losses[0]} in epoch {epoch}. Try a lower --lr.")
 
 
 def log_line(epoch, flags, lrs, losses, results, best):

@@ -27,6 +27,7 @@ from dino.backbones import (
     is_vit,
 )
 from dino.command_line import (
+    LARGEST_RATE,
     LARGEST_SEED,
     Parser,
     add_image_arguments,
@@ -120,12 +121,16 @@ def add_recipe_arguments(group):
         " DeiT's recipe without repeated augmentation; a flag that is given wins",
     )
     share, positive = number(float, 0, 1), number(float, 0)
+    rate = number(float, 0, LARGEST_RATE)
     kinds = {
         "epochs": (number(int, 1), "passes over train/"),
-        "lr": (number(float, above=0), "highest rate, of the head, for 256 images a step"),
-        "min_lr": (positive, "rate at the end"),
+        "lr": (
+            number(float, high=LARGEST_RATE, above=0),
+            "highest rate, of the head, for 256 images a step",
+        ),
+        "min_lr": (rate, "rate at the end"),
         "warmup_epochs": (number(int, 0), "epochs in which the rate rises from 1e-6"),
-        "weight_decay": (positive, "weight decay of AdamW"),
+        "weight_decay": (rate, "weight decay of AdamW"),
         "layer_decay": (
             number(float, above=0, high=1),
             "factor from each layer's rate to that of the one below it; 1 for networks that are not"

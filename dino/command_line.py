@@ -5,7 +5,9 @@ import argparse
 import difflib
 import math
 import os
+import re
 import stat
+import sys
 from pathlib import Path
 
 from dino.distributed import environment_number, print0
@@ -36,8 +38,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, empty=(), **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.empty = empty
+        # argparse's own takes -1e-3 for a flag
+        self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
     def parse_args(self, args=None, namespace=None):
+        self.words = sys.argv[1:] if args is None else list(args)
         parsed = super().parse_args(args, namespace)
         absent = object()
         blank = argparse.Namespace(**dict.fromkeys(vars(parsed), absent))
@@ -53,8 +58,10 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        close = [name for flag in unknown_in(message) if (name := self.closest(flag))]
-        hint = f"did you mean {', '.join(close)}? " if close else ""
+        unknown = unknown_in(message)
+        flags = [word.partition("=")[0] for word in unknown if re.match("--.", word)]
+        close = [name for flag in flags if (name := self.closest(flag))]
+        hint = f"did you mean {', '.join(close)}? " if close else self.too_many(unknown)
         print_and_exit(self.prog, f"{message} ({hint}see {self.prog} --help)")
 
     def closest(self, flag):
@@ -65,12 +72,33 @@ class Parser(argparse.ArgumentParser):
             return abbreviated[0]
         return next(iter(difflib.get_close_matches(flag, names, n=1)), None)
 
+    def too_many(self, unknown):
+        """What the flag takes that one of the `unknown` words follows as one too many; or ""."""
+        flag, room = None, 0
+        for word in self.words:
+            if word.startswith("--"):
+                flag, equals, _ = word.partition("=")
+                takes = values_of(self._option_string_actions.get(flag))
+                room = takes - len(equals)
+            elif room > 0:
+                room -= 1
+            elif flag and word in unknown:
+                values = {0: "no value", 1: "one value"}.get(takes, f"{takes} values")
+                return f"{flag} takes {values}; "
+        return ""
+
 
 def unknown_in(message):
-    """The flags, without values, that argparse's `message` calls unrecognized."""
+    """The words that argparse's `message` calls unrecognized."""
     _, found, rest = message.partition("unrecognized arguments: ")
-    words = [word.partition("=")[0] for word in rest.split()] if found else []
-    return [word for word in words if word.startswith("--") and len(word) > 2]
+    return rest.split() if found else []
+
+
+def values_of(action):
+    """How many values argparse gives a flag at most; None, an unknown flag, takes all there are."""
+    if action is None or action.nargs in ("+", "*"):
+        return math.inf
+    return {None: 1, "?": 1}.get(action.nargs, action.nargs)
 
 
 def bool_flag(text):
@@ -83,6 +111,7 @@ def bool_flag(text):
 
 
 LARGEST = 2**31 - 1  # of a flag: what tensors' sizes and C's integers take
+LARGEST_RATE = 1e38  # of learning and of weight decay: float32 ends at 3e38
 
 
 def number(kind, low=-math.inf, high=math.inf, *, above=None):
@@ -101,6 +130,8 @@ def number(kind, low=-math.inf, high=math.inf, *, above=None):
             ) from None
         if kind is float and not math.isfinite(value):  # an integer may be too large for isfinite
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if kind is float and 0 < abs(value) < sys.float_info.min:  # 1 / value is not finite
+            raise argparse.ArgumentTypeError(f"{text} is too close to 0 to compute with")
         if not low <= value <= high or (above is not None and value <= above):
             lowest = f"above {above}" if above is not None else f"at least {low}"
             highest = f" and at most {high}" if high != math.inf else ""

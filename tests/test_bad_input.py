@@ -113,8 +113,13 @@ RANGES = {  # values outside of the range of these flags
         " white"
     },
     "0 nan inf": {"main_dino": "warmup_teacher_temp teacher_temp hours std", "eval_linear": "lr"},
-    "58.4 0.0009": {"main_dino": "std"},
+    "58.4 0.0009 1e-320": {"main_dino": "std"},
     "123.7 -0.1 nan": {"main_dino": "mean"},
+    "1e39 1e-320": {
+        "main_dino": "lr min_lr weight_decay weight_decay_end",
+        "eval_linear": "lr",
+    },
+    "1e-40": {"main_dino": "warmup_teacher_temp teacher_temp"},
     "0.011 nan inf": {"eval_knn": "temperature"},
     "-0.1 1.1 nan": {
         "main_dino": "global_crops_scale local_crops_scale momentum_teacher drop_path_rate"

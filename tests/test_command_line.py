@@ -88,6 +88,8 @@ def test_given_flags_are_those_on_the_command_line_only():
         ("--presett=auto --epoch 3", "(did you mean --preset, --epochs? see"),
         ("--nothing_like_it 1", "--nothing_like_it 1 (see"),
         ("a.jpg -x", "a.jpg -x (see"),
+        ("--epochs 2 --patch_size 1 2", "2 (--patch_size takes one value; see"),
+        ("--jitter 1 1 1 .5 --wandb true", "true (--wandb takes no value; see"),
     ],
 )
 def test_an_unknown_flag_is_answered_with_the_known_one_that_it_resembles(flags, hint, capsys):
@@ -179,6 +181,11 @@ def test_an_empty_value_is_refused_unless_the_official_default_is_empty():
     parser.add_argument("--pretrained_weights", default="")
     args = parser.parse_args(["--partition", "", "--pretrained_weights", ""])
     assert args.partition == args.pretrained_weights == ""
+
+
+def test_negative_numbers_may_have_exponents():
+    """argparse's own pattern takes them for flags."""
+    assert parse_args(["--mean", "-1e-3", "-.5", "0"]).mean == [-0.001, -0.5, 0]
 
 
 @pytest.mark.parametrize("flag", ["--arch", "--epochs", "--jitter"])

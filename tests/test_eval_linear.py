@@ -314,8 +314,13 @@ def test_a_rate_that_diverges_leaves_the_others_alone_and_alone_it_is_an_error(f
     assert not found["1.linear.weight"].isfinite().all()
     expected = content(folder / "checkpoint.pth.tar")["heads"]
     assert torch.equal(found["0.linear.weight"], expected["0.linear.weight"])
+    bests = content(tmp_path / "two" / "checkpoint.pth.tar")["head_bests"]
+    assert bests[1][0] == 0, "outputs of nan had the accuracy of the first class"
     with pytest.raises(Diverged, match=r"the loss is \w+ in epoch \d\. Try a lower --lr"):
         run(*flags[:-3], 1e38, "--output_dir", tmp_path / "one")
+    with pytest.raises(Diverged, match="in epoch 0"):  # by its only step
+        one_step = ("--epochs", 1, "--batch_size_per_gpu", 64, "--output_dir", tmp_path / "one")
+        run(*flags[:-3], 1e38, *one_step)
     assert not (tmp_path / "one" / "best_linear.pth").exists()
     assert run(*flags[:-3], 0.1, "--output_dir", tmp_path / "one") > 0, "as the error advises"
 

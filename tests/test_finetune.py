@@ -244,6 +244,8 @@ def test_from_scratch_needs_no_weights_and_resumes(class_folders, tmp_path):
         ("--crop_scale 0.9 0.2", "--crop_scale 0.9 0.2"),
         ("--epochs 3 --warmup_epochs 4", "--warmup_epochs 4"),
         ("--rand_augment nonsense", "--rand_augment nonsense"),
+        ("--cutmix 1e-320", "--cutmix: 1e-320 is too close to 0"),
+        ("--weight_decay 1e39", "--weight_decay: 1e39 is out of range"),
         ("--evaluate", "best_finetuned.pth"),
         ("--pretrained_weights {checkpoint} --batch_size_per_gpu 64 --data_path {data}", "has 24"),
         ("--pretrained_weights {checkpoint} --evaluate --data_path {data}", "linear classifier"),

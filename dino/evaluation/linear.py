@@ -48,6 +48,7 @@ def evaluate_heads(features, heads, loader, total):
     """{"loss", "acc1", "acc5"} of each head on `total` images, of which each rank has a share.
 
     Means over images, the accuracies in percent; no "acc5" where there are fewer than 5 classes.
+    An output that is not finite is never right: the first of equal ones would be.
     """
     sums = torch.zeros(len(heads), 3, dtype=torch.float64, device=features.device)
     for images, labels in progress_bar(loader, "validation"):
@@ -55,6 +56,7 @@ def evaluate_heads(features, heads, loader, total):
         for row, head in zip(sums, heads, strict=True):
             output = head(inputs)
             hits = output.topk(min(5, output.shape[1])).indices == labels.view(-1, 1)
+            hits &= output.isfinite().all(dim=1, keepdim=True)
             loss = F.cross_entropy(output, labels, reduction="sum")
             row += torch.stack([loss, hits[:, 0].sum(), hits.sum()])
     means = (all_reduce_sum(sums) / total).tolist()

@@ -52,5 +52,5 @@ def explain_divergence(error, args):
     kept = f"{saved} is from before that" if saved.exists() else "nothing is saved yet"
     return Diverged(
         f"{error} (--lr {args.lr:g} for 256 images); {kept}. Try {precision}a lower --lr, a lower"
-        " --clip_grad such as 0.3, a lower --teacher_temp."
+        " --clip_grad such as 0.3, a lower --teacher_temp, --min_lr or --weight_decay."
     )

@@ -145,7 +145,10 @@ class FineTuningRun:
         progress = self.progress
         loss = self.total.item() / len(self.loader)
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} in epoch {progress.epoch}. Try a lower --lr.")
+            raise Diverged(
+                f"the loss is {loss} in epoch {progress.epoch}. Try a lower --lr, --min_lr or"
+                " --weight_decay."
+            )
         lr = self.schedule[(progress.epoch + 1) * len(self.loader) - 1]
         line = {"train_loss": loss, "train_lr": lr, "epoch": progress.epoch}
         line |= {"layer_decay": self.description["layer_decay"]}

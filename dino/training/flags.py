@@ -4,6 +4,7 @@
 import argparse
 
 from dino.command_line import (
+    LARGEST_RATE,
     LARGEST_SEED,
     Parser,
     add_image_arguments,
@@ -20,6 +21,8 @@ from dino.small_resnet import STEMS
 from dino.training.ablation_flags import add_ablation_arguments
 from dino.training.presets import DECIDED, PRESETS
 from dino.training.view_flags import add_view_arguments
+
+LEAST_TEMPERATURE = 1e-4  # of the teacher: logits divided by less overflow, also in float16
 
 
 def get_args_parser():
@@ -132,13 +135,13 @@ def add_teacher_arguments(group):
     add(
         "--warmup_teacher_temp",
         default=0.04,
-        type=number(float, above=0),
+        type=number(float, LEAST_TEMPERATURE),
         help="teacher's temperature at the start; lower it if the loss does not fall",
     )
     add(
         "--teacher_temp",
         default=0.04,
-        type=number(float, above=0),
+        type=number(float, LEAST_TEMPERATURE),
         help="teacher's temperature after the warm-up; most runs are unstable above 0.07",
     )
     add(
@@ -176,12 +179,15 @@ def add_optimisation_arguments(group):
     add(
         "--lr",
         default=0.0005,
-        type=number(float, 0),
+        type=number(float, 0, LARGEST_RATE),
         help="highest learning rate, for 256 images a step; it is scaled linearly by the global"
         " batch",
     )
     add(
-        "--min_lr", default=1e-6, type=number(float, 0), help="learning rate at the end, not scaled"
+        "--min_lr",
+        default=1e-6,
+        type=number(float, 0, LARGEST_RATE),
+        help="learning rate at the end, not scaled",
     )
     add(
         "--warmup_epochs",
@@ -189,11 +195,16 @@ def add_optimisation_arguments(group):
         type=number(int, 0),
         help="epochs in which the learning rate rises from 0",
     )
-    add("--weight_decay", default=0.04, type=number(float, 0), help="weight decay at the start")
+    add(
+        "--weight_decay",
+        default=0.04,
+        type=number(float, 0, LARGEST_RATE),
+        help="weight decay at the start",
+    )
     add(
         "--weight_decay_end",
         default=0.4,
-        type=number(float, 0),
+        type=number(float, 0, LARGEST_RATE),
         help="weight decay at the end, by a cosine",
     )
     add(
