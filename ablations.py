@@ -205,13 +205,15 @@ def resolve(flags, processes, epochs):
 
 
 def to_texts(flags):
-    """{"local_crops_number": 2} -> ["--local_crops_number", "2"]."""
+    """{"local_crops_number": 2} -> ["--local_crops_number=2"]."""
     texts = []
     for name, value in flags.items():
         if value is None:
             continue
-        values = value if isinstance(value, tuple) else (value,)
-        texts += [f"--{name}", *map(str, values)]
+        if isinstance(value, tuple):
+            texts += [f"--{name}", *map(str, value)]
+        else:
+            texts += [f"--{name}={value}"]  # which may begin with a hyphen
     return texts
 
 

@@ -215,7 +215,7 @@ def evaluate(args, device):
     source = f"--pretrained_weights {args.pretrained_weights}"
     paths, labels, names = list_labelled_images(args.data_path, "val")
     entries = read_weights(args.pretrained_weights)
-    head = load_head(entries, source)
+    head = load_head(entries, source, BEST)
     check_head_description(entries, source)
     labels = labels_of_head(labels, names, entries.get("classes"), head.num_labels, source)
     pretrained = open_backbone(args, args.image_size)

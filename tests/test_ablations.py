@@ -103,6 +103,10 @@ def test_flags_of_the_command_line_go_to_all_runs_that_do_not_set_them(capsys, t
     assert [(run.epochs, run.local_crops_number) for run in runs] == [(40, 3), (40, 0)]
 
 
+def test_a_folder_may_begin_with_a_hyphen():
+    assert parse_args(ablations.to_texts({"data_path": "-runs/images"})).data_path == "-runs/images"
+
+
 def test_settings_for_small_data_share_a_budget_of_epochs(capsys, tmp_path):
     flags = ("small-data", *DATA, "--output_dir", str(tmp_path))
     assert [run.epochs for run in commands(capsys, *flags)] == [8, 4, 2]

@@ -147,6 +147,7 @@ def wrong(made, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "gone" / "gnd_gone.pkl").write_bytes(pickle.dumps(content))
     (tmp_path / "gone" / "jpg").mkdir()
     (tmp_path / "file").write_text("")
+    save_random_backbone(tmp_path / "resnet.pth", "resnet_nano")
     return " ".join(map(str, flags(made, checkpoint)))
 
 
@@ -158,6 +159,7 @@ MISTAKES = [
     ("--data_path . --dataset bare", r"--dataset bare: no folder bare/jpg"),
     ("--data_path . --dataset gone", "88 of the 88 images that gnd_gone.pkl names are not there"),
     ("--imsize 15 --multiscale 1", "do not hold a patch of 8 x 8 at --imsize 15"),
+    ("--imsize 1 --multiscale 1 --pretrained_weights resnet.pth", "of 1 x 1 at --imsize 1"),
     ("--imsize 0", "--imsize: 0 is out of range"),
     ("--multiscale perhaps", "--multiscale: 'perhaps' is neither true"),
     ("--use_cuda perhaps", "--use_cuda: 'perhaps' is neither true"),

@@ -244,7 +244,7 @@ def test_the_demo_compares_the_backbone_with_raw_pixels_and_an_untrained_one(
     ("more", "message"),
     [
         ("--data_path nowhere", r"--data_path nowhere: there is no .*val\.txt"),
-        ("--split test-dev", r"test-dev\.txt"),
+        ("--split test-dev", r"test-dev\.txt for --split test-dev"),
         ("--data_path ''", "--data_path '' is empty"),
         ("--arch resnet50 --pretrained_weights ''", "patch tokens of a ViT"),
         ("--arch xcit_small_12_p16 --pretrained_weights ''", "patch tokens of a ViT"),

@@ -249,6 +249,7 @@ def test_from_scratch_needs_no_weights_and_resumes(class_folders, tmp_path):
         ("--evaluate", "best_finetuned.pth"),
         ("--pretrained_weights {checkpoint} --batch_size_per_gpu 64 --data_path {data}", "has 24"),
         ("--pretrained_weights {checkpoint} --evaluate --data_path {data}", "linear classifier"),
+        ("--pretrained_weights {checkpoint} --evaluate --data_path {data}", "a best_finetuned.pth"),
         ("--pretrained_weights {resnet} --layer_decay 0.5 --data_path {data}", "--layer_decay 0.5"),
         ("--pretrained_weights {checkpoint} --data_path {data} --output_dir {other}", "log.txt"),
         ("--pretrained_weights {checkpoint} --data_path {data} --output_dir {run}", "that run has"),

@@ -54,8 +54,8 @@ def list_videos(root, split):
     path = root / "ImageSets" / "2017" / f"{split}.txt"
     if not path.is_file():
         raise UserError(
-            f"--data_path {root}: there is no {path}. Give DAVIS 2017's folder, which holds"
-            " ImageSets/2017/val.txt, JPEGImages/480p/ and Annotations/480p/; or demo://."
+            f"--data_path {root}: there is no {path} for --split {split}. Give DAVIS 2017's folder,"
+            " which holds ImageSets/2017/val.txt, JPEGImages/480p/ and Annotations/480p/; or demo://."
         )
     names = read_names(path)
     if not names:

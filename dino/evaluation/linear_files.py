@@ -168,8 +168,11 @@ def save_best_and_last(folder, state, progress, description, *, accuracy, improv
         write_atomically({**description, **found, "state_dict": head}, Path(folder) / name)
 
 
-def load_head(checkpoint, source):
-    """The LinearClassifier in the entry `state_dict` of a file: ours, official or released."""
+def load_head(checkpoint, source, wanted=BEST):
+    """The LinearClassifier in the entry `state_dict` of a file: ours, official or released.
+
+    UserError where there is none, which advises to give the file `wanted`.
+    """
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     state_dict = entries.get("state_dict")
     weights = without_prefix(state_dict, "module.") if is_named(state_dict) else {}
@@ -177,7 +180,7 @@ def load_head(checkpoint, source):
     if not isinstance(matrix, torch.Tensor) or matrix.ndim != 2 or 0 in matrix.shape:
         raise UserError(
             f"{source} does not hold a linear classifier; its entries are {list_names(entries)}."
-            " Give a best_linear.pth."
+            f" Give a {wanted}."
         )
     num_labels, dim = matrix.shape
     head = LinearClassifier(dim, num_labels)
@@ -283,8 +286,8 @@ def labels_of_head(labels, names, classes, num_labels, source):
     if unknown or len(classes) != num_labels:
         found = f"{unknown[0]!r} is none of them" if unknown else f"there are {len(names)}"
         raise UserError(
-            f"{source} knows {num_labels} classes, and in val/ of --data_path {found}. Give with"
-            " --classifier one that was trained on these classes, or train one without --evaluate."
+            f"{source} knows {num_labels} classes, and in val/ of --data_path {found}. Give one"
+            " that was trained on these classes, or train one without --evaluate."
         )
     return torch.tensor([classes.index(name) for name in names])[labels]
 

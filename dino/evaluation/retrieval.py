@@ -74,8 +74,8 @@ def check_sizes(pretrained, images, imsize, smallest_scale):
     """
     patch_size = patch_size_of(pretrained.backbone)
     for path, (width, height) in zip(images.paths, images.sizes, strict=True):
-        scale = min(1, imsize / max(width, height)) * smallest_scale
-        shape = [max(1, int(side * scale + 1e-6)) for side in (height, width)]
+        scale = min(1, imsize / max(width, height))  # to which it is shrunk, not below a pixel
+        shape = [int(max(1, side * scale) * smallest_scale + 1e-6) for side in (height, width)]
         if min(shape) < patch_size:
             raise UserError(
                 f"{printable(path)}: its {width} x {height} pixels do not hold a patch of"

@@ -141,6 +141,7 @@ def write_report(path, logged):
             for file, title, about in PICTURES
         ],
     )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 

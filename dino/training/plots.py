@@ -60,6 +60,7 @@ def displayable(view, mean, std):
 def save(figure, path, dpi=90):
     """Write `figure` atomically, since somebody may be viewing the file, and close it."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=dpi)
     finally:

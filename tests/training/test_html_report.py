@@ -13,6 +13,7 @@ import torch
 from conftest import SMALL_RUN, run_script
 from PIL import Image
 
+from dino.training import plots
 from dino.training.backbone_pictures import (
     ATTENTION,
     ATTENTION_EPOCHS,
@@ -138,6 +139,14 @@ def test_the_reasons_of_a_preset_are_a_table_and_no_setting(run, tmp_path):
     assert "Why --preset auto took these values" in page.text
     assert "lr 0.0005 short runs need a high one" in page.text
     assert "{" not in page.text[page.text.index("Settings") :]
+
+
+def test_pictures_and_reports_make_the_folder_that_is_named(tmp_path):
+    figure, _ = plots.plt.subplots()
+    plots.save(figure, tmp_path / "pictures" / "curves.png")
+    write_report(tmp_path / "reports" / "page.html", [])
+    assert (tmp_path / "pictures" / "curves.png").stat().st_size
+    assert (tmp_path / "reports" / "page.html").stat().st_size
 
 
 def test_the_report_needs_no_network_and_no_script(run):
