@@ -25,6 +25,7 @@ from dino.command_line import (
     add_device_argument,
     add_image_arguments,
     add_weights_arguments,
+    check_output_file,
     check_output_folder,
     number,
 )
@@ -46,6 +47,7 @@ from dino.weights.published import PUBLISHED_FOR_PICTURES
 
 PHOTOGRAPH = "chelsea.png"  # a cat, which scikit-image brings along
 MASK_COLOR = (255, 0, 160)  # rare in photographs
+SHEET = "attention.png"  # all pictures of an image
 SHEET_COLUMNS = 6
 FAR_LARGER = 3  # the published backbones, trained on 224 pixels, are shown at 480 by default
 
@@ -87,6 +89,8 @@ def visualize_attention(args):
     check_picture_size(args.image_size)
     check_output_folder(args.output_dir)
     photographs = list_photographs(args.image_path, args.output_dir)
+    for _, folder in photographs:
+        check_own_pictures(folder)
     pretrained = open_for_attention(args, PUBLISHED_FOR_PICTURES, rgb_only=False)
     network = f"{pretrained.arch}, patches of {pretrained.patch_size} pixels"
     tell_own_size(args.image_size, pretrained.image_size)
@@ -98,11 +102,10 @@ def visualize_attention(args):
         if pretrained.in_chans != RGB:
             image = as_picture(image.permute(1, 2, 0).numpy())
         groups = draw_pictures(image, maps, pretrained.patch_size, args.threshold)
-        sheet = folder / "attention.png"
-        save_pictures(groups, folder, path)
-        draw_sheet(sheet, f"{printable(Path(name).name)}: attention of [CLS], {network}", groups)
+        title = f"{printable(Path(name).name)}: attention of [CLS], {network}"
+        save_pictures(groups, folder, path, title)
         heads, rows, columns = maps.shape
-        print0(printable(f"{name}: {rows} x {columns} patches, {heads} heads: {sheet}"))
+        print0(printable(f"{name}: {rows} x {columns} patches, {heads} heads: {folder / SHEET}"))
 
 
 def check_picture_size(image_size):
@@ -111,6 +114,21 @@ def check_picture_size(image_size):
             f"--image_size {' '.join(map(str, image_size))}: give height and width, or the short"
             " side alone, or 0 for images as they are."
         )
+
+
+def check_own_pictures(folder):
+    """Raise UserError for a picture that would be replaced and is not of an earlier run.
+
+    Such a run leaves a sheet of them all, which these scripts know as theirs.
+    """
+    sheet = folder / SHEET
+    check_output_file(sheet, f"--output_dir {folder}:", ending=".png")
+    for name in ("img.png", "attn-mean.png", "overlay.png", "attn-head0.png"):
+        if (folder / name).exists() and not sheet.exists():
+            raise UserError(
+                f"--output_dir {folder}: {name} there would be overwritten, and is not of an"
+                f" earlier run, which leaves {SHEET}. Give another folder, or move it away."
+            )
 
 
 def tell_own_size(image_size, trained):
@@ -239,16 +257,19 @@ def draw_mask(photograph, mask):
     return np.asarray(picture)
 
 
-def save_pictures(groups, folder, source):
-    """Write the pictures as PNG to `folder`; UserError where one would replace `source`."""
+def save_pictures(groups, folder, source, title):
+    """Write the pictures and a sheet of them, as PNG, to `folder`; UserError where one would
+    replace `source`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {picture.file: picture.pixels for group in groups for picture in group}
-    for name in [*files, "attention.png"]:
+    for name in [*files, SHEET]:
         if source and (folder / name).resolve() == Path(source).resolve():
             raise UserError(
                 f"--image_path {source} would be overwritten by a picture of that name. Give"
                 " another --output_dir."
             )
+    draw_sheet(folder / SHEET, title, groups)  # first: check_own_pictures knows our folders by it
     for name, pixels in files.items():
         Image.fromarray(pixels).save(folder / name)
 

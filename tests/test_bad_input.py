@@ -279,6 +279,12 @@ CASES = [
     ("visualize_attention", "--image_size 0 5", "give height and width"),
     ("visualize_attention", "--image_size 5", "do not hold a patch of 8 x 8"),
     ("visualize_attention", "--output_dir file", "is not a folder that can be written to"),
+    (
+        "visualize_attention",
+        "--output_dir album",
+        r"album: overlay\.png there would be overwritten",
+    ),
+    ("visualize_attention", "--output_dir sheets", r"sheets: sheets/attention\.png exists and was"),
     ("visualize_attention", "--arch resnet50 --pretrained_weights ''", "has no class token"),
     # eval_attention.py
     ("eval_attention", "--data_path nowhere", r"neither VOC2012's folder"),

@@ -96,6 +96,9 @@ def write_runs(root):
     ):
         (root / folder).mkdir()
         (root / folder / "checkpoint.pth").write_bytes((root / file).read_bytes())
+    for folder, picture in (("album", "overlay.png"), ("sheets", "attention.png")):
+        (root / folder).mkdir()
+        photograph().resize((8, 8)).save(root / folder / picture)
     (root / "linear").mkdir()
     (root / "linear/checkpoint.pth.tar").write_bytes(b"of eval_linear.py")
     (root / "linear/log.txt").write_text('{"train_loss": 1.0, "epoch": 0, "test_acc1": 3.0}\n')

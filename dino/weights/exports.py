@@ -269,9 +269,7 @@ def transformers_usage(_):
 def write_torch(pretrained, path):
     program = graphs.trace(pretrained)
     description = {"description.json": json.dumps(pretrained.description)}
-    content = (
-        io.BytesIO()
-    )  # torch aborts the process where its own writing fails, as on a full disk
+    content = io.BytesIO()  # where its own writing fails, as on a full disk, torch aborts
     torch.export.save(program, content, extra_files=description)
     path.write_bytes(content.getbuffer())
 
