@@ -158,9 +158,11 @@ def complete_environment(launch):
                 f"environment variable {name} is not set, and {launch.world_size} processes must"
                 " meet. Start them with torchrun, which sets it."
             )
-    if not os.environ["MASTER_PORT"].isdecimal():
+    port = os.environ["MASTER_PORT"]
+    if not is_whole_number(port) or int(port) >= 2**16:
         raise UserError(
-            f"environment variable MASTER_PORT={os.environ['MASTER_PORT']!r}: not a port."
+            f"environment variable MASTER_PORT={port!r:.40}: not a port, 0 to 65535. Correct it, or"
+            " start with torchrun, which sets it."
         )
     check_host(os.environ["MASTER_ADDR"])
 

@@ -20,6 +20,7 @@ WRONG = {
     "SLURM_NODELIST='[[['": {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_NODELIST": "[[["},
     "MASTER_ADDR is not set": {"RANK": "0", "WORLD_SIZE": "2"},
     "MASTER_PORT='x'": {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "x"},
+    "MASTER_PORT='70000'": {"RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "70000"},
 }
 
 
