@@ -166,7 +166,10 @@ MISTAKES = [
     ("--use_cuda false --device cuda", "--use_cuda false and --device cuda contradict"),
     ("--batch_size_per_gpu 0", "--batch_size_per_gpu: 0 is out of range"),
     ("--save_pictures -1", "--save_pictures: -1 is out of range"),
-    ("--max_image_pixels 2000", "60 x 45 pixels, more than --max_image_pixels 2000"),
+    (
+        "--max_image_pixels 2000",
+        "60 x 45 pixels, more than --max_image_pixels 2000, which may be raised",
+    ),
     ("--output .", "--output . is a folder"),
     ("--output file/scores.json", "--output file/scores.json: file is not a folder"),
     ("--save_pictures 1 --output_dir file", "--output_dir file: file is not a folder"),

@@ -197,6 +197,9 @@ class ImageFiles:
         return self.read(self.paths[number])
 
 
+RAISE_IT = ", which may be raised if the image is as it should be"
+
+
 class UnreadableImage(UserError):
     """(path, reason): an image that could not be decoded."""
 
@@ -264,7 +267,7 @@ def open_image(path):
         raise UnreadableImage(path, f"not {formats} of a kind that Pillow reads") from None
     except Image.DecompressionBombError:  # twice the limit, which Pillow checks by itself
         limit = Image.MAX_IMAGE_PIXELS
-        reason = f"more than twice as many pixels as --max_image_pixels {limit}"
+        reason = f"more than twice as many pixels as --max_image_pixels {limit}{RAISE_IT}"
         raise UnreadableImage(path, reason) from None
     except Exception as error:  # whatever a decoder may raise on somebody's bytes
         raise UnreadableImage(path, str(error) or type(error).__name__) from None
@@ -289,7 +292,8 @@ def check_pixels(width, height):
     if width * height == 0:
         raise ValueError(f"{width} x {height} pixels")
     if limit is not None and width * height > limit:
-        raise ValueError(f"{width} x {height} pixels, more than --max_image_pixels {limit}")
+        found = f"{width} x {height} pixels"
+        raise ValueError(f"{found}, more than --max_image_pixels {limit}{RAISE_IT}")
 
 
 class FileOfScans(io.BufferedReader):
