@@ -231,6 +231,20 @@ def run_python(*command, timeout=300, cwd=ROOT, **environ):
     )
 
 
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(count, *command):
+    """The processes that torchrun starts, without its own: the exit code, what rank 0 printed."""
+    shared = dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    ranks = [Started(*command, RANK=str(i), LOCAL_RANK=str(i), **shared) for i in range(count)]
+    printed = [rank.communicate()[0] for rank in ranks]
+    return max(rank.returncode for rank in ranks), printed[0]
+
+
 def run_torchrun(processes, *command, **options):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
     return run_python(*launcher, *command, **options)

@@ -3,7 +3,6 @@
 
 import datetime
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +10,16 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, SMALL_RUN, Started, run_processes, run_python, run_script, run_torchrun
+from conftest import (
+    ROOT,
+    SMALL_RUN,
+    Started,
+    free_port,
+    run_processes,
+    run_python,
+    run_script,
+    run_torchrun,
+)
 from torch import nn
 
 from dino import distributed
@@ -191,12 +199,6 @@ def test_processes_of_an_attempt_never_meet_those_of_one_before(monkeypatch, kil
         assert not any(store.check(["address"]) for store in stores.values()), "none of before"
         stores[1].set("address", str(attempt))
         assert [int(stores[rank].get("address")) for rank in (0, 1, 2)] == [attempt] * 3
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_a_process_that_waits_for_absent_ones_says_where(tmp_path):

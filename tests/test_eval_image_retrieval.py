@@ -8,7 +8,7 @@ import shlex
 
 import numpy as np
 import pytest
-from conftest import ROOT, photograph, run_script, run_torchrun
+from conftest import ROOT, photograph, run_ranks, run_script
 from helpers import refusal, save_random_backbone
 from PIL import Image
 
@@ -77,9 +77,9 @@ def test_two_processes_and_other_batches_give_the_same_scores(made, checkpoint, 
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     command = flags(made, checkpoint, "--multiscale", "true")
     run(*command, "--batch_size_per_gpu", 1, "--output", alone)
-    result = run_torchrun(2, "eval_image_retrieval.py", *command, "--output", shared)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("mAP M") == 1
+    code, said = run_ranks(2, "eval_image_retrieval.py", *command, "--output", shared)
+    assert code == 0, said
+    assert said.count("mAP M") == 1
     assert json.loads(alone.read_text()) == json.loads(shared.read_text())
 
 

@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import ROOT, run_script, run_torchrun
+from conftest import ROOT, run_ranks, run_script
 from helpers import assert_equal_states
 
 import eval_linear as script
@@ -170,13 +170,13 @@ def test_two_processes_take_the_steps_of_one_and_count_every_image_once(
     flags, _, _ = finished
     flags = (*flags, "--epochs", 2, "--num_workers", 0, "--device", "cpu")
     one = run(*flags, "--batch_size_per_gpu", 10, "--output_dir", tmp_path / "one")
-    two = run_torchrun(
+    code, said = run_ranks(
         *(2, "eval_linear.py", *flags),
         *("--batch_size_per_gpu", 5, "--output_dir", tmp_path / "two"),
     )
-    assert two.returncode == 0, two.stderr
-    assert f"Max accuracy so far: {one:.2f}%" in two.stdout
-    assert "on the 11 test images" in two.stdout
+    assert code == 0, said
+    assert f"Max accuracy so far: {one:.2f}%" in said
+    assert "on the 11 test images" in said
     expected, found = (content(tmp_path / name / "checkpoint.pth.tar") for name in ("one", "two"))
     start = build_heads_again(expected)
     for name, value in expected["heads"].items():

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, photograph, run_script, run_torchrun
+from conftest import ROOT, photograph, run_ranks, run_script
 from helpers import assert_equal_states, parse, refusal, save_random_backbone
 
 import eval_knn
@@ -215,8 +215,8 @@ def test_a_run_that_diverged_at_once_begins_again_with_a_lower_rate(
 
 def test_two_processes_train_one_network(checkpoint, class_folders, tmp_path):
     flags = flags_of(checkpoint, class_folders, tmp_path)
-    one = run_torchrun(2, "finetune.py", *flags, "--epochs", 1, "--warmup_epochs", 0)
-    assert one.returncode == 0, one.stderr
+    code, said = run_ranks(2, "finetune.py", *flags, "--epochs", 1, "--warmup_epochs", 0)
+    assert code == 0, said
     assert content(tmp_path / "checkpoint.pth")["global_batch"] == 12
     assert (tmp_path / "best_finetuned.pth").exists()
 

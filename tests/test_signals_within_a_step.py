@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SMALL_RUN, Started, run_script, start_forkserver
+from conftest import SMALL_RUN, Started, free_port, run_script, start_forkserver
 
 from dino.errors import UserError
 from dino.signals import STOPPING, StopRequested, signals_blocked
@@ -189,12 +189,6 @@ def test_a_signal_during_a_fork_ends_what_has_nothing_to_save_and_shows_no_trace
     ended = run_script("-c", DROPPED)
     assert ended.returncode == 75
     assert ended.stderr == "Stopped by SIGTERM before training began.\n"
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_a_second_signal_ends_a_run_that_does_not_reach_the_end_of_its_step(

@@ -101,9 +101,10 @@ VIT_RUN = (
 
 
 def test_grey_digits_with_the_official_head_are_called_a_uniform_collapse(tmp_path):
-    write_digits(tmp_path / "digits", 704)
+    write_digits(tmp_path / "digits", 352)
     result = run_script(
-        *("main_dino.py", *VIT_RUN, "--use_bn_in_head", "false", "--lr", 0.002, "--epochs", 5),
+        *("main_dino.py", *VIT_RUN, "--use_bn_in_head", "false", "--lr", 0.004, "--epochs", 5),
+        *("--batch_size_per_gpu", 32),
         *("--data_path", tmp_path / "digits", "--output_dir", tmp_path / "run", "--log_freq", 5),
     )
     assert result.returncode == 0, result.stderr
@@ -178,7 +179,7 @@ def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
     result = run_script(
         *("main_dino.py", "--preset", "demo", "--output_dir", tmp_path, "--epochs", 1),
         *("--warmup_epochs", 0, "--log_freq", 2),
-        *("--knn_freq", 100, "--num_workers", 1, "--device", "cpu"),
+        *("--knn_freq", 100, "--num_workers", 1, "--device", "cpu", "--report", "false"),
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path)
