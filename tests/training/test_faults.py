@@ -262,7 +262,7 @@ def start_two_ranks(data, folder, *flags):
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(class_folders, tmp_path):
     flags = (*LONG_RUN, "--data_path", class_folders / "train", "--batch_size_per_gpu", 2)
-    flags += ("--epochs", 8)
+    flags += ("--epochs", 5)
     for rank in start_two_ranks(class_folders / "train", tmp_path / "unbroken", *flags):
         output, _ = rank.communicate()
         assert rank.returncode == 0, output
