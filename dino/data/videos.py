@@ -105,6 +105,7 @@ def writing(path, fps, width, height):
     encoder = next(name for name in ENCODERS[suffix] if name in av.codecs_available)
     with (
         replacing(path) as temporary,
+        naming(path),
         av.open(file_name(temporary), "w", format=suffix) as container,
     ):
         container.metadata["comment"] = MARK
@@ -119,3 +120,12 @@ def writing(path, fps, width, height):
 
         yield append
         container.mux(stream.encode())  # what the encoder still holds
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Raise PyAV's errors as OSError with the name of the file: not all of them are one."""
+    try:
+        yield
+    except import_av().FFmpegError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video files: what is written is read again, and what is not a video is refused."""
 
+import resource
 import struct
 from pathlib import Path
 
@@ -51,6 +52,18 @@ def test_a_video_that_is_not_finished_is_not_there(tmp_path):
     with pytest.raises(ZeroDivisionError), writing(tmp_path / "video.mp4", 12, 64, 32) as append:
         append(np.zeros((32, 64, 3), np.uint8))
         raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_no_space_for_a_video_is_told_with_its_name_and_leaves_nothing(suffix, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '.*/video\.{suffix}'"):
+            write(tmp_path / f"video.{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
 
 
