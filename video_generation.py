@@ -32,12 +32,13 @@ from dino.command_line import (
     add_device_argument,
     add_image_arguments,
     add_weights_arguments,
+    check_output_file,
     check_output_folder,
     number,
 )
 from dino.data.frames import check_frames, list_frames
 from dino.data.images import given_path, limit_pixels, read_image
-from dino.data.own_pictures import check_own, remove_others, save
+from dino.data.own_pictures import MARK, check_own, is_own, remove_others, save
 from dino.data.videos import (
     ENCODERS,
     frames_per_second,
@@ -62,6 +63,7 @@ from dino.weights.published import PUBLISHED_FOR_PICTURES
 
 # Names of files that this script writes, as regular expressions; and of what may be a frame.
 EXTRACTED, MAPS, FRAMES = r"frame-\d{4,}\.jpg", r"attn-.*", r"(?!attn-).*"
+MAPS_FILE = "attention.npy"  # of all maps as numbers
 
 
 def get_args_parser():
@@ -139,7 +141,7 @@ def video_generation(args):
         frames = list_pictures(output / "frames", EXTRACTED)
     output.mkdir(parents=True, exist_ok=True)
     open_frame = partial(read_fitting, resize=args.resize or [0], patch_size=pretrained.patch_size)
-    maps = compute_maps(pretrained, frames, open_frame, output / "attention.npy")
+    maps = compute_maps(pretrained, frames, open_frame, output / MAPS_FILE)
     pictures = draw_maps(
         maps, frames, output / "attention", pretrained.patch_size, args.color_scale, args.threshold
     )
@@ -171,17 +173,25 @@ def check_flags(args, source, video):
 
 
 def check_replaced(args, source, video):
-    """Raise UserError for a picture or video without the mark that would be replaced or removed."""
-    given = f"--output_path {args.output_path}"
-    if video.is_file() and not is_own_video(video):
-        raise UserError(
-            f"{given}: {video} would be replaced, and has no mark of this script: it is somebody's"
-            " own, or of an earlier version. Move it away, or give another --output_path."
-        )
+    """Raise UserError for what would be replaced or removed and has no mark, or is in the way."""
+    output, given = video.parent, f"--output_path {args.output_path}"
+    files, folders = {video: is_own_video}, {}
     if source.is_file():
-        check_own(video.parent / "frames", EXTRACTED, given)
+        folders[output / "frames"] = EXTRACTED
     if not args.video_only:
-        check_own(video.parent / "attention", MAPS, given)
+        files[output / MAPS_FILE] = is_own
+        folders[output / "attention"] = MAPS
+    for path, has_mark in files.items():
+        check_output_file(path, f"{given}:")
+        if path.is_file() and not has_mark(path):
+            raise UserError(
+                f"{given}: {path} would be replaced, and has no mark of this script: it is"
+                " somebody's own, or of an earlier version. Move it away, or give another"
+                " --output_path."
+            )
+    for folder, names in folders.items():
+        check_output_folder(folder, f"{given}:")
+        check_own(folder, names, given)
 
 
 def list_pictures(folder, names):
@@ -239,6 +249,7 @@ def compute_maps(pretrained, frames, open_frame, path):
                 header = dict(descr="<f4", fortran_order=False, shape=shape)
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(attention.astype("<f4").tobytes())
+        file.write(MARK.encode())  # NumPy reads no further than the numbers
     return np.load(path, mmap_mode="r")
 
 

@@ -183,7 +183,10 @@ def test_what_an_earlier_longer_video_left_is_not_filmed(film, weights, tmp_path
 
 @pytest.mark.parametrize(
     "name",
-    ["frames/frame-0003.jpg", "frames/frame-9999.jpg", "attention/attn-other.png", "video.mp4"],
+    [
+        *("frames/frame-0003.jpg", "frames/frame-9999.jpg", "attention/attn-other.png"),
+        *("attention.npy", "video.mp4"),
+    ],
 )
 def test_pictures_and_videos_of_others_are_not_replaced_or_removed(name, film, weights, tmp_path):
     path = tmp_path / name
@@ -193,6 +196,16 @@ def test_pictures_and_videos_of_others_are_not_replaced_or_removed(name, film, w
     with pytest.raises(UserError, match=rf"{name} would be replaced.* --output_path\.$"):
         generate(film, tmp_path, "--pretrained_weights", weights)
     assert content_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["frames", "attention", "attention.npy", "video.mp4"])
+def test_a_file_for_a_folder_or_a_folder_for_a_file_is_told_first(name, film, weights, tmp_path):
+    path, is_file = tmp_path / name, "." not in name
+    path.touch() if is_file else path.mkdir()
+    message = rf"{name} is {'not a folder' if is_file else 'a folder'}"
+    with pytest.raises(UserError, match=f"--output_path .*{message}"):
+        generate(film, tmp_path, "--pretrained_weights", weights)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_frames_of_ones_own_are_input_beside_the_output(weights, tmp_path):

@@ -2,6 +2,7 @@
 """Pictures that carry a mark, by which a later run knows that it may replace or remove them."""
 
 import io
+import os
 
 from PIL.PngImagePlugin import PngInfo
 
@@ -27,9 +28,11 @@ def save(image, path):
 
 
 def is_own(path):
-    """Whether `save` wrote the file."""
+    """Whether `save` wrote the file, or another that ends with the mark."""
     with open(path, "rb") as file:
-        return MARK.encode() in file.read(HEAD)
+        beginning = file.read(HEAD)
+        file.seek(max(0, os.path.getsize(path) - len(MARK)))
+        return MARK.encode() in beginning + file.read()
 
 
 def check_own(folder, names, given):
