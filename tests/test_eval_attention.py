@@ -182,6 +182,7 @@ def test_wrong_data_is_refused(tmp_path):
         ("tif", "YCbCr", {}, "YCbCr, of which black is not 0"),
         ("tif", "RGB", {"compression": "jpeg"}, "jpeg in TIFF blurs"),
         ("webp", "RGB", {"quality": 50}, "WEBP blurs"),
+        ("png", "white first", {}, "black is number 1 of its palette, and 0, .* is another colour"),
     ],
 )
 def test_masks_that_do_not_hold_their_pixels_as_they_are_are_refused(
@@ -209,7 +210,8 @@ def write_pair(root, mask_name, mode, **options):
         (root / name).mkdir()
     photograph().resize((32, 32)).save(root / "images" / "a.png")
     grey = Image.fromarray(OBJECT_AND_VOID.astype(np.uint8)).convert("RGB")
-    grey.convert(mode).save(root / "masks" / mask_name, **options)
+    mask = grey.quantize(2) if mode == "white first" else grey.convert(mode)
+    mask.save(root / "masks" / mask_name, **options)
     return root
 
 

@@ -154,7 +154,22 @@ def open_mask(path):
         raise UserError(
             f"{path}: {kind} blurs the edge of a mask. Save masks as PNG, from their source."
         )
+    if mask.mode == "P":
+        check_palette(mask, path)
     return mask
+
+
+def check_palette(mask, path):
+    """Raise UserError if black is another number than 0, the background, as `quantize` may order
+    colours.
+    """
+    is_black = ~np.array(mask.getpalette()).reshape(-1, 3).any(axis=1)
+    black = set(np.flatnonzero(is_black)).intersection(np.unique(mask))
+    if black and not is_black[0]:
+        raise UserError(
+            f"{path}: black is number {min(black)} of its palette, and 0, which is taken for the"
+            " background, is another colour. Save the mask with black as 0."
+        )
 
 
 def is_lossy_webp(path):
