@@ -26,7 +26,7 @@ from dino.command_line import (
     loader_workers,
     number,
 )
-from dino.data.copydays import check_apart, list_folder, load_image, open_copydays
+from dino.data.copydays import list_folder, load_image, open_copydays, shared
 from dino.data.images import limit_pixels
 from dino.distributed import init_distributed, is_main_process, print0, shut_down
 from dino.errors import UserError, exit_on_user_error
@@ -57,8 +57,8 @@ def get_args_parser():
     add(
         "--whitening_path",
         default=NOT_GIVEN["whitening_path"],
-        help="folder of images to learn a whitening on, none of them a distractor; without this"
-        " flag, no whitening. The authors took 20,000 of YFCC100M",
+        help="folder of images to learn a whitening on, none of them a distractor or of"
+        " --data_path; without this flag, no whitening. The authors took 20,000 of YFCC100M",
     )
     add(
         "--distractors_path",
@@ -90,8 +90,8 @@ def eval_copy_detection(args):
     check_same_flags(args)
     copydays = open_copydays(args.data_path)
     distractors = optional_folder(args.distractors_path, "distractors_path")
-    check_apart(distractors, copydays, f"--distractors_path {args.distractors_path}")
     whitening_set = optional_folder(args.whitening_path, "whitening_path")
+    check_sets_are_apart(args, copydays, distractors, whitening_set)
     pretrained = open_vit(args, lacks_patch_tokens)
     check_fits(pretrained, args)
     describe = partial(
@@ -147,6 +147,21 @@ def optional_folder(path, name):
     A missing folder is an error; the official script silently does without it.
     """
     return [] if path in ("", NOT_GIVEN[name]) else list_folder(path, f"--{name}")
+
+
+def check_sets_are_apart(args, copydays, distractors, whitening_set):
+    """Raise UserError for an image that is in two sets, by its path without links."""
+    own = [path for paths in copydays.blocks.values() for path in paths]
+    for path in shared(distractors, own):
+        raise UserError(
+            f"--distractors_path {args.distractors_path}: {path} is an image of --data_path, and as"
+            " a distractor it would count as a wrong result. Give a folder of other images."
+        )
+    for path in shared(whitening_set, [*own, *distractors]):
+        raise UserError(
+            f"--whitening_path {args.whitening_path}: {path} is an image that is searched, too, and"
+            " the scores would be too good. Give a folder of other images."
+        )
 
 
 def print_scores(scores):

@@ -137,6 +137,10 @@ MISTAKES = [
         "--data_path whole --distractors_path whole",
         r"whole: whole/crops/10/200000\.jpg is an image of --data_path, and as a distractor",
     ),
+    (
+        "--data_path whole --whitening_path whole/original",
+        r"--whitening_path whole/original: whole/original/200000\.jpg is an image that is searched",
+    ),
     ("--imsize 8192", "--imsize 8192: .* 1048576 patches, more than 65536"),
     ("--distractors_path nowhere", "--distractors_path nowhere: no such folder"),
     ("--distractors_path empty", "--distractors_path: no image in empty"),

@@ -74,15 +74,10 @@ def check_unique(original_names):
         )
 
 
-def check_apart(distractors, copydays, flag):
-    """Raise UserError if a distractor is an image of the Copydays, which would be found twice."""
-    own = {os.path.realpath(path) for paths in copydays.blocks.values() for path in paths}
-    for path in distractors:
-        if os.path.realpath(path) in own:
-            raise UserError(
-                f"{flag}: {printable(path)} is an image of --data_path, and as a distractor it"
-                " would count as a wrong result. Give a folder of other images."
-            )
+def shared(paths, others):
+    """Those of the paths, printable, that are files of `others` too, without links."""
+    files = set(map(os.path.realpath, others))
+    return [printable(path) for path in paths if os.path.realpath(path) in files]
 
 
 def list_folder(folder, flag):
