@@ -17,7 +17,9 @@ from dino.data.frames import check_frames, check_size, list_frames
 from dino.data.images import given_path
 from dino.data.masks import BACKGROUND, VOID, open_mask
 from dino.data.name_lists import read_names
+from dino.distributed import print0
 from dino.errors import UserError
+from dino.printable import printable
 
 RESOLUTION = "480p"
 VOC_COLORS = 22  # entries of the palette that are colours; the others are greys
@@ -87,7 +89,10 @@ def find_video(root, name):
 
 
 def check_video(video):
-    """(width, height) of the frames. UserError for a file that cannot be read or does not fit."""
+    """(width, height) of the frames. UserError for a file that cannot be read or does not fit.
+
+    Objects that are not in the first mask are named.
+    """
     size, present = check_frames(video.frames), []
     for path in video.annotations:
         labels = read_labels(path)
@@ -105,6 +110,12 @@ def check_video(video):
         raise UserError(
             f"{first}: there is an object {highest}, and no mask of this video has an object"
             f" {absent[0]}, which would score 100 %. Number the objects from 1 without gaps."
+        )
+    later = sorted(set().union(*present).difference(range(highest + 1)))
+    if later:
+        print0(
+            f"{printable(video.name)}: object {later[0]} is not in the first mask,"
+            f" {printable(first)}. What appears later is not scored, as in davis2017-evaluation."
         )
     return size
 

@@ -130,6 +130,12 @@ def test_data_that_is_not_as_it_should_be_is_refused_by_name(kind, davis):
             check_video(video)
 
 
+def test_an_object_that_appears_later_is_named_as_it_is_not_scored(davis, capsys):
+    save_mask(masks_of(davis) / "00003.png", np.full((24, 32), 2))
+    check_video(*find_videos(davis))
+    assert "dog: object 2 is not in the first mask" in capsys.readouterr().out
+
+
 def test_a_split_is_a_name_and_leads_to_no_other_folder(davis):
     """The names of the tables contain it."""
     with pytest.raises(UserError, match=r"--split \.\./2017/val: give the name of a list"):
