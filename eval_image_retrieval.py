@@ -116,6 +116,9 @@ def eval_image_retrieval(args):
     check_same_flags(args)
     images = open_retrieval_set(args.data_path, args.dataset)
     print0(f"train: {len(images.database)} imgs / query: {len(images.queries)} imgs")
+    files = picture_files(args, images)
+    for path in files.values():
+        check_output_file(path, f"--output_dir {args.output_dir}:", ending=".png")
     pretrained = open_backbone(args, published=PUBLISHED_ON_LANDMARKS)
     pretrained.require_rgb(f"--pretrained_weights {args.pretrained_weights}")
     database, queries = set_features(
@@ -133,8 +136,8 @@ def eval_image_retrieval(args):
     print_scores(printable(images.name), scores)
     if args.output and is_main_process():
         write_scores(args, pretrained, images, scores)
-    if args.save_pictures and is_main_process():
-        save_pictures(args.output_dir, args.save_pictures, images, ranks)
+    if is_main_process():
+        save_pictures(files, images, ranks)
     shut_down()
     return scores
 
@@ -190,12 +193,15 @@ def write_scores(args, pretrained, images, scores):
     write_json(args.output, content)
 
 
-def save_pictures(folder, count, images, ranks):
-    """Write queryNNN.png of `count` queries, numbered as in the ground truth."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for query in spread(len(images.queries), count):
-        path = folder / f"query{query:03}.png"
+def picture_files(args, images):
+    """{number of a query, as in the ground truth: path of its picture} of --save_pictures."""
+    queries = spread(len(images.queries), args.save_pictures)
+    return {query: Path(args.output_dir) / f"query{query:03}.png" for query in queries}
+
+
+def save_pictures(files, images, ranks):
+    """Write the pictures, {query: path}."""
+    for query, path in files.items():
         plots.save(draw_query(images, query, ranks[:, query]), path)
         print0(path)
 

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,7 @@ def wrong(made, checkpoint, tmp_path, monkeypatch):
     (tmp_path / "gone" / "gnd_gone.pkl").write_bytes(pickle.dumps(content))
     (tmp_path / "gone" / "jpg").mkdir()
     (tmp_path / "file").write_text("")
+    shutil.copy(next((made / "photographs" / "jpg").iterdir()), tmp_path / "query004.png")
     save_random_backbone(tmp_path / "resnet.pth", "resnet_nano")
     return " ".join(map(str, flags(made, checkpoint)))
 
@@ -173,6 +175,7 @@ MISTAKES = [
     ("--output .", "--output . is a folder"),
     ("--output file/scores.json", "--output file/scores.json: file is not a folder"),
     ("--save_pictures 1 --output_dir file", "--output_dir file: file is not a folder"),
+    ("--save_pictures 2", r"--output_dir \.: query004\.png exists and was not written by these"),
     ("--pretrained_weights nowhere.pth", "--pretrained_weights nowhere.pth: no such file"),
     (
         "--pretrained_weights '' --arch resnet50",
