@@ -35,7 +35,7 @@ from dino.distributed import Launch, choose_device, print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.video_pictures import draw_video
 from dino.evaluation.video_results import Results, check_apart, hash_file
-from dino.evaluation.video_scores import summarise, table, write_tables
+from dino.evaluation.video_scores import summarise, table, table_files, write_tables
 from dino.evaluation.video_segmentation import (
     LONG_SIDE_STEP,
     SHORT_SIDE,
@@ -123,7 +123,7 @@ def eval_video_segmentation(args):
     with owned(args.output_dir):
         videos = open_videos(args)
         results = Results(args.output_dir, describe_protocol(args))
-        results.check_program(videos)
+        results.check_program(videos, table_files(results.folder, args.split))
         finished = results.finished(videos) if args.resume == "auto" else []
         print0(f"{len(videos)} videos, of which {len(finished)} were finished before")
         pretrained = None

@@ -143,6 +143,15 @@ def test_masks_of_another_network_protocol_or_program_are_not_taken_for_ones_own
     assert read_labels(output / "dog" / "00003.png").shape == (64, 128)
 
 
+def test_tables_of_another_program_are_not_replaced(davis, weights, tmp_path):
+    table = tmp_path / "results" / "per-sequence_results-val.csv"
+    table.parent.mkdir()
+    table.write_text("mine")
+    with pytest.raises(UserError, match=f"{table.name} would be replaced"):
+        segment(davis, weights, table.parent)
+    assert table.read_text() == "mine"
+
+
 def test_masks_of_before_are_not_taken_for_new_ones_after_a_run_that_replaced_them_was_cut_off(
     davis, weights, tmp_path, capsys
 ):

@@ -36,8 +36,10 @@ class Results:
         """
         return self.folder / video.name / f"{frame.stem}.png"
 
-    def check_program(self, videos):
-        """Raise UserError if the folder holds masks of `videos` that another program made."""
+    def check_program(self, videos, tables):
+        """Raise UserError if the folder holds masks of `videos`, or one of the files `tables`, that
+        another program made.
+        """
         if (self.folder / PROTOCOL).exists():
             return
         for video in videos:
@@ -45,6 +47,12 @@ class Results:
                 raise UserError(
                     f"--output_dir {self.folder}: {video.name} has masks, but no {PROTOCOL}"
                     " says what they were made with. Give another folder, or move them away."
+                )
+        for path in tables:
+            if path.exists():
+                raise UserError(
+                    f"--output_dir {self.folder}: {path.name} would be replaced, and without a"
+                    f" {PROTOCOL} it is not this script's. Give another folder, or move it away."
                 )
 
     def check_protocol(self):

@@ -122,12 +122,18 @@ def table(total, objects):
         yield f"{name:{width}}" + "".join(f"{100 * cell:8.1f}" for cell in cells)
 
 
+def table_files(folder, split):
+    """Paths of the two files of davis2017-evaluation: of the means, and of each object."""
+    return [folder / f"{kind}_results-{split}.csv" for kind in ("global", "per-sequence")]
+
+
 def write_tables(folder, split, total, objects):
     """The two files of davis2017-evaluation, by its names and columns."""
-    write_csv(folder / f"global_results-{split}.csv", list(total), [list(total.values())])
+    of_means, of_objects = table_files(folder, split)
+    write_csv(of_means, list(total), [list(total.values())])
     rows = [[name, row["J-Mean"], row["F-Mean"]] for name, row in objects.items()]
     header = ["Sequence", "J-Mean", "F-Mean"]
-    write_csv(folder / f"per-sequence_results-{split}.csv", header, rows)
+    write_csv(of_objects, header, rows)
 
 
 def write_csv(path, header, rows):
