@@ -15,6 +15,7 @@ the network sees the central crop of an image, not turned by EXIF.
 
 import contextlib
 import hashlib
+import math
 import os
 import time
 from pathlib import Path
@@ -128,6 +129,8 @@ def extract_features(args, images=None):
     else:
         listed = unlabelled([str(i) for i in range(len(images))])
     queries = list_queries(args.queries) if args.queries else None
+    for path in picture_paths(args, queries):
+        check_output_file(path, f"--output {args.output}:", ending=".png")
 
     _, device = init_distributed(args.device, args.dist_url)
     check_same_flags(args)
@@ -287,10 +290,11 @@ def draw_pictures(args, images, queries, pretrained, describe):
             yield neighbour_panel(picture, similarity, name, query_class)
 
     title = f"{Path(args.output).name}: nearest neighbours of the images on the left"
-    for page, start in enumerate(range(0, len(shown), QUERIES), start=1):
+    for start, path in zip(
+        range(0, len(shown), QUERIES), picture_paths(args, queries), strict=True
+    ):
         numbers = range(start, min(start + QUERIES, len(shown)))
         sheet = [list(row_of_panels(number)) for number in numbers]
-        path = picture_path(args.output, page if len(shown) > QUERIES else None)
         plots.save(draw_neighbours(sheet, title), path)
         print0(f"Drew {path}")
 
@@ -300,9 +304,13 @@ def picture_of(item, number, in_chans):
     return as_picture(image_of(item, number, in_chans))
 
 
-def picture_path(output, page):
-    output = Path(output)
-    return output.with_name(f"{output.stem}_neighbours{'' if page is None else f'_{page}'}.png")
+def picture_paths(args, queries):
+    """Where the pictures of --neighbours go, one for each QUERIES of the ListedImages."""
+    if not args.neighbours:
+        return []
+    output, pages = Path(args.output), math.ceil(len(queries.paths) / QUERIES) if queries else 1
+    endings = [f"_{page}" for page in range(1, pages + 1)] if pages > 1 else [""]
+    return [output.with_name(f"{output.stem}_neighbours{ending}.png") for ending in endings]
 
 
 def main():

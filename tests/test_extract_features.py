@@ -366,6 +366,10 @@ def test_a_file_of_features_cannot_hold_objects(tmp_path):
         ("--output images/f.npz --neighbours 8", "is in --data_path"),
         ("--output f.npz --queries images", "is for --neighbours"),
         ("--output f.npz --neighbours 8 --queries nowhere", "--queries nowhere: no such"),
+        (
+            "--output f.npz --neighbours 8 --queries file",
+            r"f\.npz: f_neighbours_2\.png exists and was not written by these scripts",
+        ),
         ("--output f.npz --neighbours 21", "--neighbours: 21 is out of range"),
         ("--output f.npz --batch_size_per_gpu 0", "--batch_size_per_gpu: 0 is out of range"),
         ("--output f.npz --image_size 0", "--image_size: 0 is out of range"),
@@ -382,7 +386,8 @@ def test_a_mistake_is_named_and_writes_nothing(
     for folder in ("images", "folder.npz"):
         (tmp_path / folder).mkdir()
     photograph().save("images/a.png")
-    (tmp_path / "file").write_text("")
+    photograph().save("f_neighbours_2.png")
+    (tmp_path / "file").write_text("images/a.png\n" * 20)
     save_random_backbone(tmp_path / "resnet.pth", "timm:resnet10t")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # which it is again after this test
     before = sorted(tmp_path.rglob("*"))
