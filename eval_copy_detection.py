@@ -159,7 +159,7 @@ def check_sets_are_apart(args, copydays, distractors, whitening_set):
         )
     for path in shared(whitening_set, [*own, *distractors]):
         raise UserError(
-            f"--whitening_path {args.whitening_path}: {path} is an image that is searched, too, and"
+            f"--whitening_path {args.whitening_path}: {path} is an image that is scored, too, and"
             " the scores would be too good. Give a folder of other images."
         )
 

@@ -139,7 +139,7 @@ MISTAKES = [
     ),
     (
         "--data_path whole --whitening_path whole/original",
-        r"--whitening_path whole/original: whole/original/200000\.jpg is an image that is searched",
+        r"--whitening_path whole/original: whole/original/200000\.jpg is an image that is scored",
     ),
     ("--imsize 8192", "--imsize 8192: .* 1048576 patches, more than 65536"),
     ("--distractors_path nowhere", "--distractors_path nowhere: no such folder"),

@@ -80,8 +80,16 @@ def whiten(database, queries, learned_on):
 
     The mean of `learned_on` is subtracted from both, but the matrix whose eigenvectors serve is
     that of its second moments around zero, not around the mean: a slip of the official code that
-    the published numbers were made with. All 2D dimensions are kept.
+    the published numbers were made with. All 2D dimensions are kept. Fewer
+    images than dimensions are told.
     """
+    images, dimensions = learned_on.shape
+    if images < dimensions:
+        print0(
+            f"Warning: --whitening_path holds {images} images, fewer than a descriptor's"
+            f" {dimensions} dimensions, so the scores depend on which these are. The authors took"
+            " 20,000."
+        )
     learned_on = learned_on.double()
     pca = PCA(dim=learned_on.shape[1], whit=0.5)
     pca.train_pca((learned_on.T @ learned_on / len(learned_on)).cpu().numpy())

@@ -65,6 +65,13 @@ def test_similarities_of_whitened_descriptors_are_those_of_the_inverse_second_mo
         assert torch.equal(rows, kept)
 
 
+@pytest.mark.parametrize(("images", "said"), [(7, True), (8, False)])
+def test_a_whitening_of_fewer_images_than_dimensions_is_told(images, said, capsys):
+    whiten(random_rows(2, 8), random_rows(2, 8), random_rows(images, 8))
+    warning = "--whitening_path holds 7 images, fewer than a descriptor's 8 dimensions"
+    assert (warning in capsys.readouterr().out) == said
+
+
 def test_fewer_images_than_dimensions_have_their_small_eigenvalues_raised():
     learned_on = random_rows(3, 8)
     _, axes = np.linalg.eigh(learned_on.T.numpy() @ learned_on.numpy())
