@@ -80,8 +80,8 @@ def whiten(database, queries, learned_on):
 
     The mean of `learned_on` is subtracted from both, but the matrix whose eigenvectors serve is
     that of its second moments around zero, not around the mean: a slip of the official code that
-    the published numbers were made with. All 2D dimensions are kept. Fewer
-    images than dimensions are told.
+    the published numbers were made with. All 2D dimensions are kept. Warns of fewer images than
+    dimensions.
     """
     images, dimensions = learned_on.shape
     if images < dimensions:
