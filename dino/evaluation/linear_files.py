@@ -313,6 +313,7 @@ def resume_training(path, state, progress, description):
         save_training(path, state, progress, description)
         return False
     load_training(checkpoint, f"--output_dir {path}", state, progress, description)
+    check_schedule(state, progress.epoch, f"--output_dir {path}")
     if progress.best_acc >= 0:
         check_has_best(path, BEST, progress.head_bests[progress.best_head][1])
     return True
@@ -322,6 +323,28 @@ def load_training(checkpoint, source, state, progress, description):
     """Restore what `save_training` wrote. UserError if it is of a run with another description."""
     restore_described(checkpoint, description, source, **vars(state))
     restore_heads_progress(progress, checkpoint, source, len(state.heads))
+
+
+def check_schedule(state, epoch, source):
+    """Raise UserError unless optimizer and scheduler are those of the end of `epoch` epochs."""
+    groups, scheduler = state.optimizer.param_groups, state.scheduler
+    due = scheduler._get_closed_form_lr()  # of which the steps' own differs by rounding
+    right = (
+        scheduler.last_epoch == epoch
+        and all(group["weight_decay"] == 0 for group in groups)
+        and all(
+            abs(g["lr"] - lr) < 1e-6 * g["initial_lr"] for g, lr in zip(groups, due, strict=True)
+        )
+    )
+    if not right:
+        raise UserError(
+            f"{source}: its optimizer and scheduler are not those of {epoch} epochs. Give another"
+            " --output_dir."
+        )
+    if epoch and not all(state.optimizer.state.get(p) for g in groups for p in g["params"]):
+        raise UserError(
+            f"{source}: its optimizer has no momentum of some heads. Give another --output_dir."
+        )
 
 
 def restore_heads_progress(progress, checkpoint, source, heads):

@@ -119,17 +119,49 @@ def restore_training(checkpoint, source, state):
     """Load a training checkpoint, ours or official, into the objects of `state`.
 
     `source` names the flag and the file, for errors. A float16 scaler may be new to the run: where
-    the checkpoint has none, it starts afresh. So do the random states if the number of ranks
-    differs.
+    the checkpoint has none, it starts afresh. So do random states that are not of as many ranks,
+    and moments that are absent; both are told.
     """
     objects = {name: value for name, value in state.items() if name != "scaler"}
     if state["scaler"].is_enabled() and "fp16_scaler" in checkpoint:
         objects["fp16_scaler"] = state["scaler"]
     restore(checkpoint, source, **objects)
-    rng = checkpoint.get("rng", [])
+    if any(group["weight_decay"] for group in state["optimizer"].param_groups[1:]):
+        raise UserError(f"{source}: optimizer decays biases, which no run does.")
+    warn_of_missing_moments(unwrap(state["student"]), state["optimizer"], source)
+    restore_random_state(checkpoint.get("rng", []), source)
+
+
+def warn_of_missing_moments(student, optimizer, source):
+    """Name the parameters that an optimizer with moments has none of, but for the last layer, which
+    is frozen at first.
+    """
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    missing = [name for name, p in trained.items() if not optimizer.state.get(p)]
+    if any("last_layer" not in name for name in missing):
+        print0(
+            printable(
+                f"Warning: {source}: optimizer has no moments of {len(missing)} of {len(trained)}"
+                f" parameters, such as {missing[0]}; they begin at 0. That is right for what was"
+                " frozen so far, and else not as an unbroken run."
+            )
+        )
+
+
+def restore_random_state(rng, source):
+    """Continue the random numbers of this rank; a warning if they are of other ranks."""
+    if not isinstance(rng, list):
+        raise UserError(f"{source}: rng is a {type(rng).__name__}, not a list with each rank's.")
+    if len(rng) != get_world_size():
+        print0(
+            printable(
+                f"{source} has the random states of {len(rng)} processes, and this run has"
+                f" {get_world_size()}: stochastic depth draws others than in an unbroken run."
+            )
+        )
+        return
     try:
-        if len(rng) == get_world_size():
-            set_random_state(rng[get_rank()])
+        set_random_state(rng[get_rank()])
     except Exception:  # whatever torch may raise on somebody's values
         raise UserError(f"{source}: rng does not hold the random states of the ranks.") from None
 
@@ -200,7 +232,7 @@ def restore_progress(progress, checkpoint, source, images):
     now, batch_now = progress.iterations_per_epoch, progress.global_batch
     for name, default in vars(progress).items():
         value = checkpoint.get(name, default)
-        if not is_valid(value, default):
+        if not is_valid(value, default, is_sum if name == "sums" else is_number):
             raise UserError(f"{source}: invalid value {brief(value)} for entry {name!r}.")
         setattr(progress, name, value)
     before = progress.iterations_per_epoch
@@ -212,31 +244,41 @@ def restore_progress(progress, checkpoint, source, images):
         progress.images = steps * progress.global_batch
     if progress.images > before * progress.global_batch:
         raise UserError(f"{source}: claims {progress.images} used images of an epoch of fewer.")
-    if progress.unlogged and "epoch" not in progress.unlogged:
-        raise UserError(f"{source}: its entry 'unlogged' has no epoch.")
+    if progress.unlogged and progress.unlogged.get("epoch") != progress.epoch - 1:
+        raise UserError(f"{source}: its entry 'unlogged' is not of epoch {progress.epoch - 1}.")
+    left = rank_share(max(0, images - progress.images)) * get_world_size()
+    by_images = max(0, now - left // batch_now)
     if (before, progress.global_batch) != (now, batch_now):
         print0(
             f"An epoch had {before} iterations of {progress.global_batch} images, and has {now} of"
             f" {batch_now} now: the schedules resume at the same share of the run."
         )
-        left = rank_share(max(0, images - progress.images)) * get_world_size()
-        steps = max(0, now - left // batch_now)
+        steps = by_images
+    elif steps != by_images:
+        raise UserError(
+            f"{source}: claims {steps} steps of an epoch and {progress.images} used images, which"
+            f" are those of {by_images}. Give another checkpoint, or another --output_dir."
+        )
+    if steps and not progress.sums:
+        print0(f"Warning: {source} has no 'sums': what log.txt says of this epoch is of its rest.")
     progress.iterations_per_epoch, progress.global_batch = now, batch_now
     progress.iteration = progress.epoch * now + steps
 
 
-def is_valid(value, default):
-    """Whether an entry of a checkpoint can take the place of a field of Progress."""
+def is_valid(value, default, is_figure):
+    """Whether an entry of a checkpoint can take the place of a field of Progress.
+
+    `is_figure`: whether something can be a value of a dict.
+    """
     if isinstance(default, dict):
         return is_named(value) and all(map(is_figure, value.values()))
     return type(value) is type(default) and is_number(value) and 0 <= value <= MOST
 
 
-def is_figure(value):
-    """A mean, or [total, count]."""
-    return is_number(value) or (
-        isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[1] > 0
-    )
+def is_sum(value):
+    """[total, count]."""
+    is_pair = isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+    return is_pair and type(value[1]) is int and value[1] > 0
 
 
 def restart_from_checkpoint(ckp_path, run_variables=None, **kwargs):

@@ -11,8 +11,10 @@ from dino.printable import brief
 from dino.weights.files import is_named, without_prefix
 
 # Values of an optimizer's groups that a run or its schedule sets; all others must be the run's own.
-SCHEDULED = ("lr", "initial_lr", "weight_decay")
+SCHEDULED = ("lr", "weight_decay")
 IMPLEMENTATION = ("foreach", "fused", "capturable")  # how it computes, not what
+# What changes in a scaler and a scheduler as a run goes on; all else must be the run's own.
+RUNNING = {"scale", "_growth_tracker", "last_epoch", "_step_count", "_last_lr"}
 # What an optimizer keeps of a parameter once it has taken a step.
 MOMENTS = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
@@ -20,6 +22,7 @@ MOMENTS = {
     LARS: {"mu"},
 }
 NEVER_NEGATIVE = ("step", "exp_avg_sq")
+EXACT = (torch.float32, torch.float64)  # of a training checkpoint
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the images of a run on frozen features: files of earlier versions do not state them.
 STATED_LATER = {"train_set", "val_set", "mean", "std", "shrink_images", "white"}
@@ -72,11 +75,23 @@ def restore(checkpoint, source, **objects):
         if not is_named(state):
             raise UserError(f"{what} is a {type(state).__name__}, not values by name.")
         if isinstance(value, torch.nn.Module):
-            load_exactly(unwrap(value), without_prefix(state, "module."), what)
+            restore_module(unwrap(value), state, what)
         elif isinstance(value, torch.optim.Optimizer):
             restore_optimizer(value, state, what)
         else:
             restore_values(value, state, what)
+
+
+def restore_module(module, state, what):
+    """Load weights, which must be of the run itself: rounded ones would end elsewhere."""
+    weights = without_prefix(state, "module.")
+    if len(weights) < len(state):
+        raise UserError(f"{what}: some of its names differ by 'module.' alone.")
+    check_fits(module, weights, what)
+    for name, own in module.state_dict().items():
+        if own.is_floating_point() and weights[name].dtype not in EXACT:
+            raise UserError(f"{what}: {name} holds {weights[name].dtype}, and {own.dtype} here.")
+    module.load_state_dict(weights)
 
 
 def check_entries(checkpoint, source, names):
@@ -123,10 +138,18 @@ def restore_optimizer(optimizer, state, what):
         raise UserError(f"{what} does not have the {len(own)} parameter groups of this run.")
     merged = [merge_group(*pair, what) for pair in zip(own, groups, strict=True)]
     try:
-        optimizer.load_state_dict({"state": state.get("state"), "param_groups": merged})
+        kinds = {
+            value.dtype
+            for moments in state["state"].values()
+            for value in moments.values()
+            if isinstance(value, torch.Tensor)
+        }
+        optimizer.load_state_dict({"state": state["state"], "param_groups": merged})
     except Exception as error:  # whatever torch may raise on somebody's values
         raise UserError(f"{what} is not of this run's kind ({one_line(error)}).") from None
     check_moments(optimizer, what)
+    if odd := kinds - set(EXACT):  # which torch has cast
+        raise UserError(f"{what}: has moments of {odd.pop()}, and {EXACT[0]} in this run.")
 
 
 def merge_group(own, group, what):
@@ -146,7 +169,10 @@ def merge_group(own, group, what):
 
 def check_moments(optimizer, what):
     """Raise UserError unless what `optimizer` keeps of each parameter fits it, and is finite."""
-    for param in (param for group in optimizer.param_groups for param in group["params"]):
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if strange := len(optimizer.state.keys() - set(params)):
+        raise UserError(f"{what}: has moments of {strange} parameters that its groups do not list.")
+    for param in params:
         state = optimizer.state.get(param, {})
         if not isinstance(state, dict) or (state and set(state) != MOMENTS[type(optimizer)]):
             raise UserError(f"{what}: the moments are not those of {type(optimizer).__name__}.")
@@ -165,9 +191,13 @@ def check_moments(optimizer, what):
 def restore_values(value, state, what):
     """Load an object of plain numbers: a gradient scaler, a learning-rate scheduler."""
     own = value.state_dict()
-    for name in state.keys() & own.keys():
-        if not same_kind(state[name], own[name]):
-            raise UserError(f"{what}: {name} is {brief(state[name])}, not like {brief(own[name])}.")
+    for name in (state.keys() | RUNNING) & own.keys():
+        if not same_kind(state.get(name), own[name]):
+            found = brief(state.get(name))
+            raise UserError(f"{what}: {name} is {found}, not like {brief(own[name])}.")
+        if name not in RUNNING and not equal(state[name], own[name]):
+            found = brief(state[name])
+            raise UserError(f"{what}: {name} is {found}, and {brief(own[name])} in this run.")
     value.load_state_dict({name: state.get(name, own[name]) for name in own})
 
 

@@ -15,6 +15,7 @@ from dino.evaluation.linear_files import (
     check_head_description,
     load_head,
     load_training,
+    resume_training,
     save_training,
 )
 from dino.optim import build_optimizer, get_params_groups
@@ -35,7 +36,9 @@ from dino.weights.starting import initialise_from
 
 @pytest.fixture
 def payload():
-    progress = vars(Progress(epoch=1, iteration=8, iterations_per_epoch=6, global_batch=4))
+    progress = vars(
+        Progress(epoch=1, iteration=8, iterations_per_epoch=6, global_batch=4, images=8)
+    )
     return copy.deepcopy(training_payload(training_objects(), progress, {}, [random_state()]))
 
 
@@ -106,6 +109,60 @@ def test_each_optimizers_own_state_is_restored_before_and_after_a_step(name):
                 assert torch.equal(found.state_dict()["state"][key][moment], value)
         model([torch.randn(2, 3, 32, 32)]).sum().backward()
         optimizer.step()
+
+
+def to_half(payload):
+    for moments in payload["optimizer"]["state"].values():
+        moments["exp_avg"] = moments["exp_avg"].half()
+
+
+def name_twice(payload):
+    payload["teacher"] |= {f"module.{name}": v * 0 for name, v in payload["teacher"].items()}
+
+
+def rename_parameters(payload):
+    group = payload["optimizer"]["param_groups"][0]
+    group["params"] = [number + 100 for number in group["params"]]
+
+
+CHANGED = {
+    "has moments of torch.float16": to_half,
+    "has moments of .* parameters that its groups do not list": rename_parameters,
+    "names differ by 'module.' alone": name_twice,
+    "holds torch.float16": lambda p: p["student"].update(
+        {name: value.half() for name, value in p["student"].items()}
+    ),
+    "rng is a Tensor": lambda p: p.update(rng=torch.ones(3)),
+    "optimizer decays biases": lambda p: p["optimizer"]["param_groups"][1].update(weight_decay=0.5),
+}
+
+
+@pytest.mark.parametrize("said", CHANGED)
+def test_a_checkpoint_from_which_a_run_would_end_elsewhere_is_refused(payload, said):
+    CHANGED[said](payload)
+    refused(payload, said)
+
+
+ABSENT = {
+    "no moments of 1 of ": lambda p: p["optimizer"]["state"].pop(3),
+    "random states of 0 processes": lambda p: p.pop("rng"),
+    "random states of 2 processes": lambda p: p["rng"].append(p["rng"][0]),
+}
+
+
+@pytest.mark.parametrize("said", ABSENT)
+def test_what_a_resumed_run_begins_anew_is_told(payload, said, capsys):
+    restore_training(payload, "run/checkpoint.pth", training_objects(seed=1))
+    assert capsys.readouterr().out == ""
+    ABSENT[said](payload)
+    restore_training(payload, "run/checkpoint.pth", training_objects(seed=1))
+    assert said in capsys.readouterr().out
+
+
+def test_an_epoch_whose_sums_are_lost_is_told(payload, capsys):
+    own = Progress(iterations_per_epoch=6, global_batch=4)
+    restore_progress(own, payload, "run/checkpoint.pth", 24)
+    assert "has no 'sums'" in capsys.readouterr().out
 
 
 # ---- weights ----
@@ -183,10 +240,14 @@ def test_a_description_that_cannot_be_is_refused(name, value):
         *[{"iteration": 10**15}, {"sums": {"loss": [1.0, 0]}}, {"iterations_per_epoch": 0}],
         *[{"best_knn": float("nan")}, {"images": -4}, {"unlogged": {1: 2}}],
         *[{"unlogged": {"loss": 1.0}}, {"images": 10**9, "iteration": 8, "epoch": 1}],
+        # of a run that took 2 steps of 4 images: resumed, it would step beyond its schedules
+        *[{"images": 0}, {"images": 17}, {"iteration": 7}, {"iteration": 12}],
+        *[{"sums": {"loss": 1.0}}, {"sums": {"loss": [1.0, 0.5]}}, {"unlogged": {"epoch": 1}}],
+        {"unlogged": {"epoch": 0, "train_loss": [1, 2]}},
     ],
 )
 def test_progress_that_cannot_be_is_refused(payload, wrong):
-    with pytest.raises(UserError, match=r"invalid value|claims|has no epoch"):
+    with pytest.raises(UserError, match=r"invalid value|claims|is not of epoch"):
         own = Progress(iterations_per_epoch=6, global_batch=4)
         restore_progress(own, {**payload, **wrong}, "run/checkpoint.pth", 24)
 
@@ -282,6 +343,37 @@ def test_the_progress_of_heads_and_their_flags_are_checked(tmp_path, wrong):
     write_atomically({**whole, **wrong}, path)
     with pytest.raises(UserError, match=r"invalid value|that run has|no entry"):
         load_training(read(path), "here", state, progress, description)
+
+
+@pytest.mark.parametrize(
+    ("entry", "values"),
+    [
+        *[("scheduler", {"T_max": 7}), ("scheduler", {"eta_min": 0.5}), ("scheduler", None)],
+        *[("scheduler", {"last_epoch": 2}), ("scheduler", {"base_lrs": [0.2]}), ("epoch", 3)],
+        *[("group", {"lr": 0.5}), ("group", {"weight_decay": 0.5}), ("group", {"initial_lr": 1.0})],
+        ("momentum", None),
+    ],
+)
+def test_heads_resume_from_an_optimizer_and_a_scheduler_of_their_run_alone(tmp_path, entry, values):
+    path, state, progress, description = heads(tmp_path)
+    state.heads[0](torch.ones(2, 4)).sum().backward()
+    state.optimizer.step()
+    state.scheduler.step()
+    save_training(path, state, progress, description)
+    (tmp_path / "best_linear.pth").touch()
+    whole = torch.load(path, weights_only=True)
+    if entry == "group":
+        whole["optimizer"]["param_groups"][0] |= values
+    elif entry == "momentum":
+        whole["optimizer"]["state"] = {}
+    elif entry == "scheduler":
+        whole["scheduler"] = {**whole["scheduler"], **values} if values else {}
+    else:
+        whole[entry] = values
+    write_atomically(whole, path)
+    state = build_heads(4, 3, [0.1], 5, torch.device("cpu"))
+    with pytest.raises(UserError, match=f"--output_dir {path}: "):
+        resume_training(path, state, HeadsProgress.of(1), description)
 
 
 def test_a_run_of_a_version_that_did_not_state_its_images_is_resumed(tmp_path):
