@@ -320,6 +320,8 @@ def report(args, study, plans):
         raise UserError(
             f"--output_dir {args.output_dir}: no run of {args.study} has logged a step yet."
         )
+    for _, run in logged:
+        run.warn_of_odd_lines()
     rows = []
     for name, variant in (study.runs(args.demo) | study.variants).items():
         figures = {

@@ -37,6 +37,14 @@ def is_figure(value):
     return is_number(value) and abs(value) < MOST
 
 
+def is_of(kind, line):
+    """Whether a line has all that one of KINDS must have."""
+    numbers, texts = KINDS[kind]
+    return all(is_figure(line.get(name)) for name in numbers) and all(
+        isinstance(line.get(name), str) for name in texts
+    )
+
+
 def is_measurement(line):
     return "rank_me" in line or "knn_teacher" in line
 
@@ -138,14 +146,13 @@ class RunLog:
         return self.read_all()[kind]
 
     def read_all(self):
-        """{kind: lines} of metrics.jsonl, which is parsed once."""
-        found = {kind: [] for kind in KINDS}
-        for line in of_the_last_labels(read_lines(self.folder / "metrics.jsonl")[0]):
-            for kind, (numbers, texts) in KINDS.items():
-                if all(is_figure(line.get(name)) for name in numbers) and all(
-                    isinstance(line.get(name), str) for name in texts
-                ):
-                    found[kind].append(line)
+        """{kind: lines} of metrics.jsonl, which is parsed once, and "odd": those of no kind."""
+        lines, damaged = read_lines(self.folder / "metrics.jsonl")
+        found = {kind: [] for kind in KINDS} | {"odd": [None] * damaged}
+        for line in of_the_last_labels(lines):
+            kinds = [kind for kind in KINDS if is_of(kind, line)]
+            for kind in kinds or ["odd"]:
+                found[kind].append(line)
         found["loss"] = [line for line in found["loss"] if line["epoch"] > 0]
         return found
 

@@ -9,7 +9,7 @@ import pytest
 
 from dino.run_log import KINDS
 from dino.training.comparison import follow_knn
-from dino.training.logged_run import LoggedRun
+from dino.training.logged_run import LoggedRun, open_run
 from dino.training.plots import draw_gradient_norm
 
 
@@ -36,6 +36,24 @@ def test_measures_without_labels_are_set_beside_knn_if_there_are_four(count, tmp
     else:
         rho = spearman(knn, ranks)
         assert found == (tmp_path.name, "5", f"{rho:.2f}", "-1.00", "-")  # "-": of a constant
+
+
+def write_steps(folder, *epochs):
+    (folder / "args.json").write_text(json.dumps({"out_dim": 64}))
+    steps = [dict.fromkeys(KINDS["loss"][0], 1.0) | {"epoch": epoch} for epoch in epochs]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+
+
+def test_lines_of_a_log_that_no_run_writes_are_told(tmp_path, capsys):
+    """Of logs joined or reversed by hand, the end of the run was another, without a word."""
+    write_steps(tmp_path, 1, 2, 3)
+    open_run(tmp_path)
+    assert capsys.readouterr().out == ""
+    write_steps(tmp_path, 1, 2, 3, 1, 2, None, "5")
+    open_run(tmp_path)
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'metrics.jsonl'}: 2 damaged lines are left out" in said
+    assert "1 steps do not come after the one before" in said
 
 
 def test_a_logged_norm_that_is_no_number_is_a_gap_in_its_curve(tmp_path):
