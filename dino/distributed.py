@@ -47,7 +47,10 @@ def environment_number(name, default=None, environ=os.environ):
     """The whole number in an environment variable; UserError if it holds something else."""
     text = str(environ.get(name, default))
     if not is_whole_number(text):
-        raise UserError(f"environment variable {name}={text!r:.40}: not a whole number from 0 on.")
+        raise UserError(
+            f"environment variable {name}={text!r:.40}: not a whole number from 0 on."
+            " Correct it, or unset it."
+        )
     return int(text)
 
 
@@ -100,7 +103,9 @@ def init_distributed(device="auto", dist_url="env://"):
     if launch.launcher == "python":
         return launch, device
     if launch.launcher == "slurm" and dist_url == "env://" and "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"], port = slurm_rendezvous()
+        host, port = slurm_rendezvous()
+        check_host(host, "SLURM_NODELIST")
+        os.environ["MASTER_ADDR"] = host
         os.environ.setdefault("MASTER_PORT", str(port))
     if dist_url == "env://":
         complete_environment(launch)
@@ -138,6 +143,8 @@ def wait_announced(launch, where):
         f"Process {launch.rank} of {launch.world_size} has waited for the others at"
         f" {printable(where)} for {SILENT_SECONDS} s, and gives up after {TIMEOUT}."
     )
+    if launch.launcher == "slurm":
+        text += f" SLURM_NTASKS={launch.world_size} says how many they are: start all with srun."
     timer = threading.Timer(SILENT_SECONDS, print, [text], {"file": sys.stderr, "flush": True})
     timer.daemon = True
     timer.start()
@@ -180,8 +187,11 @@ def check_meeting_file(url):
         ) from None
 
 
-def check_host(name):
-    """UserError where no such host is known; in a cluster that starts, names may come late."""
+def check_host(name, variable="MASTER_ADDR"):
+    """UserError where the host that `variable` names first is not known.
+
+    In a cluster that starts, names may come late.
+    """
     end = time.monotonic() + SECONDS_FOR_A_NAME
     while True:
         try:
@@ -191,7 +201,7 @@ def check_host(name):
             reason = error.strerror if isinstance(error, OSError) else error
         if time.monotonic() > end:
             raise UserError(
-                f"environment variable MASTER_ADDR={name!r:.80}: no such host was known within"
+                f"environment variable {variable}={name!r:.80}: no such host was known within"
                 f" {SECONDS_FOR_A_NAME} s ({reason})."
             )
         time.sleep(0.5)
