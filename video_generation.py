@@ -21,7 +21,6 @@ import itertools
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
@@ -57,6 +56,7 @@ from dino.evaluation.attention import (
     open_for_attention,
     upsample,
 )
+from dino.figures import plt
 from dino.meters import progress_bar
 from dino.printable import printable
 from dino.weights.published import PUBLISHED_FOR_PICTURES

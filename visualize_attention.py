@@ -16,7 +16,6 @@ other channels than RGB it shows the first three. The published weights of vit_s
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
@@ -41,6 +40,7 @@ from dino.evaluation.attention import (
     open_for_attention,
     upsample,
 )
+from dino.figures import plt
 from dino.printable import printable
 from dino.training import plots
 from dino.weights.published import PUBLISHED_FOR_PICTURES

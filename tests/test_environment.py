@@ -2,9 +2,10 @@
 """Variables of a launcher that hold anything, and limits: one paragraph that somebody prints."""
 
 import re
+import time
 
 import pytest
-from conftest import SMALL_RUN, run_script
+from conftest import ROOT, SMALL_RUN, run_python, run_script
 
 from dino import distributed
 from dino.errors import UserError
@@ -42,6 +43,17 @@ def test_a_host_that_nobody_knows_is_named(monkeypatch):
     with pytest.raises(UserError, match="no such host"):
         distributed.check_host("x" * 5000)
     distributed.check_host("localhost")
+    for name, value in {"PROCID": "0", "NTASKS": "2", "NODELIST": "gpu01.invalid"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(UserError, match=r"SLURM_NODELIST=.gpu01\.invalid.: no such host"):
+        distributed.init_distributed("cpu")
+
+
+def test_a_script_of_sbatch_without_srun_is_told_who_starts_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "SILENT_SECONDS", 0)
+    with distributed.wait_announced(distributed.Launch("slurm", 0, 4), "gpu01:20005"):
+        time.sleep(0.1)
+    assert "SLURM_NTASKS=4 says how many they are: start all with srun" in capsys.readouterr().err
 
 
 def test_a_single_process_needs_no_address(class_folders, tmp_path):
@@ -75,3 +87,12 @@ def test_a_limit_on_threads_is_a_paragraph(tmp_path):
     assert result.returncode == 2, result.stderr
     assert "no thread can be started" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_pictures_in_files_need_no_backend_of_the_environments():
+    """MPLBACKEND of a notebook or a typing error was a traceback of every script that draws."""
+    result = run_python("-c", "import dino.figures", MPLBACKEND="nonsense")
+    assert result.returncode == 0, result.stderr
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("dino/**/*.py")]
+    alone = [path.name for path in paths if re.search("import matplotlib", path.read_text())]
+    assert alone == ["figures.py"], "all others get it there"

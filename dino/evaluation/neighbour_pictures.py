@@ -6,13 +6,13 @@ m queries, n images, D width of their features, k neighbours.
 
 from dataclasses import dataclass
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from dino.errors import UserError
 from dino.evaluation.neighbours import nearest
+from dino.figures import plt
 from dino.printable import printable
 from dino.spread import spread
 

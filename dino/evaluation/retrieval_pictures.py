@@ -3,9 +3,8 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-
 from dino.data.retrieval_set import read_even_truncated
+from dino.figures import plt
 from dino.printable import printable
 
 SHOWN, PER_ROW = 10, 5  # results of a query

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmented videos to look at: a contact sheet of frames with their masks."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 from dino.data.davis import palette
 from dino.data.images import read_image
 from dino.evaluation.video_scores import boundary
+from dino.figures import plt
 from dino.printable import printable
 
 SHOWN, PER_ROW = 8, 4  # frames of a video

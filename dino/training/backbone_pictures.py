@@ -6,7 +6,6 @@ n images, h heads, N = R x C patches, D width of a token, S side of an image in 
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torchvision.utils import make_grid
@@ -25,6 +24,7 @@ from dino.evaluation.neighbour_pictures import (
     spread_rows,
     without_self,
 )
+from dino.figures import plt
 from dino.spread import spread
 from dino.training import plots
 

@@ -10,7 +10,6 @@ import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dino.atomic import replacing
@@ -18,6 +17,7 @@ from dino.backbones import canonical_name
 from dino.data.images import UnreadableImage, read_image
 from dino.distributed import is_main_process
 from dino.errors import UserError
+from dino.figures import plt
 from dino.json_files import dumps, is_number, read_object
 from dino.printable import printable
 from dino.spread import spread_to_end

@@ -5,23 +5,17 @@ import contextlib
 import math
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from matplotlib.ticker import LogFormatter
 
 from dino.atomic import replacing
 from dino.data.channels import as_rgb
 from dino.distributed import is_main_process, print0
 from dino.errors import UserError
+from dino.figures import LogFormatter, plt
 from dino.printable import printable
 from dino.run_log import best_effort, is_figure
 from dino.spread import spread
 from dino.training.logged_run import LoggedRun
-
-matplotlib.rcParams["text.parse_math"] = False  # names of files may have a $ in them
 
 
 def draw_augmentations(path, views, names, mean, std):

@@ -7,8 +7,7 @@
 import statistics
 import textwrap
 
-import matplotlib.pyplot as plt
-
+from dino.figures import plt
 from dino.training.plots import save
 from dino.training.study_report import sources
 
