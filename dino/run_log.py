@@ -29,18 +29,26 @@ KINDS = {
     "bad_image": (("iteration", "epoch"), ("bad_image", "text")),
 }
 
-
 MOST = 1e15  # of any figure; sums and squares of such stay finite
+# What a run can log at least and at most, with rounding; other figures may have any value.
+RANGES = dict.fromkeys(("teacher_entropy_share", "agreement", "data_wait"), (-0.001, 1.001))
+RANGES |= dict.fromkeys(("knn_teacher", "knn_student"), (0, 100))
+RANGES |= {"images_per_s": (1e-9, MOST), "epoch": (0, MOST), "kl_share": (-0.001, MOST)}
 
 
 def is_figure(value):
     return is_number(value) and abs(value) < MOST
 
 
+def is_in_range(name, value):
+    low, high = RANGES.get(name, (-MOST, MOST))
+    return is_figure(value) and low <= value <= high
+
+
 def is_of(kind, line):
     """Whether a line has all that one of KINDS must have."""
     numbers, texts = KINDS[kind]
-    return all(is_figure(line.get(name)) for name in numbers) and all(
+    return all(is_in_range(name, line.get(name)) for name in numbers) and all(
         isinstance(line.get(name), str) for name in texts
     )
 

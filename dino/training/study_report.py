@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dino.atomic import replacing
 from dino.json_files import write_json
-from dino.run_log import before_training
+from dino.run_log import before_training, is_figure
 from dino.training.plots import is_first_of_epoch
 
 # Our columns: title, key of `measure`, digits after the point.
@@ -40,6 +40,7 @@ def measure(run, processes):
     end = [step for step in run.steps if step["epoch"] > math.ceil(last["epoch"]) - 1]
     settled = [step for step in run.steps if not is_first_of_epoch(step)] or run.steps
     rate = statistics.median(step["images_per_s"] for step in settled)
+    memory = [step.get("peak_memory_mb") for step in run.steps]
     figures = {
         "epochs": last["epoch"],
         "entropy": 100 * statistics.fmean(step["teacher_entropy_share"] for step in end),
@@ -47,7 +48,7 @@ def measure(run, processes):
         "step_ms": 1000 * global_batch / rate,
         "images_per_s": rate,
         "minutes": (last["iteration"] + 1) * global_batch / rate / 60,
-        "peak_memory_mb": max(step.get("peak_memory_mb", 0) for step in run.steps),
+        "peak_memory_mb": max(filter(is_figure, memory), default=0),
         "verdicts": [v["verdict"] for v in run.verdicts if v["verdict"] not in HARMLESS],
     }
     if run.knn:

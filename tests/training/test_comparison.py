@@ -11,6 +11,7 @@ from dino.run_log import KINDS
 from dino.training.comparison import follow_knn
 from dino.training.logged_run import LoggedRun, open_run
 from dino.training.plots import draw_gradient_norm
+from dino.training.study_report import measure
 
 
 def spearman(a, b):
@@ -54,6 +55,31 @@ def test_lines_of_a_log_that_no_run_writes_are_told(tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{tmp_path / 'metrics.jsonl'}: 2 damaged lines are left out" in said
     assert "1 steps do not come after the one before" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("images_per_s", 0), ("teacher_entropy_share", 35.6), ("epoch", -1), ("data_wait", -5)],
+)
+def test_a_step_with_a_figure_that_no_run_has_is_left_out(tmp_path, name, value):
+    write_steps(tmp_path, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        step = dict.fromkeys(KINDS["loss"][0], 1.0) | {"epoch": 3, name: value}
+        file.write(json.dumps(step) + "\n")
+    run = open_run(tmp_path)
+    assert [step["epoch"] for step in run.steps] == [1, 2]
+    assert run.odd_lines == 1
+
+
+@pytest.mark.parametrize("memory", [None, "x", [1]])
+def test_a_logged_memory_that_is_no_number_is_none(tmp_path, memory):
+    write_steps(tmp_path, 1, 2)
+    run = open_run(tmp_path)
+    run.flags["batch_size_per_gpu"] = 4
+    run.steps[0]["peak_memory_mb"] = memory
+    assert measure(run, 1)["peak_memory_mb"] == 0
+    run.steps[1]["peak_memory_mb"] = 5.0
+    assert measure(run, 1)["peak_memory_mb"] == 5
 
 
 def test_a_logged_norm_that_is_no_number_is_a_gap_in_its_curve(tmp_path):
