@@ -24,7 +24,7 @@ from pathlib import Path
 import torch.distributed.run
 
 import main_dino
-from dino.command_line import LARGEST_SEED, Parser, check_output_folder, number
+from dino.command_line import LARGEST_SEED, Parser, check_output_file, check_output_folder, number
 from dino.data.demo import write_demo_images
 from dino.errors import Diverged, UserError, exit_on_user_error
 from dino.printable import printable
@@ -118,6 +118,7 @@ def ablations(args):
     """Run what is unfinished of a study, then write its table and its picture."""
     check_output_folder(args.output_dir)
     study = STUDIES[args.study]
+    check_tables(args, study)
     plans = plan_runs(args, study)
     wanted = [plan for plan in plans if not args.runs or plan.name in args.runs]
     if args.demo and not args.report_only:
@@ -133,6 +134,19 @@ def ablations(args):
         with owned(Path(args.output_dir) / args.study):
             run_plans(args, wanted)
     report(args, study, plans)
+
+
+def check_tables(args, study):
+    """Raise UserError for a file in the place of a table or picture that no study wrote."""
+    path = Path(args.output_dir) / args.study
+    for ending in (".png", ".json"):
+        check_output_file(f"{path}{ending}", "--output_dir:", ending)
+    table = path.with_suffix(".md")
+    if table.exists() and not table.read_text(errors="replace").startswith(f"# {study.title}\n"):
+        raise UserError(
+            f"--output_dir: {table} exists and was not written by this study. Give another folder,"
+            " or move the file away."
+        )
 
 
 # ---- plan ----

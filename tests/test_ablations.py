@@ -39,6 +39,16 @@ def commands(capsys, *flags):
 # ---- plans ----
 
 
+@pytest.mark.parametrize("ending", [".md", ".json", ".png"])
+def test_a_table_that_no_study_wrote_is_not_replaced(tmp_path, ending):
+    path = tmp_path / f"collapse{ending}"
+    path.write_text("# My notes\n")
+    args = ablations.parse_args(["collapse", *DATA, "--output_dir", str(tmp_path)])
+    with pytest.raises(UserError, match=f"--output_dir.*{path} exists and was not written by"):
+        ablations.ablations(args)
+    assert path.read_text() == "# My notes\n"
+
+
 def test_the_teachers_are_those_of_fig_6_and_nothing_else_differs(capsys, tmp_path):
     runs = commands(capsys, "teacher", *DATA, "--output_dir", str(tmp_path), "--seeds", "0", "7")
     assert [(run.teacher_update, run.seed) for run in runs] == [
