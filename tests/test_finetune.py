@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """finetune.py: layer-wise rates, what a run leaves and resumes to, what it refuses."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from dino.training.finetuning import (
     build_finetuning,
     build_rand_augment,
 )
+from dino.training.finetuning_run import check_optimizer
 from dino.weights.pretrained import open_backbone
 from finetune import finetune, get_args_parser
 
@@ -267,3 +269,22 @@ def test_a_wrong_flag_is_refused_in_one_paragraph(
     small = "--device cpu --num_workers 0 --epochs 3 --warmup_epochs 1 --batch_size_per_gpu 4 "
     assert said in refusal(monkeypatch, capsys, "finetune", small + flags.format(**names)).err
     assert os.path.exists(finished[0] / "checkpoint.pth")
+
+
+@pytest.mark.parametrize(
+    ("taken", "decay", "may_skip", "said"),
+    [
+        *[(5, 0.1, False, None), (4, 0.1, True, None), (4, 0.1, False, "has taken 4 of 5 steps")],
+        *[(6, 0.1, True, "has taken 6 of 5"), (0, 0.1, False, "has taken 0 of 5")],
+        (5, 0.2, False, "has other weight decays"),
+    ],
+)
+def test_a_run_resumes_from_an_optimizer_of_its_own_steps_alone(taken, decay, may_skip, said):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], weight_decay=decay)
+    for _ in range(taken):
+        weight.sum().backward()
+        optimizer.step()
+    refused = pytest.raises(UserError, match=said) if said else contextlib.nullcontext()
+    with refused:
+        check_optimizer(optimizer, [0.1], 5, may_skip, "run/checkpoint.pth")

@@ -78,8 +78,12 @@ class FineTuningRun:
         if found is not None and not is_beginning(*found, BEST):
             path, checkpoint = found
             source, progress = f"--output_dir {path}", self.progress
+            optimizer = self.state.optimizer
+            decays = [group["weight_decay"] for group in optimizer.param_groups]
             restore_described(checkpoint, self.description, source, **vars(self.state))
             restore_finetuning(progress, checkpoint, source, epochs, len(self.loader))
+            steps = progress.epoch * len(self.loader) + progress.steps
+            check_optimizer(optimizer, decays, steps, self.state.scaler.is_enabled(), source)
             done = f"{progress.epoch} of {epochs} epochs and {progress.steps} iterations"
             print0(printable(f"Resumed from {path}: {done} are done."))
             if progress.best_acc >= 0:
@@ -203,6 +207,17 @@ class FineTuningRun:
         }
         checkpoint = {**self.description, **objects, **vars(self.progress)}
         self.saver.save({**({BEST: best} if best else {}), NEWEST: checkpoint})
+
+
+def check_optimizer(optimizer, decays, steps, may_skip, source):
+    """Raise UserError unless the optimizer has taken so many steps, or fewer if it `may_skip` some,
+    with these weight `decays` of its groups.
+    """
+    taken = max((int(moments["step"]) for moments in optimizer.state.values()), default=0)
+    own = decays == [group["weight_decay"] for group in optimizer.param_groups]
+    if not own or taken > steps or (taken < steps and not may_skip):
+        what = f"has taken {taken} of {steps} steps" if own else "has other weight decays"
+        raise UserError(f"{source}: its optimizer {what}. Give another --output_dir.")
 
 
 def restore_finetuning(progress, checkpoint, source, epochs, length):
