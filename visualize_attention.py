@@ -123,8 +123,10 @@ def check_own_pictures(folder):
     """
     sheet = folder / SHEET
     check_output_file(sheet, f"--output_dir {folder}:", ending=".png")
+    if sheet.exists():
+        return
     for name in ("img.png", "attn-mean.png", "overlay.png", "attn-head0.png"):
-        if (folder / name).exists() and not sheet.exists():
+        if (folder / name).exists():
             raise UserError(
                 f"--output_dir {folder}: {name} there would be overwritten, and is not of an"
                 f" earlier run, which leaves {SHEET}. Give another folder, or move it away."

@@ -37,8 +37,10 @@ def replacing(path):
 
 def append_line(path, line):
     """Append a line to a file, or OSError and nothing: a part that the disk still took would become
-    one line with the next.
+    one line with the next. OSError also where `replacing` raises it.
     """
+    path = Path(path)
+    check_still_owned(path.parent)
     with open(path, "ab", buffering=0) as file:
         end, content = file.tell(), f"{line}\n".encode()
         if file.write(content) < len(content):

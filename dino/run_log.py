@@ -5,7 +5,7 @@ import contextlib
 import itertools
 from pathlib import Path
 
-from dino.atomic import append_line, check_still_owned, replacing
+from dino.atomic import append_line, replacing
 from dino.distributed import gather_objects, is_main_process, print0
 from dino.json_files import dumps, finite, is_number, read_lines, read_object
 from dino.printable import printable
@@ -167,7 +167,6 @@ class RunLog:
     def append(self, name, record):
         if is_main_process():
             with best_effort(self.folder / name):
-                check_still_owned(self.folder)
                 append_line(self.folder / name, dumps(record))
 
     def to_boards(self, group, record, step):

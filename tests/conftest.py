@@ -245,6 +245,14 @@ def run_ranks(count, *command):
     return max(rank.returncode for rank in ranks), printed[0]
 
 
+def start_under_slurm(*command):
+    """[Started] of two processes, with the variables that Slurm sets."""
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    return [
+        Started(*command, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")
+    ]
+
+
 def run_torchrun(processes, *command, **options):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes)
     return run_python(*launcher, *command, **options)

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from conftest import (
     ROOT,
     SMALL_RUN,
-    Started,
     free_port,
     run_processes,
     run_python,
     run_script,
     run_torchrun,
+    start_under_slurm,
 )
 from torch import nn
 
@@ -161,10 +161,7 @@ def test_slurm_processes_meet_on_the_first_host_of_the_list(hosts, first):
 def test_slurm_variables_alone_start_a_run(class_folders, tmp_path):
     command = ["main_dino.py", *SMALL_RUN, "--epochs", 1]
     command += ["--data_path", class_folders / "train", "--output_dir", tmp_path]
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
-    processes = [
-        Started(*command, **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")
-    ]
+    processes = start_under_slurm(*command)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "2 processes by slurm" in outputs[0]

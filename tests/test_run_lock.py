@@ -16,6 +16,7 @@ from dino.atomic import replacing
 from dino.errors import UserError
 from dino.run_lock import owned
 from dino.run_log import RunLog
+from dino.training import plots
 
 HOLD = """
 import sys
@@ -130,6 +131,15 @@ def test_a_run_writes_nothing_where_another_run_has_begun_in_its_folder(change, 
             path.write_text("ours")
     assert [path.name for path in folder.iterdir()] == [".lock"], "nor removes the other's lock"
     assert "log.txt could not be written (the folder was moved" in capsys.readouterr().out
+
+
+def test_a_picture_makes_no_folder_where_that_of_the_run_was(tmp_path):
+    figure, _ = plots.plt.subplots()
+    with owned(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        with pytest.raises(OSError, match="the folder was moved"):
+            plots.save(figure, tmp_path / "run" / "curves.png")
+        assert [path.name for path in tmp_path.iterdir()] == ["moved"]
 
 
 def test_a_run_whose_lock_somebody_removed_goes_on_writing(tmp_path):

@@ -29,14 +29,19 @@ from dino.weights.files import (
     without_prefix,
     write_atomically,
 )
-from dino.weights.loading import equal, list_names, load_exactly, restore_described, same_kind
+from dino.weights.loading import (
+    IMAGES,
+    equal,
+    list_names,
+    load_exactly,
+    restore_described,
+    same_kind,
+)
 from dino.weights.published import PUBLISHED_HEADS, download, published_entry
 from dino.weights.results import check_has_best, check_no_results, is_beginning
 
 # The flags that a head's file states, so that --evaluate needs none of them.
 HEAD_FLAGS = ("arch", "patch_size", "checkpoint_key", "n_last_blocks", "avgpool_patchtokens")
-# Fields of Pretrained: what becomes of an image before the backbone sees it, besides its size.
-IMAGES = ("mean", "std", "shrink_images", "white")
 PUBLISHED = "the published backbone"
 MOST_EPOCHS = 2**31
 NEWEST, BEST, LAST = "checkpoint.pth.tar", "best_linear.pth", "last_linear.pth"

@@ -141,9 +141,9 @@ def write_report(path, logged):
             for file, title, about in PICTURES
         ],
     )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_run(logged):

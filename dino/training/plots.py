@@ -54,8 +54,8 @@ def displayable(view, mean, std):
 def save(figure, path, dpi=90):
     """Write `figure` atomically, since somebody may be viewing the file, and close it."""
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(temporary, format="png", dpi=dpi)
     finally:
         plt.close(figure)

@@ -24,8 +24,10 @@ MOMENTS = {
 NEVER_NEGATIVE = ("step", "exp_avg_sq")
 EXACT = (torch.float32, torch.float64)  # of a training checkpoint
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What becomes of an image before a backbone sees it, besides its size.
+IMAGES = ("mean", "std", "shrink_images", "white")
 # Of the images of a run on frozen features: files of earlier versions do not state them.
-STATED_LATER = {"train_set", "val_set", "mean", "std", "shrink_images", "white"}
+STATED_LATER = {"train_set", "val_set", *IMAGES}
 SHOWN = 5  # names of a list that may be long
 
 
@@ -87,11 +89,10 @@ def restore_module(module, state, what):
     weights = without_prefix(state, "module.")
     if len(weights) < len(state):
         raise UserError(f"{what}: some of its names differ by 'module.' alone.")
-    check_fits(module, weights, what)
-    for name, own in module.state_dict().items():
-        if own.is_floating_point() and weights[name].dtype not in EXACT:
-            raise UserError(f"{what}: {name} holds {weights[name].dtype}, and {own.dtype} here.")
-    module.load_state_dict(weights)
+    load_exactly(module, weights, what)
+    for name, value in weights.items():
+        if value.is_floating_point() and value.dtype not in EXACT:
+            raise UserError(f"{what}: {name} holds {value.dtype}, and {EXACT[0]} in this run.")
 
 
 def check_entries(checkpoint, source, names):

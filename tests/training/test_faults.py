@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, Started, run_script
+from conftest import ROOT, SMALL_RUN, Started, run_script, start_under_slurm
 from helpers import assert_equal_states, final_state
 
 from dino.errors import UserError
@@ -30,9 +30,12 @@ from dino.weights.files import read
 LONG_RUN = (*SMALL_RUN, "--epochs", 15, "--saveckp_iters", 2, "--log_freq", 4, "--num_workers", 1)
 
 
-def start(data, folder, *flags, **environ):
-    command = ("main_dino.py", *LONG_RUN, "--data_path", data, "--output_dir", folder, *flags)
-    return Started(*command, **environ)
+def command_of(data, folder, *flags):
+    return ("main_dino.py", *LONG_RUN, "--data_path", data, "--output_dir", folder, *flags)
+
+
+def start(data, folder, *flags):
+    return Started(*command_of(data, folder, *flags))
 
 
 def wait_for(condition, seconds=120):
@@ -252,12 +255,7 @@ def test_a_killed_loader_worker_is_replaced_and_nothing_changes(class_folders, t
 
 
 def start_two_ranks(data, folder, *flags):
-    """As Slurm starts them."""
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
-    return [
-        start(data, folder, *flags, SLURM_PROCID=rank, SLURM_LOCALID=rank, **slurm)
-        for rank in ("0", "1")
-    ]
+    return start_under_slurm(*command_of(data, folder, *flags))
 
 
 def test_torchrun_restarts_a_killed_rank_and_the_run_ends_the_same(class_folders, tmp_path):
