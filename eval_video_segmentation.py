@@ -31,7 +31,7 @@ from dino.data.davis import check_video, find_videos, read_labels
 from dino.data.demo import DEMO
 from dino.data.demo_videos import write_demo_videos
 from dino.data.images import limit_pixels
-from dino.distributed import Launch, choose_device, print0
+from dino.distributed import choose_device, print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.video_pictures import draw_video
 from dino.evaluation.video_results import Results, check_apart, hash_file
@@ -163,7 +163,7 @@ def describe_protocol(args):
 
 def open_fitting_vit(args):
     """`open_vit`, on --device; UserError unless its patches fit."""
-    device = choose_device(args.device, Launch("python"))
+    device = choose_device(args.device)
     pretrained = open_vit(args, lacks_patch_tokens)
     patch_size = pretrained.patch_size
     if args.image_size % patch_size or LONG_SIDE_STEP % patch_size:

@@ -24,7 +24,7 @@ from common import (
 )
 from features import two_sets
 
-from dino.distributed import Launch, choose_device
+from dino.distributed import choose_device
 from dino.errors import exit_on_user_error
 from dino.evaluation import knn, neighbours
 from dino.evaluation.neighbours import nearest
@@ -41,7 +41,7 @@ def main(argv=None):
 
 def benchmark(args):
     """What the JSON line says."""
-    device = choose_device(args.device, Launch("python"))
+    device = choose_device(args.device)
     cuda = device.type == "cuda"
     train, test = (
         args.train or (1281167 if cuda else 100000),

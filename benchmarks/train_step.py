@@ -31,7 +31,7 @@ from common import (
 from flops import peak_flops, training_flops
 
 import main_dino
-from dino.distributed import Launch, choose_device
+from dino.distributed import choose_device
 from dino.errors import exit_on_user_error
 from dino.networks import choose_compile
 from dino.precision import autocast, choose_amp_dtype
@@ -53,7 +53,7 @@ def main(argv=None):
 def benchmark(args, training):
     """What the JSON line says."""
     check_training_flags(training)
-    device = choose_device(training.device, Launch("python"))
+    device = choose_device(training.device)
     amp_dtype = choose_amp_dtype(training.use_fp16, training.amp_dtype, device)
     training.compile = choose_compile(training.compile, device)  # what auto means here
     steps = args.steps or (30 if device.type == "cuda" else 5)

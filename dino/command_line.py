@@ -10,8 +10,9 @@ import stat
 import sys
 from pathlib import Path
 
-from dino.distributed import environment_number, print0
+from dino.distributed import print0
 from dino.errors import UserError, print_and_exit
+from dino.launch import environment_number
 from dino.precision import AMP_DTYPES
 
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit; decoding so many takes 0.8 GB

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dino.distributed import get_world_size, init_distributed, is_main_process, read_launch
+from dino.distributed import get_world_size, init_distributed, is_main_process
+from dino.launch import read_launch
 
 
 def init_distributed_mode(args):

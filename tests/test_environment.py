@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT, SMALL_RUN, run_python, run_script
 
-from dino import distributed
+from dino import distributed, launch
 from dino.errors import UserError
 
 WRONG = {
@@ -37,12 +37,12 @@ def test_a_variable_of_a_launcher_that_cannot_be_is_named(said, class_folders, t
 
 def test_a_host_that_nobody_knows_is_named(monkeypatch):
     """Else PyTorch asks for it for ten minutes, and hears no signal meanwhile."""
-    monkeypatch.setattr(distributed, "SECONDS_FOR_A_NAME", 0)
+    monkeypatch.setattr(launch, "SECONDS_FOR_A_NAME", 0)
     with pytest.raises(UserError, match=r"MASTER_ADDR=.gpu01\.invalid.: no such host"):
-        distributed.check_host("gpu01.invalid")
+        launch.check_host("gpu01.invalid")
     with pytest.raises(UserError, match="no such host"):
-        distributed.check_host("x" * 5000)
-    distributed.check_host("localhost")
+        launch.check_host("x" * 5000)
+    launch.check_host("localhost")
     for name, value in {"PROCID": "0", "NTASKS": "2", "NODELIST": "gpu01.invalid"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     with pytest.raises(UserError, match=r"SLURM_NODELIST=.gpu01\.invalid.: no such host"):
@@ -51,7 +51,7 @@ def test_a_host_that_nobody_knows_is_named(monkeypatch):
 
 def test_a_script_of_sbatch_without_srun_is_told_who_starts_the_others(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "SILENT_SECONDS", 0)
-    with distributed.wait_announced(distributed.Launch("slurm", 0, 4), "gpu01:20005"):
+    with distributed.wait_announced(launch.Launch("slurm", 0, 4), "gpu01:20005"):
         time.sleep(0.1)
     assert "SLURM_NTASKS=4 says how many they are: start all with srun" in capsys.readouterr().err
 

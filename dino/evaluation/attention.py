@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from dino.data.augmentations import normalised
-from dino.distributed import Launch, choose_device
+from dino.distributed import choose_device
 from dino.errors import UserError
 from dino.evaluation.features import require_finite
 from dino.evaluation.vits import open_vit
@@ -19,7 +19,7 @@ from dino.weights.published import PUBLISHED_BACKBONES
 
 def open_for_attention(args, published=PUBLISHED_BACKBONES, **options):
     """`open_vit`, on --device."""
-    device = choose_device(args.device, Launch("python"))
+    device = choose_device(args.device)
     pretrained = open_vit(args, lacks_class_attention, published, **options)
     pretrained.backbone.to(device)
     return pretrained

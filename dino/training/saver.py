@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from dino.distributed import is_main_process, is_restart, print0
+from dino.distributed import is_main_process, print0
 from dino.errors import UserError
+from dino.launch import is_restart
 from dino.printable import printable
 from dino.same_on_ranks import check_same_checkpoint
 from dino.weights.files import (
