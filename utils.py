@@ -6,7 +6,6 @@ Nothing is defined here, and nothing in `dino/` imports this file.
 
 from dino.backbones import has_batchnorms
 from dino.command_line import bool_flag
-from dino.data.augmentations import GaussianBlur, Solarization
 from dino.distributed import (
     get_rank,
     get_world_size,
@@ -19,6 +18,8 @@ from dino.evaluation.retrieval import compute_ap, compute_map, multi_scale
 from dino.meters import MetricLogger, SmoothedValue, accuracy
 from dino.networks import MultiCropWrapper
 from dino.official_helpers import (
+    GaussianBlur,
+    Solarization,
     get_sha,
     init_distributed_mode,
     reduce_dict,

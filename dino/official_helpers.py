@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What code for the official repository calls around its processes, by the official names.
+"""What code for the official repository calls, by the official names, and nothing here uses.
 
-Nothing here uses these; dino/distributed.py has what does.
+dino/distributed.py and dino/data/augmentations.py have what is used instead.
 """
 
 import builtins
 import functools
 import os
+import random
 import subprocess
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import ImageFilter, ImageOps
 
 from dino.distributed import get_world_size, init_distributed, is_main_process
 from dino.launch import read_launch
+
+# ---- around the processes ----
 
 
 def init_distributed_mode(args):
@@ -89,3 +93,33 @@ def get_sha():
     except (OSError, subprocess.CalledProcessError):
         pass
     return f"sha: {sha}, status: {status}, branch: {branch}"
+
+
+# ---- augmentations ----
+
+
+class GaussianBlur:
+    """Blurs a PIL image with probability `p` by a radius from U(radius_min, radius_max) pixels.
+
+    Draws from Python's `random`.
+    """
+
+    def __init__(self, p=0.5, radius_min=0.1, radius_max=2.0):
+        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
+
+    def __call__(self, image):
+        if random.random() > self.p:
+            return image
+        return image.filter(
+            ImageFilter.GaussianBlur(random.uniform(self.radius_min, self.radius_max))
+        )
+
+
+class Solarization:
+    """Inverts the values of a PIL image from 128 up, with probability `p`. See GaussianBlur."""
+
+    def __init__(self, p):
+        self.p = p
+
+    def __call__(self, image):
+        return ImageOps.solarize(image) if random.random() < self.p else image

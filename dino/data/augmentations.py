@@ -6,7 +6,6 @@ generator, into arrays with one row per view; what applies them draws nothing.
 """
 
 import functools
-import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -202,13 +201,13 @@ def shrink(image, shorter_side):
 class MultiCrop:
     """A PIL image -> its views in order, normalised by `mean` and `std`, each (3, S, S).
 
-    Images are shrunk to `shorter_side` first, see `shrink`.
-    The first two views are the global ones, which the teacher sees. With a `key` (integers, such as
-    seed, epoch and number of the image) the result is a function of image and key alone. Without,
-    the key comes from torch's global generator.
+    Images are shrunk to `shorter_side` first, see `shrink`. The first two views are the global
+    ones, which the teacher sees. With a `key` (integers, such as seed, epoch and number of the
+    image) the result is a function of image and key alone. Without, the key comes from torch's
+    global generator.
     """
 
-    shorter_side = 0  # of subclasses with an __init__ of their own
+    shorter_side = 0  # for subclasses whose own __init__ does not set it
 
     def __init__(self, views, mean=IMAGENET_MEAN, std=IMAGENET_STD, shorter_side=0):
         self.views, self.mean, self.std = list(views), tuple(mean), tuple(std)
@@ -291,61 +290,29 @@ class LinearProbeAugmentation:
         return normalised(image, self.mean, self.std)
 
 
-class GaussianBlur:
-    """Blurs a PIL image with probability `p` by a radius from U(radius_min, radius_max) pixels.
-
-    For code that composes its own transforms with the official name; draws from Python's `random`.
-    """
-
-    def __init__(self, p=0.5, radius_min=0.1, radius_max=2.0):
-        self.p, self.radius_min, self.radius_max = p, radius_min, radius_max
-
-    def __call__(self, image):
-        if random.random() > self.p:
-            return image
-        return image.filter(
-            ImageFilter.GaussianBlur(random.uniform(self.radius_min, self.radius_max))
-        )
-
-
-class Solarization:
-    """Inverts the values of a PIL image from 128 up, with probability `p`. See GaussianBlur."""
-
-    def __init__(self, p):
-        self.p = p
-
-    def __call__(self, image):
-        return ImageOps.solarize(image) if random.random() < self.p else image
-
-
 def eval_transform(image_size=224, mean=IMAGENET_MEAN, std=IMAGENET_STD, shorter_side=0):
     """Central crop of `image_size` pixels after resizing the short side to 256/224 of that.
 
-    Gives (C, `image_size`, `image_size`), normalised, of a PIL image or, where there is a mean for
-    more or fewer channels than 3, of an array. Both are shrunk to `shorter_side` before.
+    A PIL image or, where `mean` is not of 3 channels, an array (H, W, C) -> normalised (C, S, S).
+    Both are shrunk to `shorter_side` before. Its `in_chans`: the channels that it takes.
     """
-    return EvalTransform(image_size, mean, std, shorter_side)
+    first = functools.partial(shrink, shorter_side=shorter_side)
+    resize = transforms.Resize(resized_side(image_size), InterpolationMode.BICUBIC)
+    crop, normalize = transforms.CenterCrop(image_size), transforms.Normalize(mean, std)
+    if len(mean) == RGB:
+        steps = [first, resize, crop, transforms.ToTensor(), normalize]
+    else:
+        steps = [first, to_levels_tensor, resize, crop, to_shares, normalize]
+    transform = transforms.Compose(steps)
+    transform.in_chans = len(mean)
+    return transform
 
 
 def transform_of(augmentation):
-    """The eval_transform beside a MultiCrop: the size of its global crops, its other settings."""
+    """The eval_transform of a MultiCrop's settings, at the size of its global crops."""
     return eval_transform(
         augmentation.views[0].size, augmentation.mean, augmentation.std, augmentation.shorter_side
     )
-
-
-class EvalTransform(transforms.Compose):
-    """See eval_transform. `in_chans`: how many channels it takes."""
-
-    def __init__(self, image_size, mean, std, shorter_side):
-        self.in_chans = len(mean)
-        first = functools.partial(shrink, shorter_side=shorter_side)
-        resize = transforms.Resize(resized_side(image_size), InterpolationMode.BICUBIC)
-        crop, normalize = transforms.CenterCrop(image_size), transforms.Normalize(mean, std)
-        if self.in_chans == RGB:
-            super().__init__([first, resize, crop, transforms.ToTensor(), normalize])
-        else:
-            super().__init__([first, to_levels_tensor, resize, crop, to_shares, normalize])
 
 
 def resized_side(image_size):

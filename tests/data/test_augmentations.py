@@ -12,13 +12,12 @@ from torchvision.transforms import functional as F
 
 from dino.data.augmentations import (
     DataAugmentationDINO,
-    GaussianBlur,
     MultiCrop,
-    Solarization,
     View,
     draw_views,
     eval_transform,
 )
+from dino.official_helpers import GaussianBlur, Solarization
 
 
 def many_parameters(augmentation, width, height, images=400):
