@@ -24,7 +24,7 @@ from pathlib import Path
 import torch.distributed.run
 
 import main_dino
-from dino.command_line import LARGEST_SEED, Parser, check_output_file, check_output_folder, number
+from dino.command_line import Parser, check_output_file, check_output_folder, number
 from dino.data.demo import write_demo_images
 from dino.errors import Diverged, UserError, exit_on_user_error
 from dino.printable import printable
@@ -77,7 +77,7 @@ def get_args_parser():
         "--seeds",
         default=[0],
         nargs="+",
-        type=number(int, 0, LARGEST_SEED),
+        type=number(int, 0),
         help="a run for each; the table gives their mean and range",
     )
     add(

@@ -21,7 +21,6 @@ import torch
 from dino.backbones import is_vit
 from dino.command_line import (
     LARGEST_RATE,
-    LARGEST_SEED,
     Parser,
     add_image_arguments,
     add_image_size_argument,
@@ -105,7 +104,7 @@ def get_args_parser():
     add(
         "--seed",
         default=0,
-        type=number(int, 0, LARGEST_SEED),
+        type=number(int, 0),
         help="of the classifier, order of images, crops",
     )
     add(

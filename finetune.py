@@ -28,7 +28,6 @@ from dino.backbones import (
 )
 from dino.command_line import (
     LARGEST_RATE,
-    LARGEST_SEED,
     Parser,
     add_image_arguments,
     add_image_size_argument,
@@ -91,7 +90,7 @@ def get_args_parser():
     run = parser.add_argument_group("run")
     add = run.add_argument
     add("--batch_size_per_gpu", default=128, type=number(int, 1), help="images per process, step")
-    add("--seed", default=0, type=number(int, 0, LARGEST_SEED), help="seed of everything random")
+    add("--seed", default=0, type=number(int, 0), help="seed of everything random")
     add(
         "--data_path",
         default="/path/to/imagenet/",

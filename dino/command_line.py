@@ -16,7 +16,6 @@ from dino.launch import environment_number
 from dino.precision import AMP_DTYPES
 
 MAX_PIXELS = 89_478_485  # of an image: Pillow's own limit; decoding so many takes 0.8 GB
-LARGEST_SEED = 2**31 - 1
 PLACEHOLDER = "/path/to/"  # how the official defaults of folders begin
 
 
@@ -268,7 +267,7 @@ def add_image_arguments(group):
     group.add_argument(
         "--max_image_pixels",
         default=MAX_PIXELS,
-        type=number(int, 1, 2**31),
+        type=number(int, 1),
         help="images of more pixels are refused before they are decoded, for which each loader"
         " process needs about 9 bytes a pixel",
     )

@@ -5,7 +5,6 @@ import argparse
 
 from dino.command_line import (
     LARGEST_RATE,
-    LARGEST_SEED,
     Parser,
     add_image_arguments,
     add_launch_arguments,
@@ -328,7 +327,7 @@ def add_run_arguments(group):
     add(
         "--seed",
         default=0,
-        type=number(int, 0, LARGEST_SEED),
+        type=number(int, 0),
         help="seed of the initial weights, the order of images, crops and stochastic depth",
     )
     add(
