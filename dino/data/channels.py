@@ -76,8 +76,10 @@ def read_channels(path, in_chans=None):
 
 
 def read_numbers(path, in_chans=None):
-    """(numbers of any type, in two dimensions or three; the bits that a TIFF says they have or
-    None) of a .npy or a TIFF of levels, (None, None) of what is for Pillow. See read_channels.
+    """(pixels, bits) of a .npy or a TIFF of levels; (None, None) of a file that is for Pillow.
+
+    `pixels` are numbers of any type in two dimensions or three; `bits` is how many of them a TIFF
+    says it uses, else None. ValueError as for `read_channels`.
     """
     check_is_regular(path)
     ending = Path(path).suffix.lower()
@@ -96,12 +98,10 @@ def read_numbers(path, in_chans=None):
 
 
 def as_levels(image):
-    """A PIL image as uint8 (H, W, C); as RGB where its numbers are not the levels of its channels.
-
-    The shape of the array alone would not say that an image of one or two rows is not channels.
-    """
+    """A PIL image as uint8 (H, W, C); as RGB where its numbers are not levels of channels."""
     check_bits(image)
     levels = np.asarray(image if image.mode in ("L", "RGB", "RGBA", "LA") else to_rgb(image))
+    # not by channels_last, to which an RGB image of two rows would be one of two channels
     return levels.reshape(*levels.shape[:2], -1)
 
 
@@ -217,7 +217,7 @@ def count_channels(paths):
             channels, told = RGB, True
         counts.add(channels)
         untold = untold or (None if told else path)
-    (channels, *others) = counts or {RGB}
+    channels, *others = counts
     if others or channels == RGB:
         return RGB
     if untold is not None:
@@ -248,7 +248,7 @@ def find_white(paths):
 
     So a sensor of 12 bits has all 256 levels, of which 65535 as white would leave 17.
     """
-    highest = max(map(highest_of_16_bits, paths[:: -(-len(paths) // MOST_FOR_WHITE)]), default=0)
+    highest = max(map(highest_of_16_bits, paths[:: -(-len(paths) // MOST_FOR_WHITE)]))
     bits = max(8, highest.bit_length())
     return 2.0**bits - 1 if highest and bits < 16 else 0.0
 

@@ -20,8 +20,8 @@ _white = 0  # see set_white
 def set_white(number):
     """Read `number` and what is above it as white in images of more than 8 bits a channel: --white.
 
-    0: their type or range says what is white. For this process, as Pillow's limit of pixels;
-    loader workers are told it.
+    0: their type or range says what is white. Holds for this process, like Pillow's limit of
+    pixels; loader workers get it with `reading_rules`.
     """
     global _white
     _white = number
@@ -104,11 +104,10 @@ def highest_of_pillow(image, tags):
 
 
 def highest_by_range(values):
-    """The value of white in 32-bit numbers: 1 (of floating-point numbers), 255 or 65535; in those
-    of 16 bits with a sign, which end there, 32767 for 65535.
+    """The value of white by the greatest value: 1 (of floating-point numbers), 255 or 65535.
 
-    ValueError where the range does not tell, or where it tells that these are not levels: what lies
-    between would come out almost black.
+    In 16 bits with a sign, which end there, 32767 stands for 65535. ValueError for a greatest value
+    between these: the image would come out almost black, or does not hold levels.
     """
     highest = values.max()
     shares = np.issubdtype(values.dtype, np.floating)
@@ -125,8 +124,9 @@ def highest_by_range(values):
 
 
 def loses_bits(image):
-    """Whether Pillow will keep 8 of the 16 bits of each of several channels; known of an image that
-    has not been decoded.
+    """Whether Pillow keeps 8 of the 16 bits of each of several channels.
+
+    Of an image that has been decoded nobody can tell.
     """
     several = not image.mode.startswith(ONE_NUMBER)
     return several and any(OF_16_BITS.search(str(tile.args)) for tile in getattr(image, "tile", ()))
