@@ -49,11 +49,11 @@ def write_demo_images(folder):
     if is_main_process():
         rng = np.random.default_rng(0)
         for name in PHOTOGRAPHS:
-            stem = Path(name).stem
-            blocks, held_out_blocks = split_blocks(*open_photograph(name).size)
-            write_tiles(name, blocks, UNLABELLED, folder / "images", f"{stem}_", rng)
-            write_tiles(name, blocks, LABELLED, folder / "train" / stem, "", rng)
-            write_tiles(name, held_out_blocks, HELD_OUT, folder / "val" / stem, "", rng)
+            image, stem = open_photograph(name), Path(name).stem
+            blocks, held_out_blocks = split_blocks(*image.size)
+            write_tiles(image, blocks, UNLABELLED, folder / "images", f"{stem}_", rng)
+            write_tiles(image, blocks, LABELLED, folder / "train" / stem, "", rng)
+            write_tiles(image, held_out_blocks, HELD_OUT, folder / "val" / stem, "", rng)
     barrier()
 
 
@@ -63,9 +63,8 @@ def open_photograph(name):
     return read_image(Path(skimage.__file__).parent / "data" / name)
 
 
-def write_tiles(name, blocks, count, folder, prefix, rng):
+def write_tiles(image, blocks, count, folder, prefix, rng):
     """`count` tiles at random places of random blocks, as `prefix`000.png and so on."""
-    image = open_photograph(name)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         left, top, right, bottom = blocks[rng.integers(len(blocks))]
