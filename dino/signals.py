@@ -182,7 +182,6 @@ def exit_when_stopped(program):
 
 
 def leave_signals_to_parent():
-    """What a loader worker does first."""
+    """Ignore stop requests in this worker, but for SIGTERM, by which its parent ends it."""
     for number in STOPPING:
-        ends = number == signal.SIGTERM  # with which the parent ends its workers: never ignored
-        signal.signal(number, signal.SIG_DFL if ends else signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)

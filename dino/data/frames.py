@@ -4,7 +4,7 @@
 import re
 from pathlib import Path
 
-from dino.data.images import read_image, refuse
+from dino.data.images import read_image, refuse_folder
 from dino.errors import UserError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -15,7 +15,7 @@ def list_frames(folder, names=".*"):
     try:
         paths = [path for path in Path(folder).iterdir() if path.is_file()]
     except OSError as error:
-        refuse(error)
+        refuse_folder(error)
     frames = [
         path
         for path in paths

@@ -13,7 +13,7 @@ from multiprocessing import connection
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from dino.data.images import UnreadableImage, follow, reading_rules
+from dino.data.images import UnreadableImage, reading_rules, set_reading_rules
 from dino.data.items import Replaced, collate_readable
 from dino.errors import UserError
 from dino.signals import leave_signals_to_parent
@@ -215,7 +215,7 @@ def exit_codes(workers):
 def start_worker(rules, number):
     """For DataLoader's worker_init_fn."""
     leave_signals_to_parent()
-    follow(rules)
+    set_reading_rules(*rules)
 
 
 class EpochSampler(DistributedSampler):

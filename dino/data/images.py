@@ -42,7 +42,9 @@ def find_images(folder, endings=IMG_EXTENSIONS):
     that may not be listed.
     """
     found, visited = [], set()
-    for directory, subdirectories, names in os.walk(folder, followlinks=True, onerror=refuse):
+    for directory, subdirectories, names in os.walk(
+        folder, followlinks=True, onerror=refuse_folder
+    ):
         visited.add(os.path.realpath(directory))
         is_run = SIGN_OF_A_RUN in names
         subdirectories[:] = sorted(
@@ -60,11 +62,21 @@ def find_images(folder, endings=IMG_EXTENSIONS):
     return found
 
 
-def refuse(error):
+def refuse_folder(error):
     raise UserError(
         f"{error.filename}: this folder cannot be listed ({error.strerror}). Change its permissions"
         " or move it away."
     )
+
+
+def images_by_name(folder):
+    """{path without suffix, relative to `folder`: path} of the images in it, at any depth."""
+    paths = {}
+    for path in find_images(folder):
+        other = paths.setdefault(str(Path(path).relative_to(folder).with_suffix("")), path)
+        if other != path:
+            raise UserError(f"{other} and {path} have the same name but for the suffix.")
+    return paths
 
 
 def find_images_or_arrays(folder):
@@ -88,7 +100,7 @@ def list_training_images(data_path, flag="--data_path"):
             )
         return images
     if path.is_file():
-        return read_list(path, flag)
+        return listed_files(list_lines(path, flag), path, flag)
     if path.exists():
         raise UserError(
             f"{flag} {data_path}: this is a pipe or a device. Give a folder of images, or a text"
@@ -113,11 +125,6 @@ def given_path(data_path, flag="--data_path"):
     return Path(data_path)
 
 
-def read_list(path, flag):
-    """The paths in a text file, one per line; UserError names the first that does not exist."""
-    return listed_files(list_lines(path, flag), path, flag)
-
-
 def list_lines(path, flag):
     """The lines of a list of images that are not blank; UserError where there is none."""
     try:
@@ -134,7 +141,10 @@ def list_lines(path, flag):
 
 
 def listed_files(lines, path, flag):
-    """The images that the lines of the list `path` name; relative ones start from its folder."""
+    """The images that the lines of the list `path` name; relative ones start from its folder.
+
+    UserError names the first that does not exist.
+    """
     images = [os.path.join(path.parent, line) for line in lines]
     for number, image in enumerate(images, start=1):
         if not os.path.isfile(image):
@@ -221,12 +231,12 @@ def limit_pixels(count):
 
 
 def reading_rules():
-    """What `limit_pixels` and `set_white` have set; with `follow` another process reads alike."""
+    """What `limit_pixels` and `set_white` have set, for `set_reading_rules` in another process."""
     return Image.MAX_IMAGE_PIXELS, white()
 
 
-def follow(rules):
-    most_pixels, number = rules
+def set_reading_rules(most_pixels, number):
+    """Let this process read images as the one whose `reading_rules` these are."""
     limit_pixels(most_pixels)
     set_white(number)
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dino.data.channels import RGB, read_any, size_of
-from dino.data.images import ARRAYS, UnreadableImage, follow, reading_rules
+from dino.data.images import ARRAYS, UnreadableImage, reading_rules, set_reading_rules
 from dino.signals import leave_signals_to_parent
 
 SECONDS = 60.0  # that an image may take
@@ -130,7 +130,7 @@ class Worker:
 def serve(connection, in_chans, rules):
     """Answer each path with Facts or with why there are none, for as long as the parent lives."""
     leave_signals_to_parent()
-    follow(rules)
+    set_reading_rules(*rules)
     warnings.simplefilter("ignore")
     parent = multiprocessing.parent_process().sentinel
     while connection in wait([connection, parent]):

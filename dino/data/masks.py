@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dino.data.images import find_images, given_path, read_image
+from dino.data.images import given_path, images_by_name, read_image
 from dino.data.name_lists import read_names
 from dino.errors import UserError
 
@@ -97,22 +97,12 @@ def find_pairs(data_path, ground_truth):
             "--ground_truth objects: masks/ does not tell objects apart, VOC2012's layout does."
             " Leave the flag out."
         )
-    images, masks = map(by_name, folders)
+    images, masks = map(images_by_name, folders)
     for name in sorted(images.keys() ^ masks.keys()):
         other = folders[1] if name in images else folders[0]
         alone = images.get(name) or masks[name]
         raise UserError(f"--data_path {data_path}: {alone} has no counterpart in {other}.")
     return [(name, images[name], masks[name]) for name in images]
-
-
-def by_name(folder):
-    """{path without suffix, relative to `folder`: path} of the images in it, at any depth."""
-    paths = {}
-    for path in find_images(folder):
-        other = paths.setdefault(str(Path(path).relative_to(folder).with_suffix("")), path)
-        if other != path:
-            raise UserError(f"{other} and {path} have the same name but for the suffix.")
-    return paths
 
 
 def read_voc_labels(path):

@@ -14,8 +14,13 @@ from PIL import Image, ImageFile
 from torchvision.transforms import functional as F
 
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
-from dino.data.images import UnreadableImage, given_path, image_size, read_image
-from dino.data.masks import by_name
+from dino.data.images import (
+    UnreadableImage,
+    given_path,
+    image_size,
+    images_by_name,
+    read_image,
+)
 from dino.data.plain_pickle import read_plain_pickle
 from dino.errors import UserError
 from dino.printable import printable
@@ -51,7 +56,7 @@ def open_retrieval_set(data_path, name):
     images = folder / "jpg"
     if not images.is_dir():
         raise UserError(f"--data_path {data_path} --dataset {name}: no folder {images}.")
-    paths = by_name(images)
+    paths = images_by_name(images)
     names = content["imlist"] + content["qimlist"]
     missing = [name for name in names if name not in paths]
     if missing:
