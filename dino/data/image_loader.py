@@ -66,13 +66,13 @@ class ImageLoader(DataLoader):
                     yield self.finish(self.readable(batch))
                 return
             except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
-                # the last three come from a tensor whose worker died while it was handed over
-                if self.num_workers == 0 or (
-                    isinstance(error, RuntimeError) and not is_death(error)
-                ):
+                if self.num_workers == 0:
                     raise
-                if is_of_worker(error) and not isinstance(error, RuntimeError):
-                    raise RuntimeError(str(error)) from None  # of the user's own code, in a worker
+                if not is_death(error):  # the user's own code raised it in a worker
+                    if isinstance(error, RuntimeError):
+                        raise
+                    # an OSError would be reported in a line, without the worker's traceback
+                    raise RuntimeError(str(error)) from None
                 deaths += 1
                 self.after_death(error, deaths)
                 self.end_workers()
@@ -82,18 +82,17 @@ class ImageLoader(DataLoader):
 
     def batches(self, delivered):
         """An iterator over the batches of a pass after the first `delivered` ones."""
-        if delivered and isinstance(self.sampler, EpochSampler):
+        if isinstance(self.sampler, EpochSampler):
             with self.sampler.further(delivered * self.batch_size):
                 whole = super().__iter__()
-            iterator = awaited(whole, self.while_waiting)
+            delivered = 0
         else:
             whole = super().__iter__()
-            iterator = itertools.islice(awaited(whole, self.while_waiting), delivered, None)
         self.workers = getattr(whole, "_workers", [])
         # torch raises from this signal wherever the main thread is, in the middle of a step too;
         # without it the loader finds out by itself, when it waits for a batch
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return iterator
+        return itertools.islice(awaited(whole, self.while_waiting), delivered, None)
 
     def after_death(self, error, deaths):
         """Report a killed worker; UserError the third time."""
@@ -112,7 +111,7 @@ class ImageLoader(DataLoader):
         print(f"Warning: a loader process died and is replaced ({reason}). {advice}", flush=True)
 
     def end_workers(self):
-        """At once: torch waits for each of them for 5 s where an error refers to their pass."""
+        """Terminate the workers: torch waits 5 s for each while an error refers to their pass."""
         self._iterator = None  # of persistent workers: the next pass makes new ones
         if not self.pin_memory:  # else torch first ends the thread that reads what they write
             for worker in self.workers:
@@ -176,11 +175,13 @@ def awaited(batches, while_waiting):
 
 
 def is_death(error):
-    """Whether a RuntimeError says that a loader worker is gone, or has no room for a batch.
+    """Whether an error of the loader says that a worker is gone, or has no room for a batch.
 
     What else is raised in one, as by an augmentation of the user's, says "Caught" and has a
     traceback.
     """
+    if not isinstance(error, RuntimeError):  # of a tensor whose worker died as it handed it over
+        return not is_of_worker(error)
     no_room = re.search(r"unable to (open|resize|write|mmap|allocate)", last_line(error))
     return "DataLoader worker" in str(error) and bool(no_room or not is_caught(error))
 
@@ -201,10 +202,9 @@ def last_line(error):
 
 
 def exit_codes(workers):
-    """Those of the `workers` that have failed.
+    """The exit codes of those of the `workers` that have failed.
 
-    A process that has let go of a tensor may still be dying, and has no exit code until it is dead:
-    the first one is waited for.
+    A process that was lost may still be dying, without an exit code: wait for the first to be dead.
     """
     of_sentinels = {worker.sentinel: worker for worker in workers}
     for sentinel in connection.wait(list(of_sentinels), timeout=DYING):
@@ -267,7 +267,7 @@ class EndlessSampler(EpochSampler):
         return self.keys(epoch, used)[: self.count_batches(used) * self.batch_size]
 
     def count_batches(self, used):
-        """Of an epoch without its first `used` images, without drawing its order."""
+        """The whole batches of an epoch without its first `used` images; draws no order."""
         share = math.ceil(max(0, len(self.dataset) - used) / self.num_replicas)
         return share // self.batch_size
 
