@@ -173,15 +173,13 @@ class DeviceStage:
         """(B, v, C, S, S) uint8 -> v views (B, C, S, S), with colours changed and normalised."""
         batch, views = crops.shape[:2]
         pixels = crops.to(self.device, non_blocking=True).transpose(0, 1).flatten(0, 1).float()
-        plan = list(colour_plan(parameters))
-        counts = [len(rows) for _, rows, _ in plan]
-        rows, amounts = zip(*[(rows, amounts) for _, rows, amounts in plan], strict=True)
-        rows, amounts = self.send(torch.cat(rows)), self.send(torch.cat(amounts).float())
-        for (operation, _, _), rows_here, amounts_here in zip(
-            plan, rows.split(counts), amounts.split(counts), strict=True
-        ):
-            if len(rows_here):
-                pixels[rows_here] = operation(pixels[rows_here], amounts_here[:, None, None, None])
+        operations, rows, amounts = zip(*colour_plan(parameters), strict=True)
+        counts = [len(numbers) for numbers in rows]
+        rows = self.send(torch.cat(rows)).split(counts)  # sent together, in one copy
+        amounts = self.send(torch.cat(amounts).float()).split(counts)
+        for operation, numbers, amount in zip(operations, rows, amounts, strict=True):
+            if len(numbers):
+                pixels[numbers] = operation(pixels[numbers], amount[:, None, None, None])
         mean, std = (
             self.send(torch.tensor(value)[:, None, None])
             for value in (self.augmentation.mean, self.augmentation.std)
