@@ -6,12 +6,7 @@ Nothing is defined here, and nothing in `dino/` imports this file.
 
 from dino.backbones import has_batchnorms
 from dino.command_line import bool_flag
-from dino.distributed import (
-    get_rank,
-    get_world_size,
-    is_dist_avail_and_initialized,
-    is_main_process,
-)
+from dino.distributed import get_rank, get_world_size, is_main_process
 from dino.evaluation.copy_detection import PCA
 from dino.evaluation.linear_files import load_pretrained_linear_weights
 from dino.evaluation.retrieval import compute_ap, compute_map, multi_scale
@@ -22,6 +17,7 @@ from dino.official_helpers import (
     Solarization,
     get_sha,
     init_distributed_mode,
+    is_dist_avail_and_initialized,
     reduce_dict,
     save_on_master,
     setup_for_distributed,

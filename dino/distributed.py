@@ -132,11 +132,6 @@ def shut_down():
         dist.destroy_process_group()
 
 
-def is_dist_avail_and_initialized():
-    """Whether there is a process group, by the official name."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def get_world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -42,6 +42,11 @@ def init_distributed_mode(args):
     setup_for_distributed(launch.rank == 0)
 
 
+def is_dist_avail_and_initialized():
+    """Whether there is a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def setup_for_distributed(is_master):
     """Replace the built-in `print`: it prints if `is_master`, else only what has `force=True`."""
     builtin_print = builtins.print
