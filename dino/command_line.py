@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
     """ArgumentParser whose error is one paragraph, and whose result knows which flags were given.
 
     `parse_args(...).given` is {name: value} of the flags that the command line really has. An empty
-    text, as of an unset shell variable, is refused but for flags whose default it is, and `empty`.
+    value, usually an unset shell variable, is refused, unless it is the flag's default or the flag
+    is named in `empty`.
     """
 
     def __init__(self, *, empty=(), **kwargs):
@@ -58,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        unknown = unknown_in(message)
+        unknown = message.partition("unrecognized arguments: ")[2].split()
         flags = [word.partition("=")[0] for word in unknown if re.match("--.", word)]
         close = [name for flag in flags if (name := self.closest(flag))]
         hint = f"did you mean {', '.join(close)}? " if close else self.too_many(unknown)
@@ -86,12 +87,6 @@ class Parser(argparse.ArgumentParser):
                 values = {0: "no value", 1: "one value"}.get(takes, f"{takes} values")
                 return f"{flag} takes {values}; "
         return ""
-
-
-def unknown_in(message):
-    """The words that argparse's `message` calls unrecognized."""
-    _, found, rest = message.partition("unrecognized arguments: ")
-    return rest.split() if found else []
 
 
 def values_of(action):
@@ -161,14 +156,14 @@ def check_output_file(path, flag="--output", ending=None):
     With an `ending`, one of OURS, the name must end so, and a file that is there must be of the
     kind that the scripts write: a slip must not cost a photograph, or weights.
     """
-    if os.path.isdir(path):
+    mode = os.stat(path).st_mode if os.path.exists(path) else 0
+    if stat.S_ISDIR(mode):
         raise UserError(f"{flag} {path} is a folder. Give the name of a file.")
-    is_device = os.path.exists(path) and stat.S_ISCHR(os.stat(path).st_mode)
-    if ending and not is_device and not str(path).endswith(ending):
+    if ending and not stat.S_ISCHR(mode) and not str(path).endswith(ending):
         raise UserError(f"{flag} {path}: give a name that ends in {ending}.")
-    if os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode):
+    if stat.S_ISFIFO(mode):
         raise UserError(f"{flag} {path} is a pipe, which may have no reader. Give a file.")
-    if ending and os.path.isfile(path):
+    if ending and stat.S_ISREG(mode):
         with open(path, "rb") as file:
             beginning = file.read(1000)
         if not beginning.startswith(OURS[ending]) or (ending == ".png" and PLOT not in beginning):
@@ -180,6 +175,7 @@ def check_output_file(path, flag="--output", ending=None):
 
 
 def check_can_be_made(folder, given):
+    """Raise UserError unless `folder`, or the nearest one above it that exists, is writable."""
     folders = (folder, *folder.parents, *folder.absolute().parents)
     existing = next(path for path in folders if os.path.exists(path))
     effective = os.access in os.supports_effective_ids
@@ -249,11 +245,7 @@ def add_weights_arguments(group, patch_size=16, arch="vit_small"):
         " the authors published for --arch and --patch_size",
     )
     add("--checkpoint_key", default="teacher", help="the network of the checkpoint to take")
-    add(
-        "--arch",
-        default=arch,
-        help="architecture; ignored if the checkpoint names its own",
-    )
+    add("--arch", default=arch, help="architecture; ignored if the checkpoint names its own")
     add(
         "--patch_size",
         default=patch_size,
@@ -316,7 +308,7 @@ def count_cores():
 
 
 def loader_workers(requested, *, silent=False):
-    """`requested` loader processes, or this process's share of the cores, with a message."""
+    """`requested` loader processes, or fewer, with a message: this process's share of the cores."""
     available = max(1, count_cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
     if requested > available and not silent:
         print0(

@@ -76,9 +76,9 @@ def explain(error):
     """An OSError in a sentence, with the file if it names one."""
     if error.errno == errno.EMFILE:
         return TOO_MANY_FILES
-    named = error.filename is not None
-    where = f"{error.filename}: " if named else "a file could not be read or written: "
-    return f"{where}{error.strerror or error}."
+    unnamed = "a file could not be read or written"
+    where = unnamed if error.filename is None else error.filename
+    return f"{where}: {error.strerror or error}."
 
 
 def print_and_exit(program, error, exit_code=UserError.exit_code):

@@ -31,11 +31,9 @@ class SmoothedValue:
 
     def synchronize_between_processes(self):
         """Let count and total be those of all processes; the window stays this process's own."""
-        device = torch.device("cuda") if torch.cuda.is_initialized() else torch.device("cpu")
-        dtype = torch.float64
-        count, self.total = all_reduce_sum(
-            torch.tensor([self.count, self.total], dtype=dtype, device=device)
-        ).tolist()
+        device = "cuda" if torch.cuda.is_initialized() else "cpu"
+        sums = torch.tensor([self.count, self.total], dtype=torch.float64, device=device)
+        count, self.total = all_reduce_sum(sums).tolist()
         self.count = int(count)
 
     @property

@@ -6,23 +6,18 @@ from dino.errors import UserError
 from dino.printable import brief
 
 # Flags that may differ: places, of which each node may have its own, and what changes no number.
-PLACES = (
+FREE = (
     *("data_path", "knn_data_path", "output_dir", "output", "pretrained_weights", "init_from"),
     *("resume", "classifier", "dump_features", "load_features", "queries"),
     *("whitening_path", "distractors_path", "dist_url"),
-)
-FREE = (*PLACES, "given", "local_rank", "rank", "gpu", "num_workers")
-ONE_COMMAND = "Start all processes by the same command."
-SHARED_FOLDER = "All processes must see the same files there: give a folder that all nodes share."
-EQUAL_COPIES = (
-    "All processes must see the same files: give a folder that all nodes share, or copies."
+    *("given", "local_rank", "rank", "gpu", "num_workers"),
 )
 
 
 def check_same_flags(args):
     """Raise UserError, on every rank, for a flag whose value is another one on another rank."""
     flags = {f"--{name}": repr(vars(args)[name]) for name in vars(args) if name not in FREE}
-    check_same(flags, ONE_COMMAND)
+    check_same(flags, "Start all processes by the same command.")
 
 
 def check_same(values, advice):
@@ -38,14 +33,16 @@ def check_same(values, advice):
 
 
 def check_same_checkpoint(flag, content):
-    """Raise UserError unless all ranks resume from the same point: the `content` of a checkpoint,
-    or None. A folder of one node alone has none on the others.
+    """Raise UserError unless all ranks resume from the same point of a run.
+
+    `content` is the checkpoint's, or None without one, as where the folder is on another node.
     """
     names = ("epoch", "iteration", "steps")
     entries = content if isinstance(content, dict) else {}
     place = ", ".join(f"{name} {brief(entries[name])}" for name in names if name in entries)
     found = "none" if content is None else f"one of {place}"
-    check_same({f"{flag}, the checkpoint to resume from": found}, SHARED_FOLDER)
+    advice = "All processes must see the same files there: give a folder that all nodes share."
+    check_same({f"{flag}, the checkpoint to resume from": found}, advice)
 
 
 def check_same_images(flag, described):
@@ -53,4 +50,5 @@ def check_same_images(flag, described):
 
     Ranks with fewer of them make fewer steps, and the others wait.
     """
-    check_same({flag: described}, EQUAL_COPIES)
+    advice = "All processes must see the same files: give a folder that all nodes share, or copies."
+    check_same({flag: described}, advice)

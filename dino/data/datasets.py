@@ -24,15 +24,15 @@ def open_dataset(name, root, download=False):
     else:
         dataset, unreadable = open_of_torchvision(name, root, download), Exception
     try:
-        empty = len(dataset) == 0 if hasattr(dataset, "__getitem__") else None
+        length = len(dataset) if hasattr(dataset, "__getitem__") else None
     except (TypeError, ValueError, NotImplementedError):  # of a class, of an IterableDataset
-        empty = None
-    if empty is None:
+        length = None
+    if length is None:
         raise UserError(
             f"--dataset {name}: a {type(dataset).__name__} has no length or no items. It must be a"
             " sequence of PIL images, or of tuples that begin with one."
         )
-    if empty:
+    if length == 0:
         raise UserError(f"--dataset {name}: it is empty.")
     return Items(dataset, unreadable)
 

@@ -31,6 +31,7 @@ PICTURES_OF_A_RUN = {
 FOLDERS_OF_A_RUN = {"attention_history", "tensorboard", "wandb"}
 SIGN_OF_A_RUN = "args.json"
 START_OF_SCAN, MOST_SCANS = b"\xff\xda", 500  # of a JPEG; progressive ones have about ten
+GIVE_IMAGES = "Give a folder of images, or a text file with the path of one image per line."
 ARRAYS = (".npy",)  # count as images in a folder without any of torchvision's extensions
 
 
@@ -102,10 +103,7 @@ def list_training_images(data_path, flag="--data_path"):
     if path.is_file():
         return listed_files(list_lines(path, flag), path, flag)
     if path.exists():
-        raise UserError(
-            f"{flag} {data_path}: this is a pipe or a device. Give a folder of images, or a text"
-            " file with the path of one image per line."
-        )
+        raise UserError(f"{flag} {data_path}: this is a pipe or a device. {GIVE_IMAGES}")
     raise UserError(
         f"{flag} {data_path}: no such folder or file. Give a folder of images (with or without"
         " class folders), or a text file with the path of one image per line. --preset demo needs"
@@ -130,10 +128,7 @@ def list_lines(path, flag):
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except UnicodeDecodeError:
-        raise UserError(
-            f"{flag} {path}: this file is not text. Give a folder of images, or a text file with"
-            " the path of one image per line."
-        ) from None
+        raise UserError(f"{flag} {path}: this file is not text. {GIVE_IMAGES}") from None
     lines = [line for line in lines if line]
     if not lines:
         raise UserError(f"{flag} {path}: this list of images is empty.")

@@ -52,8 +52,7 @@ def look_at_file(path, in_chans=RGB):
         chroma = float((small.max(axis=2) - small.min(axis=2)).mean())
     else:  # none of the channels is a colour
         small, chroma = image, 255.0
-    has_header = in_chans == RGB and not str(path).lower().endswith(ARRAYS)
-    format, mode, is_rotated = read_header(path) if has_header else describe(path, in_chans)
+    format, mode, is_rotated = read_header(path, in_chans)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
     return Facts(
@@ -68,15 +67,12 @@ def look_at_file(path, in_chans=RGB):
     )
 
 
-def read_header(path):
-    """(format, mode, whether EXIF rotates it) of a file that Pillow reads."""
+def read_header(path, in_chans):
+    """(format, mode, whether EXIF rotates it) of a file."""
+    if in_chans != RGB or str(path).lower().endswith(ARRAYS):  # not read by Pillow
+        return Path(path).suffix.removeprefix(".").upper(), f"{in_chans} channels", False
     with Image.open(path) as header:
         return header.format, header.mode, orientation(header) not in UPRIGHT
-
-
-def describe(path, in_chans):
-    """The same of a file of arrays, or of other channels than RGB."""
-    return Path(path).suffix.removeprefix(".").upper(), f"{in_chans} channels", False
 
 
 def orientation(header):
