@@ -19,12 +19,7 @@ from pathlib import Path
 
 from dino.command_line import Parser, add_image_arguments, check_output_file, count_cores, number
 from dino.data.channels import MOST_CHANNELS, count_channels, reader
-from dino.data.images import (
-    ImageFiles,
-    given_path,
-    limit_pixels,
-    list_training_images,
-)
+from dino.data.images import ImageFiles, given_path, limit_pixels, list_training_images
 from dino.data.inspection import Facts, look_at_all
 from dino.data.survey import GREY, dark_images
 from dino.errors import UserError, exit_on_user_error

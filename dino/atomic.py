@@ -36,8 +36,9 @@ def replacing(path):
 
 
 def append_line(path, line):
-    """Append a line to a file, or OSError and nothing: a part that the disk still took would become
-    one line with the next. OSError also where `replacing` raises it.
+    """Append a whole line to a file, or nothing and raise OSError, also where `replacing` does.
+
+    With a part of a line, which a full disk may still take, the next would become one line.
     """
     path = Path(path)
     check_still_owned(path.parent)

@@ -23,6 +23,7 @@ def write_json(path, value):
 
 
 def finite(value):
+    """`value` with None in the place of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

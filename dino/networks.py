@@ -10,13 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dino.backbones import (
-    build_backbone,
-    check_takes_sizes,
-    first_of,
-    has_batchnorms,
-    is_vit,
-)
+from dino.backbones import build_backbone, check_takes_sizes, first_of, has_batchnorms, is_vit
 from dino.distributed import get_world_size, print0
 from dino.errors import UserError
 from dino.printable import printable
@@ -132,8 +126,8 @@ def checkpoint_gradients(backbone, arch):
 def choose_compile(choice, device, student=None):
     """Whether to compile, by --compile `choice` (auto, true or false); auto does on CUDA.
 
-    But not a `student` with synchronised batch norms: torch's select the processes that had images
-    by a mask, which breaks the graph at each layer (a ResNet-18 becomes 67 graphs).
+    auto leaves a `student` with synchronised batch norms as it is: torch's select the processes
+    that had images by a mask, which breaks the graph at each layer (a ResNet-18 becomes 67 graphs).
 
     Compiles a trivial function first, since an installation may lack what torch.compile needs,
     such as a C compiler. If that fails, auto prints a warning and true raises UserError.

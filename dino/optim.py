@@ -39,9 +39,8 @@ def get_params_groups(model):
 def build_optimizer(name, params_groups):
     """AdamW, SGD or LARS; learning rate and weight decay are set at every step.
 
-    With float16 a GradScaler waits for the device before a step of SGD or LARS, which are not
-    fused: torch's fused SGD fails where a parameter, such as the frozen last layer, has no momentum
-    yet.
+    SGD is not fused: torch's fails where a parameter, such as the frozen last layer, has no
+    momentum yet. Before a step that is not fused a GradScaler waits for the device.
     """
     if name == "adamw":
         return torch.optim.AdamW(params_groups, fused=True)

@@ -21,7 +21,7 @@ _store, _rank, _world_size = None, 0, 1
 
 
 def start(store, rank, world_size):
-    """Give signs from a thread, until the process ends. `store` must not be used by another one."""
+    """Give signs from a thread, until the process ends. `store` is for that thread alone."""
     global _store, _rank, _world_size
     _store, _rank, _world_size = store, rank, world_size
     store.set(key(rank), "0")

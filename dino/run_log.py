@@ -82,10 +82,10 @@ class RunLog:
             board.begin(finite(args), resumes)
 
     def rewind(self, args, epochs, epochs_done):
-        """Resume after so many logged epochs, and epochs done with a fraction.
+        """Resume a run: drop the lines of what is done again.
 
-        Drops the lines of what is done again. They are compared by their share of the run, since
-        another batch size counts iterations in another way.
+        What stays is of the first `epochs` epochs and of the iterations up to `epochs_done`, which
+        has a fraction: with another batch size, their numbers would mean something else.
         """
         self.describe(args, resumes=True)
         self.keep("log.txt", lambda line: line["epoch"] < epochs)

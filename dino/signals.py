@@ -151,10 +151,10 @@ def exit_without_handlers(interruption, ours, theirs):
 
 
 def end_if_dropped(interruption, print_it, unraisable):
-    """A sys.unraisablehook. Python goes on after what a destructor or a hook of fork raises.
+    """A sys.unraisablehook: end this process where Python has dropped a StopRequested.
 
-    If that is StopRequested, nobody else would hear of it; if it is something else, the stop has
-    left an object half made.
+    Python drops what a destructor or a hook of fork raises. After a stop, what else they raise is
+    of objects that it left half made, and is not printed.
     """
     if isinstance(unraisable.exc_value, StopRequested):
         exit_with_word(interruption.number)

@@ -35,7 +35,7 @@ class View:
 
     Brightness, contrast and saturation are multiplied by U(1 - x, 1 + x), hue turns by U(-x, x) of
     a circle, x from `jitter`. Blur radii are the standard deviation of the Gaussian in pixels of
-    the crop. Vertical flips, quarter turns and a least crop are ours, and off by default.
+    the crop. Vertical flips, quarter turns and a smallest crop are ours, and off by default.
     """
 
     size: int  # side in pixels, after resizing

@@ -3,12 +3,7 @@
 
 from dino.data.channels import RGB
 from dino.data.image_loader import EndlessLoader, EndlessSampler, EpochSampler, ImageLoader
-from dino.data.items import (
-    LabelledImages,
-    LabelledTrainingImages,
-    LoadedImages,
-    TrainingImages,
-)
+from dino.data.items import LabelledImages, LabelledTrainingImages, LoadedImages, TrainingImages
 from dino.distributed import get_rank, get_world_size
 
 

@@ -14,13 +14,7 @@ from PIL import Image, ImageFile
 from torchvision.transforms import functional as F
 
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD
-from dino.data.images import (
-    UnreadableImage,
-    given_path,
-    image_size,
-    images_by_name,
-    read_image,
-)
+from dino.data.images import UnreadableImage, given_path, image_size, images_by_name, read_image
 from dino.data.plain_pickle import read_plain_pickle
 from dino.errors import UserError
 from dino.printable import printable

@@ -75,7 +75,7 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
                 raise
     if not looked_at:
         return Survey(len(images), 0, (1, 1, 1), 0.0, (0.5,) * in_chans, (0.25,) * in_chans)
-    sides, greys, means, squares, places, most = map(np.array, zip(*looked_at, strict=True))
+    sides, greys, means, squares, places, brightest = map(np.array, zip(*looked_at, strict=True))
     mean = means.mean(axis=0)
     std = np.maximum(squares.mean(axis=0) - mean**2, 0) ** 0.5
     return Survey(
@@ -86,26 +86,25 @@ def survey(images, seed=0, skip_bad=False, in_chans=3, sample=SAMPLE):
         mean=tuple(mean.round(4).tolist()),
         std=tuple(std.round(4).clip(*STDS).tolist()),
         layout=share_of_places(places),
-        brightest=int(most.max()),
+        brightest=int(brightest.max()),
     )
 
 
 def look_at(image):
-    """(shorter side, grey or not, mean and mean square of each channel, brightness by place, most).
-
-    `most` is the highest value of any channel, of 255.
+    """(shorter side, grey or not, mean and mean square of each channel, brightness by place, the
+    highest value of any channel, of 255).
     """
     pixels = np.asarray(image)
     rows, columns = (-(-side // PIXELS) for side in pixels.shape[:2])
     pixels = pixels[::rows, ::columns].astype(float)
     places = F.adaptive_avg_pool2d(torch.from_numpy(pixels.mean(axis=2))[None], PLACES).flatten()
     pixels = pixels.reshape(-1, pixels.shape[-1])
+    brightest = pixels.max()
     # of more channels than RGB none is a colour
-    most = pixels.max()
     is_grey = pixels.shape[-1] <= 3 and (pixels.max(axis=1) - pixels.min(axis=1)).mean() < GREY
     pixels /= 255
     means, squares = pixels.mean(axis=0), (pixels**2).mean(axis=0)
-    return min(size_of(image)), is_grey, means, squares, places.numpy() / 255, most
+    return min(size_of(image)), is_grey, means, squares, places.numpy() / 255, brightest
 
 
 def dark_images(brightest):
