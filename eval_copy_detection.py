@@ -13,7 +13,7 @@ not around the mean, and images are resized to a square whatever their aspect ra
 
 from functools import partial
 
-from dino.backbones import check_takes_sizes
+from dino.backbone_checks import check_takes_sizes
 from dino.command_line import (
     Parser,
     add_image_arguments,

@@ -18,14 +18,8 @@ from pathlib import Path
 
 import torch
 
-from dino.backbones import (
-    build_backbone,
-    canonical_name,
-    check_arch,
-    check_gradients,
-    check_takes_sizes,
-    is_vit,
-)
+from dino.backbone_checks import check_gradients, check_takes_sizes
+from dino.backbones import build_backbone, canonical_name, check_arch, is_vit
 from dino.command_line import (
     LARGEST_RATE,
     Parser,

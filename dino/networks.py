@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dino.backbones import build_backbone, check_takes_sizes, first_of, has_batchnorms, is_vit
+from dino.backbone_checks import check_takes_sizes
+from dino.backbones import build_backbone, first_of, has_batchnorms, is_vit
 from dino.distributed import get_world_size, print0
 from dino.errors import UserError
 from dino.printable import printable

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from dino.backbones import build_backbone, check_takes_sizes, has_batchnorms
+from dino.backbone_checks import check_takes_sizes
+from dino.backbones import build_backbone, has_batchnorms
 from dino.errors import UserError
 from dino.networks import MultiCropWrapper
 from vision_transformer import DINOHead

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import run_script
 
-from dino.backbones import build_backbone, check_gradients
+from dino.backbone_checks import check_gradients
+from dino.backbones import build_backbone
 from dino.errors import UserError
 from dino.precision import autocast
 

@@ -4,7 +4,7 @@
 import torch
 
 from dino.ablations import PredictorHead, build_loss, copy_before_each_step, teacher_momentum
-from dino.backbones import check_gradients
+from dino.backbone_checks import check_gradients
 from dino.data.augmentations import transform_of
 from dino.data.augmentations_on_device import (
     CropStage,

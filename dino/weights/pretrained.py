@@ -8,13 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from dino.backbones import (
-    build_backbone,
-    canonical_name,
-    check_arch,
-    check_takes_sizes,
-    is_timm,
-)
+from dino.backbone_checks import check_takes_sizes
+from dino.backbones import build_backbone, canonical_name, check_arch, is_timm
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MEANS, STDS, eval_transform
 from dino.data.channels import MOST_CHANNELS, RGB
 from dino.data.levels import HIGHEST_WHITE, set_white
