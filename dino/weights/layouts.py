@@ -197,7 +197,8 @@ def describe_timm(config, source):
     """
     options, shown = (
         entry if is_named(entry) else {}
-        for entry in (config.get("model_args"), config.get("pretrained_cfg"))
+        # older versions of timm wrote all of pretrained_cfg beside architecture
+        for entry in (config.get("model_args"), config.get("pretrained_cfg", config))
     )
     heads, width = options.get("num_heads"), config.get("num_features")
     ours = [(sizes["num_heads"], sizes["embed_dim"]) for sizes in ARCHITECTURES.values()]

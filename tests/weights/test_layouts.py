@@ -125,6 +125,15 @@ def test_timm_files_are_read_and_a_classifier_is_ignored(tmp_path):
     assert pretrained.mean == [0.5, 0.5, 0.5]  # timm's for this name, not ImageNet's
 
 
+def test_timms_older_config_says_mean_and_std_too(tmp_path):
+    """Its entries are those of today's pretrained_cfg; ImageNet's mean was taken without a word."""
+    shown = dict(input_size=[3, 32, 32], mean=[0.5, 0.5, 0.5], std=[0.4, 0.4, 0.4])
+    save_file(vit_nano(8, img_size=32).state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "vit_nano", "num_classes": 0, **shown}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert (opened(tmp_path).mean, opened(tmp_path).std) == (shown["mean"], shown["std"])
+
+
 def test_a_run_starts_from_files_of_both(tmp_path, capsys):
     weights = training_objects(seed=1)["teacher"].backbone.state_dict()
     save_file(to_transformers(weights), tmp_path / "transformers.safetensors")
