@@ -23,7 +23,8 @@ from dino.command_line import (
     check_output_file,
     number,
 )
-from dino.data.augmentations import eval_transform
+from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from dino.data.channels import RGB
 from dino.data.demo import open_photograph
 from dino.data.images import limit_pixels, list_training_images, read_image
 from dino.distributed import print0
@@ -171,8 +172,8 @@ def to_pixels(pretrained, photographs, size):
     Where C is not 3 their channels are repeated.
     """
     channels = input_channels(pretrained.backbone)
-    rgb = channels == 3
-    transform = eval_transform(size, *((pretrained.mean, pretrained.std) if rgb else ()))
+    colors = (pretrained.mean, pretrained.std) if channels == RGB else (IMAGENET_MEAN, IMAGENET_STD)
+    transform = eval_transform(size, *colors, pretrained.shrink_images)
     pixels = torch.stack([transform(photograph) for photograph in photographs])
     return pixels[:, torch.arange(channels) % 3]
 
@@ -215,6 +216,11 @@ def compare_transform(name, pretrained, network, written, photographs, expected)
         f"With {name}'s own preprocessing the features of {other} of {len(each)} photographs"
         f" differ, by at most {largest(each):.1g}."
     )
+    if pretrained.shrink_images:
+        print0(
+            f"{name} does not shrink images first: make their short side"
+            f" {pretrained.shrink_images} pixels, as --shrink_images did in training."
+        )
 
 
 def compare_interpolation(name, pretrained, written, photographs):

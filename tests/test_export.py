@@ -184,6 +184,17 @@ def test_the_librarys_preprocessing_gives_our_pixels(weights, tmp_path, name):
     assert torch.allclose(transform(photo), pretrained.transform(photo), atol=1e-6)
 
 
+def test_preprocessing_that_does_not_shrink_images_first_is_said_to_differ(
+    weights, tmp_path, capsys
+):
+    """0 of 5 photographs were said to differ: ours were not shrunk either."""
+    torch.save(torch.load(weights) | {"shrink_images": 32}, tmp_path / "shrunk.pth")
+    run_export(tmp_path / "shrunk.pth", "timm", tmp_path)
+    said = capsys.readouterr().out
+    assert "the features of 5 of 5 photographs differ" in said
+    assert "make their short side 32 pixels" in said
+
+
 @pytest.mark.parametrize("name", ["timm", "transformers", "safetensors"])
 def test_a_network_for_four_channels_is_exported_as_such(tmp_path, name):
     pytest.importorskip("transformers" if name == "transformers" else "torch")
