@@ -3,12 +3,14 @@
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from dino.backbone_checks import check_takes_sizes
 from dino.backbones import build_backbone, has_batchnorms
 from dino.errors import UserError
 from dino.networks import MultiCropWrapper
+from dino.weights.pretrained import without_classifier
 from vision_transformer import DINOHead
 
 SMALL_ONE_OF_EACH_FAMILY = [
@@ -156,3 +158,16 @@ def test_batch_norms_are_found_in_backbone_and_head():
     assert has_batchnorms(build_backbone("resnet18")[0])
     assert not has_batchnorms(build_backbone("vit_tiny")[0])
     assert has_batchnorms(DINOHead(8, 8, use_bn=True, hidden_dim=8))
+
+
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "convnext_tiny", "mobilenet_v3_small", "densenet121", "vgg11", "swin_t"]
+)
+def test_the_classifier_in_torchvisions_own_weights_is_ignored(arch):
+    """And nothing else of what it calls classifier: in some, normalisation is in there."""
+    with torch.device("meta"):
+        backbone, _ = build_backbone(arch)
+        theirs = torchvision.models.get_model(arch, weights=None).state_dict()
+    own = backbone.state_dict()
+    assert without_classifier(theirs, backbone).keys() == own.keys()
+    assert all(theirs[name].shape == value.shape for name, value in own.items())

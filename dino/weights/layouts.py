@@ -32,6 +32,7 @@ TIMM_ARGUMENTS = {
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
     *("drop_path_rate", "pretrained_strict"),
 }
+POOLS = ("", "token", "avg", "map")  # timm's defaults: neither do others show in the weights
 
 # Ours: transformers', in files. Of the last one in a block each of the three is a third.
 OUTSIDE_BLOCKS = {
@@ -208,7 +209,7 @@ def describe_timm(config, source):
             f" {brief(width)}."
         )
     for name, value in options.items():
-        if name not in TIMM_ARGUMENTS:
+        if name not in TIMM_ARGUMENTS or (name == "global_pool" and value not in POOLS):
             raise UserError(
                 f"{source} is not a network of this project: model_args in its {CONFIG} has"
                 f" {brief(name)} {brief(value)}. Remove the entry if it is timm's default."
@@ -256,7 +257,6 @@ def from_transformers(weights):
             ours[name] = torch.cat(values)
             left = {part: value for part, value in left.items() if part not in theirs}
     left = {name: value for name, value in left.items() if not name.startswith("pooler.")}
-    left = {re.sub(r"^classifier\.", "head.", name): value for name, value in left.items()}
     return {**ours, **left}
 
 

@@ -24,7 +24,7 @@ from dino.weights.loading import check_fits, list_names, load_exactly
 from dino.weights.published import PUBLISHED_BACKBONES, download, published_entry
 from vision_transformer import ARCHITECTURES
 
-HEADS = ("head.", "fc.")  # how names of a classifier or of DINO's head begin
+HEADS = ("head.", "fc.", "classifier.")  # how names of a classifier or of DINO's head begin
 
 
 @dataclass

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import eval_knn
 from dino.errors import UserError
-from dino.weights.layouts import in_our_names, read_weights, to_transformers
+from dino.weights.layouts import describe_timm, in_our_names, read_weights, to_transformers
 from dino.weights.pretrained import open_backbone
 from dino.weights.starting import initialise_from
 from vision_transformer import vit_nano, vit_tiny
@@ -242,6 +242,14 @@ def test_an_argument_of_timm_that_no_weight_shows_is_refused_by_name(tmp_path, o
     (name, value), *_ = options.items()
     with pytest.raises(UserError, match=rf"model_args in its config.json has {name} {value}"):
         opened(tmp_path / "hidden")
+
+
+def test_a_pooling_of_timm_that_no_weight_shows_is_refused():
+    """A ResNet of maxima loaded as one of means."""
+    for pool in ("avg", "token"):
+        describe_timm({"model_args": {"global_pool": pool}}, "--pretrained_weights hub")
+    with pytest.raises(UserError, match=r"model_args in its config.json has global_pool max"):
+        describe_timm({"model_args": {"global_pool": "max"}}, "--pretrained_weights hub")
 
 
 @pytest.mark.parametrize(
