@@ -8,6 +8,8 @@ import os
 import re
 import stat
 import sys
+import tempfile
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 from dino.distributed import print0
@@ -315,7 +317,27 @@ def loader_workers(requested, *, silent=False):
             f"--num_workers {requested}: {available} used, as many as there are cores for each"
             " process."
         )
-    return min(requested, available)
+    workers = min(requested, available)
+    if workers:
+        check_sockets_can_be_made()
+    return workers
+
+
+def check_sockets_can_be_made():
+    """Raise UserError unless loader processes can hand over their images.
+
+    They do that by sockets in a temporary folder of their own, whose paths have at most 107 bytes.
+    Where none can be made Python prints a traceback, and the batch never comes.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="pymp-") as folder:  # multiprocessing's names
+            Listener(os.path.join(folder, "listener-12345678")).close()
+    except OSError as error:
+        raise UserError(
+            f"--num_workers: loader processes cannot make a socket in TMPDIR={os.getenv('TMPDIR')}"
+            f" ({error.strerror or error}). Set TMPDIR to a folder with a short path that can be"
+            " written to, or give --num_workers 0."
+        ) from None
 
 
 def loader_options(args, device):

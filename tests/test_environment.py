@@ -2,12 +2,14 @@
 """Variables of a launcher that hold anything, and limits: one paragraph that somebody prints."""
 
 import re
+import tempfile
 import time
 
 import pytest
 from conftest import ROOT, SMALL_RUN, run_python, run_script
 
 from dino import distributed, launch
+from dino.command_line import loader_workers
 from dino.errors import UserError
 
 WRONG = {
@@ -87,6 +89,19 @@ def test_a_limit_on_threads_is_a_paragraph(tmp_path):
     assert result.returncode == 2, result.stderr
     assert "no thread can be started" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_a_temporary_folder_in_which_loaders_cannot_make_sockets_is_named(tmp_path, monkeypatch):
+    """Python's limit on a socket's path; the first batch never came."""
+    loader_workers(1)
+    folder = tmp_path / ("t" * 100)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)  # found anew
+    monkeypatch.setenv("TMPDIR", str(folder))
+    with pytest.raises(UserError, match=r"TMPDIR=.*ttt \(AF_UNIX path too long\)"):
+        loader_workers(1)
+    assert loader_workers(0) == 0
+    assert not any(folder.iterdir())
 
 
 def test_pictures_in_files_need_no_backend_of_the_environments():
