@@ -135,12 +135,14 @@ def read(path, flag="--pretrained_weights"):
 
 def check_is_file(path, name):
     """Raise UserError for what is not a regular file; `name` begins the message."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{name}: this is a folder. Give a file in it.")
-    if path.exists() and not path.is_file():
+    if os.path.isfile(path):
+        return
+    if os.path.exists(path):
         raise UserError(f"{name}: this is a pipe or a device, not a file.")
-    if not path.exists():
-        raise UserError(f"{name}: no such file.")
+    advice = " Download it, and give the file." if "://" in name else ""
+    raise UserError(f"{name}: no such file.{advice}")
 
 
 def check_name_is_text(path, name):

@@ -7,6 +7,7 @@ values apart.
 """
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -71,11 +72,10 @@ def read_weights(path, flag="--pretrained_weights"):
     The latter two give {"teacher": weights by name} and what the file says of its backbone. Raises
     what `read` raises.
     """
-    path = Path(path)
-    if (path / CONFIG).is_file():
-        return read_folder(path, flag)
-    if path.suffix == ".safetensors" and path.is_file():
-        return read_safetensors(path, flag)
+    if os.path.isfile(os.path.join(path, CONFIG)):  # not pathlib's, which raises for long names
+        return read_folder(Path(path), flag)
+    if Path(path).suffix == ".safetensors" and os.path.isfile(path):
+        return read_safetensors(Path(path), flag)
     return read(path, flag)
 
 

@@ -101,6 +101,17 @@ def test_names_for_transformers_are_those_of_its_own_file(transformers_vit):
         assert torch.equal(value, backbone.state_dict()[name]), name
 
 
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [("https://x.org/vits16.pth", " Download it, and give the file."), ("w" * 300, "")],
+)
+def test_a_path_that_cannot_be_one_is_told_as_it_was_given(path, advice):
+    """https:/x.org was said; and of a long one, with another at its end, no flag."""
+    with pytest.raises(UserError) as error:
+        read_weights(path)
+    assert str(error.value) == f"--pretrained_weights {path}: no such file.{advice}"
+
+
 # ---- timm ----
 
 
