@@ -78,7 +78,13 @@ def download(file, why, check):
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(file).name
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{why}, but {path.parent}, which is to keep them, cannot be made"
+                f" ({error.strerror}). Set TORCH_HOME to a folder that can be written to."
+            ) from None
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # of this process alone
         try:
             fetch(PUBLISHED_URL + file, temporary, why, SHA256.get(file), check)

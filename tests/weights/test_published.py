@@ -162,3 +162,14 @@ def test_a_file_that_was_broken_before_says_that_it_can_be_deleted(server, files
     broken.write_bytes(files["right"][:5000])
     with pytest.raises(UserError, match=r"nano\.pth: damaged.* Delete it, and it is down"):
         published_weights("vit_nano", 8)
+
+
+def test_a_folder_that_cannot_keep_a_download_is_told_with_what_sets_it(
+    server, tmp_path, monkeypatch
+):
+    """As a read-only home: its name alone was said, and neither why nor what to do."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"published ones are used, but .*file.*Set TORCH_HOME to"):
+        published_weights("vit_nano", 8)
+    assert not server.requested
