@@ -44,12 +44,12 @@ class Parser(argparse.ArgumentParser):
         # argparse's own takes -1e-3 for a flag
         self._negative_number_matcher = re.compile(r"-(\.?\d|inf|nan)", re.IGNORECASE)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):  # which parse_args calls
         self.words = sys.argv[1:] if args is None else list(args)
-        parsed = super().parse_args(args, namespace)
+        parsed, unknown = super().parse_known_args(args, namespace)
         absent = object()
         blank = argparse.Namespace(**dict.fromkeys(vars(parsed), absent))
-        given = vars(super().parse_args(args, blank))
+        given = vars(super().parse_known_args(args, blank)[0])
         parsed.given = {name: value for name, value in given.items() if value is not absent}
         for name, value in parsed.given.items():
             option = f"--{name}"
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
             wanted = name in self.empty or self.get_default(name) == ""
             if value == "" and option in self._option_string_actions and not wanted:
                 raise UserError(f"{option} '' is empty: give a value, or leave the flag out.")
-        return parsed
+        return parsed, unknown
 
     def error(self, message):
         unknown = message.partition("unrecognized arguments: ")[2].split()

@@ -165,6 +165,22 @@ def test_an_unknown_flag_is_refused_by_name():
     assert "ablations.py: error: unrecognized arguments: --epoch 3" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("tea --demo", "argument study: invalid choice: 'tea'"),
+        ("teacher --seeds x", "argument --seeds: 'x' is not a whole number"),
+        ("teacher --runs", "argument --runs: expected at least one argument"),
+    ],
+)
+def test_a_wrong_value_of_a_flag_of_the_study_is_one_line(flags, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        ablations.parse_args(flags.split())
+    message = capsys.readouterr().err
+    assert message.startswith(f"ablations.py: error: {said}")
+    assert message.count("\n") == 1
+
+
 # ---- runs ----
 
 
