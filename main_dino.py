@@ -51,7 +51,7 @@ from dino.training.failures import divergence_explained, lost_ranks_explained
 from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.html_report import report_run
-from dino.training.own_views import check_augmentation
+from dino.training.own_views import check_augmentation, check_returned
 from dino.training.presets import DECIDED
 from dino.training.recorder import report_end, report_start
 from dino.training.run import Run
@@ -156,6 +156,9 @@ def settle(args, images, augmentation, device, weights):
     check_same_images("--data_path", described)
     if augmentation is not None:
         check_augmentation(augmentation, "augmentation")
+    if own_views:
+        augmentation = augmentation or build_augmentation(args)
+        check_returned(augmentation, images, f"--augmentation {args.augmentation or ''}".strip())
     if args.preset in DECIDED:
         trial = dict(images=images, augmentation=augmentation, device=device)
         args = decide_settings(

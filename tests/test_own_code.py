@@ -53,6 +53,17 @@ def test_a_module_with_a_mistake_of_its_own_shows_it(tmp_path, monkeypatch):
         call_by_path("needs_another:build", "--augmentation")
 
 
+@pytest.mark.parametrize("code", ["raise SystemExit\n", "def build():\n    raise SystemExit(0)\n"])
+def test_code_of_ones_own_that_exits_does_not_end_the_run_as_if_it_were_done(
+    tmp_path, monkeypatch, code
+):
+    name = f"exits_{len(code)}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^--dataset {name}:build: this code calls sys\.exit"):
+        call_by_path(f"{name}:build", "--dataset")
+
+
 def test_a_run_takes_the_views_of_ones_own_module(tmp_path, class_folders):
     (tmp_path / "my_views.py").write_text(OWN_VIEWS)
     flags = (
@@ -97,6 +108,33 @@ WRONG_VIEWS = [  # what the error says, the arguments of MultiCrop
 def test_views_of_ones_own_that_cannot_be_trained_on_are_refused(said, arguments):
     with pytest.raises(UserError, match=rf"^--augmentation a:b: .*{said}"):
         check_augmentation(MultiCrop(**arguments), "--augmentation a:b")
+
+
+class Returned(MultiCrop):
+    """`change` of the views."""
+
+    def __call__(self, image, key=None):
+        return self.change(super().__call__(image, key))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda views: None, "view 0 of an image is NoneType, .* must be .3, 32, 32."),
+        (lambda views: views[:2], "view 2 of an image is None, .* must be .3, 16, 16."),
+        (lambda views: [*views, views[0]], "view 3 of an image is .3, 32, 32., .* must be None"),
+        (lambda views: views[::-1], "view 0 of an image is .3, 16, 16., .* must be .3, 32, 32."),
+        (lambda views: [view[0] for view in views], "view 0 of an image is .32, 32., "),
+    ],
+)
+@pytest.mark.parametrize("preset", [[], ["--preset", "auto"]])
+def test_views_that_are_not_as_they_say_are_refused_before_the_run(tmp_path, change, said, preset):
+    own = Returned([VIEW] * 2 + [View(16, (0.2, 0.5))])
+    own.change = change
+    args = parse_args([*map(str, SMALL_RUN), *preset, "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(UserError, match=rf"^--augmentation: {said}"):
+        train_dino(args, [Image.new("RGB", (32, 32))] * 8, own)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_python_code_passes_as_augmentation_is_checked_too(tmp_path):

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A MultiCrop of one's own, checked before a run begins with it."""
 
+import itertools
 from numbers import Integral, Real
 
 from dino.data.augmentations import MOST_HUE, MultiCrop, View
+from dino.data.augmentations_on_device import on_workers
 from dino.data.channels import RGB
+from dino.data.images import UnreadableImage
+from dino.data.items import image_of
 from dino.errors import UserError
 from dino.own_code import call_by_path
 from dino.printable import brief
@@ -60,6 +64,31 @@ def check_colors(mean, std, source):
             f"{source}: mean is {brief(mean)} and std {brief(std)}. Give one number for each"
             " channel, std above 0."
         )
+
+
+def check_returned(augmentation, images, source):
+    """Raise UserError unless an image gives what `augmentation.views` and `mean` say.
+
+    A __call__ of one's own may return anything. What it raises itself is not caught; an image that
+    cannot be read, or that is not there, is left to the run, which knows what to do with it.
+    """
+    channels = len(augmentation.mean)
+    if not len(images):
+        return
+    try:
+        image = image_of(images[0], 0, channels)
+    except UnreadableImage:
+        return
+    returned = on_workers(augmentation)(image, key=(0, 0, 0))
+    views = returned if isinstance(returned, tuple | list) else [returned]
+    found = [tuple(getattr(view, "shape", ())) or type(view).__name__ for view in views]
+    wanted = [(channels, view.size, view.size) for view in augmentation.views]
+    for number, (shape, right) in enumerate(itertools.zip_longest(found, wanted)):
+        if shape != right:
+            raise UserError(
+                f"{source}: view {number} of an image is {shape}, and by its views and mean it must"
+                f" be {right}. __call__ must return a tensor for each of the views, in their order."
+            )
 
 
 def within(value, lowest, highest):
