@@ -117,6 +117,11 @@ def parse_args(argv=None):
 def ablations(args):
     """Run what is unfinished of a study, then write its table and its picture."""
     check_output_folder(args.output_dir)
+    if args.print_commands and args.report_only:
+        raise UserError(
+            f"--print_commands {args.print_commands} and --report_only exclude each other: leave"
+            " one out."
+        )
     study = STUDIES[args.study]
     check_tables(args, study)
     plans = plan_runs(args, study)

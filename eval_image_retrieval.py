@@ -29,6 +29,7 @@ from dino.command_line import (
     device_flag,
     loader_workers,
     number,
+    tell_idle,
 )
 from dino.data.images import limit_pixels
 from dino.data.retrieval_set import open_retrieval_set
@@ -148,6 +149,8 @@ def check_flags(args):
         check_output_file(args.output, ending=".json")
     if args.save_pictures:
         check_output_folder(args.output_dir)
+    else:
+        tell_idle(args, ("output_dir",), "--save_pictures 0")
     arch, patch_size = canonical_name(args.arch), args.patch_size
     if not args.pretrained_weights and not published_entry(
         PUBLISHED_ON_LANDMARKS, arch, patch_size

@@ -26,6 +26,7 @@ from dino.command_line import (
     check_output_folder,
     loader_workers,
     number,
+    tell_idle,
 )
 from dino.data.images import limit_pixels, list_labelled_images
 from dino.distributed import init_distributed, is_main_process, print0, shut_down
@@ -34,6 +35,7 @@ from dino.evaluation.features import image_features
 from dino.evaluation.knn import knn_accuracies, knn_classifier
 from dino.meters import peak_memory_mb
 from dino.precision import choose_amp_dtype
+from dino.printable import printable
 from dino.same_on_ranks import check_same_flags
 from dino.weights.files import read, write_atomically
 from dino.weights.pretrained import open_backbone
@@ -42,6 +44,9 @@ __all__ = ["eval_knn", "get_args_parser", "knn_classifier"]
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 ROUNDING = 1e-2  # that the length of a row may be off 1: bfloat16 takes 4e-3 of a number at most
+# Flags without a part in what --load_features says.
+OF_IMAGES = ("pretrained_weights", "checkpoint_key", "arch", "patch_size", "data_path")
+OF_IMAGES += ("image_size", "batch_size_per_gpu", "amp_dtype")
 # The official files of --dump_features, in the order in which they are passed around here.
 FEATURE_FILES = ("trainfeat.pth", "trainlabels.pth", "testfeat.pth", "testlabels.pth")
 
@@ -92,6 +97,7 @@ def eval_knn(args):
     _, device = init_distributed(args.device, args.dist_url)
     check_same_flags(args)
     if args.load_features:
+        tell_idle(args, OF_IMAGES, f"--load_features {printable(args.load_features)}")
         features = load_features(args.load_features)
     else:
         features = compute_features(args, device)

@@ -31,6 +31,7 @@ from dino.command_line import (
     check_output_folder,
     loader_options,
     number,
+    tell_idle,
 )
 from dino.data.augmentations import LinearProbeAugmentation
 from dino.data.channels import reader
@@ -141,6 +142,7 @@ def eval_linear(args):
     check_same_flags(args)
     torch.backends.cudnn.benchmark = True
     if args.evaluate:
+        tell_idle(args, ("epochs", "lr", "seed", "val_freq", "output_dir"), "--evaluate")
         accuracy = evaluate(args, device)
     else:
         with owned(args.output_dir):

@@ -32,6 +32,7 @@ from dino.command_line import (
     check_output_folder,
     loader_options,
     number,
+    tell_idle,
 )
 from dino.data.channels import RGB, reader
 from dino.data.images import ImageFiles, limit_pixels, list_labelled_images
@@ -70,6 +71,7 @@ from dino.weights.pretrained import Pretrained, open_backbone
 from dino.weights.results import check_no_results
 
 WARMUP_LR = 1e-6  # DeiT's
+OF_TRAINING = ("preset", "seed", "val_freq", "output_dir", "saveckp_minutes")  # and the recipe's
 
 
 def get_args_parser():
@@ -158,6 +160,7 @@ def finetune(args):
     check_same_flags(args)
     torch.backends.cudnn.benchmark = True
     if args.evaluate:
+        tell_idle(args, (*OF_TRAINING, *RECIPES["small"]), "--evaluate")
         accuracy = evaluate(args, device)
     else:
         with owned(args.output_dir):

@@ -34,6 +34,7 @@ from dino.command_line import (
     check_output_file,
     check_output_folder,
     number,
+    tell_idle,
 )
 from dino.data.frames import check_frames, list_frames
 from dino.data.images import given_path, limit_pixels, read_image
@@ -63,6 +64,7 @@ from dino.weights.published import PUBLISHED_FOR_PICTURES
 
 # Names of files that this script writes, as regular expressions; and of what may be a frame.
 EXTRACTED, MAPS, FRAMES = r"frame-\d{4,}\.jpg", r"attn-.*", r"(?!attn-).*"
+OF_BACKBONE = ("pretrained_weights", "checkpoint_key", "arch", "patch_size", "device")
 MAPS_FILE = "attention.npy"  # of all maps as numbers
 
 
@@ -127,6 +129,7 @@ def video_generation(args):
     import_av()  # or say at once that it is not there
     check_replaced(args, source, video)
     if args.video_only:
+        tell_idle(args, OF_BACKBONE, "--video_only")
         film(video, args.fps, map(read_pixels, list_pictures(source, MAPS)))
         return
     fps = args.fps

@@ -298,6 +298,13 @@ def add_precision_argument(group, default="auto"):
     )
 
 
+def tell_idle(args, names, cause):
+    """Print which of the flags `names` the command line has, although they change nothing."""
+    given = [f"--{name}" for name in names if name in getattr(args, "given", {})]
+    if given:
+        print0(f"{cause}: {', '.join(given)} ha{'s' if len(given) == 1 else 've'} no effect.")
+
+
 def spaced(value):
     """A number, or several, as the value of a flag."""
     numbers = value if isinstance(value, tuple | list) else [value]

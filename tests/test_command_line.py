@@ -8,11 +8,12 @@ import os
 import pytest
 from conftest import ROOT, photograph, run_python
 
+import eval_linear
 import main_dino
-from dino.command_line import Parser, check_output_file
+from dino.command_line import Parser, check_output_file, tell_idle
 from dino.errors import UserError
 from dino.training import plots
-from dino.training.flag_checks import check_training_flags
+from dino.training.flag_checks import check_training_flags, idle_flags
 from dino.training.flags import parse_args
 from dino.training.presets import CONTINUE, PRESETS
 
@@ -121,6 +122,42 @@ def test_the_last_layer_may_stay_frozen_for_longer_than_the_run_as_in_the_offici
 def test_flags_that_cannot_go_together_are_refused_with_their_values(flags, message):
     with pytest.raises(UserError, match=message):
         check_training_flags(parse_args(flags.split()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--warmup_teacher_temp 0.01", "0.01 has no effect with --warmup_teacher_temp_epochs 0."),
+        ("--augmentation a:b --flip_p 0", "--flip_p 0.0 has no effect with --augmentation a:b."),
+        ("--augmentation a:b --mean 0 0 0", "--mean 0.0 0.0 0.0 has no effect with"),
+        ("--dataset a:b --data_path x", "--data_path x has no effect with --dataset a:b."),
+        ("--dataset a:b --download", "--download True has no effect with --dataset a:b."),
+        ("--arch resnet18 --patch_size 8", "--patch_size 8 has no effect with --arch resnet18."),
+        ("--teacher_update student --momentum_teacher 0.9", "--momentum_teacher 0.9 has no effect"),
+        ("--sinkhorn_iterations 3 --center_momentum 0.5", "--center_momentum 0.5 has no effect"),
+        (
+            "--preset no_multicrop --local_crop_size 64",
+            "64 has no effect with --local_crops_number",
+        ),
+        ("--saveckp_freq 0 --keep_checkpoints 2", "has no effect with --saveckp_freq 0."),
+    ],
+)
+def test_a_flag_that_another_one_makes_idle_is_named(flags, said):
+    (sentence,) = idle_flags(parse_args(flags.split()))
+    assert said in sentence
+
+
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_neither_defaults_nor_presets_have_idle_flags(name):
+    assert not list(idle_flags(parse_args(["--preset", name] if name else [])))
+
+
+def test_flags_that_another_one_makes_idle_are_named_where_they_were_given(capsys):
+    parser = eval_linear.get_args_parser()
+    tell_idle(parser.parse_args(["--evaluate", "--lr", "1"]), ("lr", "seed"), "--evaluate")
+    assert capsys.readouterr().out == "--evaluate: --lr has no effect.\n"
+    tell_idle(parser.parse_args(["--evaluate"]), ("lr", "seed"), "--evaluate")
+    assert capsys.readouterr().out == ""
 
 
 IMPORTED = ("utils", "vision_transformer", "hubconf")  # by users, and not run

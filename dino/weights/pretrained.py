@@ -10,6 +10,7 @@ from torch import nn
 
 from dino.backbone_checks import check_takes_sizes
 from dino.backbones import build_backbone, canonical_name, check_arch, is_timm
+from dino.command_line import tell_idle
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MEANS, STDS, eval_transform
 from dino.data.channels import MOST_CHANNELS, RGB
 from dino.data.levels import HIGHEST_WHITE, set_white
@@ -82,6 +83,7 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
         weights = backbone_weights(checkpoint, args.checkpoint_key, args.pretrained_weights)
         described = describe_backbone(checkpoint, weights, source)
     else:
+        tell_idle(args, ("checkpoint_key",), "No --pretrained_weights")
         described = {}
     given = getattr(args, "given", {})
     for flag in ("arch", "patch_size"):
