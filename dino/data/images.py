@@ -4,6 +4,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import os
 import stat
 import warnings
@@ -176,17 +177,19 @@ def list_labelled_images(data_path, split, classes=None, flag="--data_path"):
             " train/."
         )
     endings = IMG_EXTENSIONS if find_images(folder) else ARRAYS
-    images = [
-        (path, classes.index(name))
-        for name in names
-        for path in find_images(folder / name, endings)
-    ]
-    if not images:
+    found = {name: find_images(folder / name, endings) for name in names}
+    if not any(found.values()):
         raise UserError(
             f"{flag} {data_path}: the {len(names)} class folders of {split}/ hold no image."
         )
-    paths, labels = zip(*images, strict=True)
-    return list(paths), torch.tensor(labels), classes
+    for name, paths in found.items():
+        if not paths:  # its images have another ending, and accuracies would be without the class
+            raise UserError(
+                f"{flag} {data_path}: class folder {name!r} of {split}/ holds no image (looked for"
+                f" {', '.join(endings)}). Convert its files, or remove the folder."
+            )
+    labels = [classes.index(name) for name, paths in found.items() for _ in paths]
+    return list(itertools.chain(*found.values())), torch.tensor(labels), classes
 
 
 class ImageFiles:

@@ -116,6 +116,18 @@ def test_a_wrong_labelled_folder_is_told_what_it_must_hold(tmp_path, folders, me
         list_labelled_images(tmp_path, "train")
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("file", ["b/0.jp2", "b/0.npy", None])
+def test_a_class_without_an_image_is_not_left_out_in_silence(tmp_path, split, file):
+    for folder in ("a", "b"):
+        (tmp_path / split / folder).mkdir(parents=True)
+    photograph().resize((8, 8)).save(tmp_path / split / "a/0.png")
+    if file:
+        (tmp_path / split / file).touch()
+    with pytest.raises(UserError, match=f"class folder 'b' of {split}/ holds no image .*\\.png"):
+        list_labelled_images(tmp_path, split, ["a", "b"])
+
+
 def test_a_class_that_only_val_has_is_an_error(class_folders, tmp_path):
     (tmp_path / "val" / "zebra").mkdir(parents=True)
     with pytest.raises(UserError, match="zebra"):
