@@ -133,6 +133,8 @@ def test_flags_that_cannot_go_together_are_refused_with_their_values(flags, mess
         ("--dataset a:b --data_path x", "--data_path x has no effect with --dataset a:b."),
         ("--dataset a:b --download", "--download True has no effect with --dataset a:b."),
         ("--arch resnet18 --patch_size 8", "--patch_size 8 has no effect with --arch resnet18."),
+        ("--arch resnet50 --drop_path_rate 0.3", "0.3 has no effect with --arch resnet50."),
+        ("--in_chans 1 --grayscale_p 1", "--grayscale_p 1.0 has no effect with --in_chans 1."),
         ("--teacher_update student --momentum_teacher 0.9", "--momentum_teacher 0.9 has no effect"),
         ("--sinkhorn_iterations 3 --center_momentum 0.5", "--center_momentum 0.5 has no effect"),
         (

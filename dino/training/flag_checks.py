@@ -163,6 +163,8 @@ IDLE = (
     ("augmentation", lambda args: args.augmentation, (*VIEW_FLAGS, "in_chans")),
     ("dataset", lambda args: ":" in (args.dataset or ""), ("data_path", "download")),
     ("arch", lambda args: canonical_name(args.arch) not in ARCHITECTURES, ("patch_size",)),
+    ("arch", lambda args: args.arch.startswith("resnet"), ("drop_path_rate",)),
+    ("in_chans", lambda args: args.in_chans == 1, ("grayscale_p",)),
     (
         "teacher_update",
         lambda args: args.teacher_update != "ema",
