@@ -5,7 +5,6 @@ What destroys features: a head that starts afresh under the learning rate of a r
 What each rule was measured on is in benchmarks/continue.md.
 """
 
-from dino.distributed import print0
 from dino.errors import UserError
 from dino.weights.starting import describe_weights, head_widths
 
@@ -38,9 +37,3 @@ def fit_continuation(settings, weights):
     if not head or any(settings[name] != value for name, value in head.items()):
         alone = max(1, round(HEAD_ALONE * settings["epochs"]))
         settings.decide("freeze_backbone", alone, "epochs, for the head, which starts afresh")
-    if settings["freeze_backbone"] >= settings["epochs"]:
-        print0(
-            f"Warning: the backbone stays as it is, since --freeze_backbone"
-            f" {settings['freeze_backbone']} lasts all of --epochs {settings['epochs']}. Give more"
-            " epochs, or --freeze_backbone 0."
-        )

@@ -195,6 +195,11 @@ def report_start(args, launch, device, amp_dtype, images, scaled_lr, progress):
         f"learning rate {args.lr:g} x {global_batch} / 256 = {scaled_lr:.3g}; a loss that stays"
         f" at ln(out_dim) = {math.log(args.out_dim):.3f} means that nothing is learned"
     )
+    if args.freeze_backbone >= args.epochs:
+        print0(
+            f"Warning: the backbone stays as it is, since --freeze_backbone {args.freeze_backbone}"
+            f" lasts all of --epochs {args.epochs}. Give more epochs, or --freeze_backbone 0."
+        )
     gpus = torch.cuda.device_count() if device.type == "cuda" else 1
     if launch.launcher == "python" and gpus > 1:
         command = f"torchrun --standalone --nproc_per_node={gpus} main_dino.py"

@@ -92,6 +92,11 @@ def test_a_run_in_which_the_backbone_never_learns_says_so(trained, tmp_path, cap
     assert "stays as it is" not in capsys.readouterr().out
 
 
+def test_a_run_from_scratch_in_which_the_backbone_never_learns_says_so(tmp_path, capsys):
+    train("--output_dir", tmp_path, "--epochs", 1, "--freeze_backbone", 1, "--report", "false")
+    assert "since --freeze_backbone 1 lasts all of --epochs 1" in capsys.readouterr().out
+
+
 def test_a_run_that_makes_other_images_than_its_weights_had_says_so(trained, tmp_path, capsys):
     flags = ("--init_from", trained / "backbone.pth", "--epochs", 1, "--warmup_epochs", 0)
     train(*flags, "--output_dir", tmp_path / "other", "--shrink_images", 24)
