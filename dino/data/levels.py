@@ -35,6 +35,7 @@ def white():
 def to_rgb(image):
     """A PIL image of any mode as RGB. ValueError for values that have no place in 0 to 255."""
     check_bits(image)
+    check_palette(image)
     tags = image.tag_v2 if image.format == "TIFF" else {}
     if image.mode == "L" and 2 in tags.get(SAMPLE_FORMAT, ()):
         raise ValueError("8-bit integers with a sign")
@@ -139,6 +140,17 @@ def check_bits(image):
             f"{image.format} of several channels of 16 bits, of which 8 would be read, and --white"
             f" {_white:g} is of all; save it as TIFF"
         )
+
+
+def check_palette(image):
+    """Raise ValueError for a PIL image with numbers that its palette has no colour for.
+
+    Pillow makes them black, and all of an image whose palette is missing.
+    """
+    if image.mode in ("P", "PA"):
+        highest, colours = image.getchannel(0).getextrema()[1], len(image.getpalette()) // 3
+        if highest >= colours:
+            raise ValueError(f"number {highest} of a palette of {colours} colours")
 
 
 def check_decodable(tags):

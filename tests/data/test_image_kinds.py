@@ -3,6 +3,7 @@
 
 import os
 import struct
+import zlib
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import ROOT, SMALL_RUN, photograph, run_script
 from PIL import Image
 
 from dino.command_line import MAX_PIXELS
+from dino.data.channels import read_any
 from dino.data.images import (
     UnreadableImage,
     find_images,
@@ -142,6 +144,24 @@ def test_big_endian_numbers_with_a_sign_are_read_as_stored_or_refused(tmp_path, 
     with refused if compression else nullcontext():
         levels = np.asarray(read_image(tmp_path / "a.tif"))[..., 0]
         assert (levels == np.floor(values * (255 / 32767) + 0.5)).all()
+
+
+@pytest.mark.parametrize("left", [0, 5, 16])
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_numbers_without_a_colour_in_the_palette_are_refused(tmp_path, left, in_chans):
+    """Pillow makes them black: a PNG whose palette is missing is black all over."""
+    picture = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).quantize(16)
+    picture.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"PLTE")
+    palette = content[start : start + 4 + 3 * left]
+    chunk = struct.pack(">I", 3 * left) + palette + struct.pack(">I", zlib.crc32(palette))
+    rest = content[start + 4 + 3 * 16 + 4 :]
+    (tmp_path / "a.png").write_bytes(content[: start - 4] + chunk * bool(left) + rest)
+    said = f"number 15 of a palette of {left} colours"
+    with nullcontext() if left == 16 else pytest.raises(UnreadableImage, match=said):
+        levels = np.asarray(read_any(tmp_path / "a.png", in_chans))
+        assert len(np.unique(levels)) == 16
 
 
 # ---- bombs ----
