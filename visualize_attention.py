@@ -49,6 +49,7 @@ PHOTOGRAPH = "chelsea.png"  # a cat, which scikit-image brings along
 MASK_COLOR = (255, 0, 160)  # rare in photographs
 SHEET = "attention.png"  # all pictures of an image
 SHEET_COLUMNS = 6
+TALLEST = 4  # panel of the sheet, in its widths: a strip is drawn smaller, not a sheet of metres
 FAR_LARGER = 3  # the published backbones, trained on 224 pixels, are shown at 480 by default
 
 
@@ -286,7 +287,7 @@ def draw_sheet(path, title, groups):
     ]
     height, width, _ = groups[0][0].pixels.shape
     panel_width = 3.0  # inches
-    panel_height = panel_width * height / width + 0.35
+    panel_height = panel_width * min(height / width, TALLEST) + 0.35
     figure, axes = plt.subplots(
         len(rows),
         columns,

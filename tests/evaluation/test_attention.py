@@ -20,7 +20,7 @@ from dino.evaluation.attention import (
     open_for_attention,
     upsample,
 )
-from visualize_attention import color_map, draw_mask
+from visualize_attention import Picture, color_map, draw_mask, draw_sheet
 
 RANDOM_MAPS = torch.from_numpy(np.random.default_rng(0).gamma(0.3, size=(5, 6, 9)))
 
@@ -173,6 +173,14 @@ def test_without_a_threshold_there_are_no_masks(checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(PICTURES)
     expected, _ = fit_to_patches(photograph("chelsea.png"), [48], 8, "")
     np.testing.assert_array_equal(Image.open(tmp_path / "img.png"), expected)
+
+
+@pytest.mark.parametrize("size", [(8, 2048), (2048, 8)])
+def test_a_strip_has_a_sheet_that_can_be_looked_at(size, tmp_path):
+    strip = np.zeros((*size[::-1], 3), np.uint8)
+    draw_sheet(tmp_path / "a.png", "strip", [[Picture("img.png", "image", strip)]] * 2)
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert max(sheet.size) < 3000
 
 
 def test_images_of_a_folder_do_not_overwrite_each_other(checkpoint, tmp_path):
