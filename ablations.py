@@ -122,6 +122,8 @@ def ablations(args):
             f"--print_commands {args.print_commands} and --report_only exclude each other: leave"
             " one out."
         )
+    if len(set(args.seeds)) < len(args.seeds):  # the mean would count a run twice
+        raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give each seed once.")
     study = STUDIES[args.study]
     check_tables(args, study)
     plans = plan_runs(args, study)

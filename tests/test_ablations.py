@@ -150,6 +150,7 @@ def test_each_rule_of_auto_is_replaced_alone(capsys, tmp_path):
         ("batch-size --demo --nproc_per_node 3", "--nproc_per_node 3 does not divide"),
         ("teacher --demo --runs copy", "--runs 'copy': teacher has 'momentum', "),
         ("teacher --demo --report_only --print_commands srun", "exclude each other"),
+        ("teacher --demo --seeds 1 2 1", "--seeds 1 2 1: give each seed once"),
         ("teacher --demo --report_only", "no run of teacher has logged a step yet"),
     ],
 )
