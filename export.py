@@ -213,8 +213,8 @@ def compare_transform(name, pretrained, network, written, photographs, expected)
     each = (found - expected).abs().amax(dim=1)
     other = int((each > TOLERANCE).sum())
     print0(
-        f"With {name}'s own preprocessing the features of {other} of {len(each)} photographs"
-        f" differ, by at most {largest(each):.1g}."
+        f"With {name}'s own preprocessing the features of {len(each) - other} of {len(each)}"
+        f" photographs are the same, and all differ by at most {largest(each):.1g}."
     )
     if pretrained.shrink_images:
         print0(

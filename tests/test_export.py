@@ -125,7 +125,11 @@ def test_the_library_gives_our_features_of_photographs(weights, tmp_path, name, 
     assert f"differ by at most {difference:.1e}" in said
     assert str(path) in said
     assert (name == "timm") == ('timm.create_model("vit_small_patch16_224"' in said)
-    if name in ("onnx", "torch_export"):  # dynamic batch and size, with the official shift of 0.1
+    graph = name in ("onnx", "torch_export")
+    mean = re.escape(str(tuple(opened(weights).mean)))
+    told = rf"\(n, 3, 32, 32\).* resized to 37 .*\n.*minus the mean {mean}"
+    assert graph == bool(re.search(told, said))  # what their user has to do, without our transform
+    if graph:  # dynamic batch and size, with the official shift of 0.1
         for shape in ((1, 3, 32, 32), (2, 3, 48, 24), (5, 3, 64, 64)):
             other = torch.rand(shape)
             with torch.no_grad():

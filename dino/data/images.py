@@ -102,7 +102,8 @@ def list_training_images(data_path, flag="--data_path"):
             )
         return images
     if path.is_file():
-        return listed_files(list_lines(path, flag), path, flag)
+        lines = [without_label(line, path) for line in list_lines(path, flag)]
+        return listed_files(lines, path, flag)
     if path.exists():
         raise UserError(f"{flag} {data_path}: this is a pipe or a device. {GIVE_IMAGES}")
     raise UserError(
@@ -122,6 +123,16 @@ def given_path(data_path, flag="--data_path"):
     if str(data_path).startswith(PLACEHOLDER) and not os.path.exists(data_path):
         raise UserError(f"{flag} is missing: give the folder of your images.")
     return Path(data_path)
+
+
+def without_label(line, path):
+    """What a line of the list `path` has before its tab, unless the tab is in a file's name.
+
+    After the tab is the label, for extract_features.py.
+    """
+    if "\t" not in line or os.path.isfile(os.path.join(path.parent, line)):
+        return line
+    return line.split("\t", 1)[0].strip()
 
 
 def list_lines(path, flag):
@@ -144,7 +155,11 @@ def listed_files(lines, path, flag):
     images = [os.path.join(path.parent, line) for line in lines]
     for number, image in enumerate(images, start=1):
         if not os.path.isfile(image):
-            raise UserError(f"{flag} {path}: line {number} names {image}, which is not a file.")
+            raise UserError(
+                f"{flag} {path}: line {number} names {image}, which is not a file. A list has"
+                " one path per line, and after a tab perhaps a label; relative paths start from the"
+                " list's folder."
+            )
     return images
 
 

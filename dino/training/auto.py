@@ -264,7 +264,7 @@ def fit_head(settings, survey):
     """Outputs in proportion to the images, and batch norm, without which small runs collapse."""
     outputs = 2 ** round(math.log2(max(1, survey.images / IMAGES_PER_OUTPUT)))
     outputs = min(65536, max(256, outputs))
-    settings.decide("out_dim", outputs, f"{IMAGES_PER_OUTPUT} images for each, 256 to 65536")
+    settings.decide("out_dim", outputs, f"one for {IMAGES_PER_OUTPUT} images, but 256 to 65536")
     if survey.images < LIKE_IMAGENET:
         settings.decide("use_bn_in_head", True, "keeps runs on small data from collapsing")
     if settings["out_dim"] <= 8192:
@@ -309,10 +309,13 @@ def fit_length(settings, iterations_per_epoch):
     epochs = settings["epochs"]
     iterations = epochs * iterations_per_epoch
     horizon = min(OFFICIAL_TEACHER, max(FASTEST_TEACHER, TEACHER_SHARE * iterations))
+    share = f"{horizon / iterations:.1%} of {iterations}"
+    if horizon == FASTEST_TEACHER:
+        share = f"the fewest that it takes, of {iterations}"
     settings.decide(
         "momentum_teacher",
         round(1 - 1 / horizon, 4),
-        f"an average over {horizon:.0f} steps, {horizon / iterations:.1%} of {iterations}",
+        f"an average over {horizon:.0f} steps, {share}",
     )
     if horizon < OFFICIAL_TEACHER:
         settings.decide(

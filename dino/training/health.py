@@ -176,8 +176,8 @@ VERDICTS = {
     " --warmup_teacher_temp and --teacher_temp (0.02), a smaller --out_dim, milder crops"
     " (--global_crops_scale 0.5 1), a"
     " higher --lr, a longer --freeze_last_layer.",
-    "nothing learned": "The loss, {loss:.3f}, has not fallen below ln(out_dim) = {ln_k:.3f}:"
-    " nothing is learned so far. Common with small or grey data. Try milder crops"
+    "nothing learned": "The loss, {loss:.3f}, is above ln(out_dim) = {ln_k:.3f} or less than 1 %"
+    " below it: hardly anything is learned so far. Common with small or grey data. Try milder crops"
     " (--global_crops_scale 0.5 1), a higher --lr, a smaller --out_dim, and the other value of"
     " --use_bn_in_head.",
     "one-output collapse": "One-output collapse: the teacher gives all images to one and the same"

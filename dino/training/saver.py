@@ -183,7 +183,7 @@ def check_resume(resume, output_dir):
     if resume == "never" and own and not is_restart():
         raise UserError(f"--resume never: {own[0]} {ANOTHER}")
     if resume not in ("auto", "never") and not own:
-        check_is_file(Path(resume), f"--resume {resume}")
+        check_is_file(Path(resume), f"--resume {resume}", usual="checkpoint.pth")
 
 
 def newest_whole(paths):

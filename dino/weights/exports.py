@@ -282,6 +282,18 @@ def write_onnx(pretrained, path):
     graphs.to_onnx(graphs.trace(pretrained), path, pretrained.description)
 
 
+def graph_images(pretrained):
+    """What the images of a graph are, in words: a graph has no transform with it."""
+    size, shorter = pretrained.image_size, pretrained.shrink_images
+    shrunk = f"larger ones first shrunk to a shorter side of {shorter}, " if shorter else ""
+    return (
+        f"images: float32, (n, {pretrained.in_chans}, {size}, {size}): {shrunk}the shorter side"
+        f" resized to {resized_side(size)} (bicubic), the centre,\n"
+        f"values from 0 to 1, minus the mean {tuple(pretrained.mean)}, divided by the std"
+        f" {tuple(pretrained.std)}"
+    )
+
+
 def load_onnx(_, path):
     import onnxruntime
 
@@ -316,14 +328,19 @@ FORMATS = {
     "torch_export": Format(
         write_torch,
         load_torch,
-        lambda _: 'torch.export.load("PATH").module()(images)',
+        lambda pretrained: (
+            f'torch.export.load("PATH").module()(images)\n{graph_images(pretrained)}'
+        ),
         suffix=".pt2",
         any_size=True,
     ),
     "onnx": Format(
         write_onnx,
         load_onnx,
-        lambda _: 'onnxruntime.InferenceSession("PATH").run(None, {"images": images.numpy()})',
+        lambda pretrained: (
+            'onnxruntime.InferenceSession("PATH").run(None, {"images": images.numpy()})\n'
+            + graph_images(pretrained)
+        ),
         suffix=".onnx",
         any_size=True,
         libraries=("onnx", "onnxscript", "onnxruntime"),

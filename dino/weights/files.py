@@ -133,10 +133,16 @@ def read(path, flag="--pretrained_weights"):
     return content
 
 
-def check_is_file(path, name):
-    """Raise UserError for what is not a regular file; `name` begins the message."""
+def check_is_file(path, name, usual="backbone.pth"):
+    """Raise UserError for what is not a regular file; `name` begins the message.
+
+    For a folder the message names the file `usual` in it, if it is there.
+    """
     if os.path.isdir(path):
-        raise UserError(f"{name}: this is a folder. Give a file in it.")
+        file = os.path.join(path, usual)
+        raise UserError(
+            f"{name}: this is a folder. Give {file if os.path.isfile(file) else 'a file in it'}."
+        )
     if os.path.isfile(path):
         return
     if os.path.exists(path):

@@ -4,6 +4,7 @@
 import pytest
 from conftest import photograph
 
+from dino.data.images import list_training_images
 from dino.data.labels import UNLABELLED, class_name, list_images
 from dino.errors import UserError
 
@@ -59,6 +60,19 @@ def test_a_list_with_labels_names_the_line_of_a_file_that_is_not_there(photos):
     (photos / "list.txt").write_text("a/1.png\t0\nc/1.png\t1\n")
     with pytest.raises(UserError, match=r"line 2 names .*photos/c/1\.png, which is not a file"):
         list_images(photos / "list.txt")
+
+
+def test_training_reads_a_list_with_labels_and_a_name_with_a_tab(photos):
+    named = photos / "a" / "with\ttab.png"
+    (photos / "a" / "1.png").rename(named)
+    (photos / "list.txt").write_text("b/3.png\tant\na/with\ttab.png\n")
+    assert list_training_images(photos / "list.txt") == [str(photos / "b" / "3.png"), str(named)]
+
+
+def test_a_table_with_commas_is_told_how_a_list_looks(photos):
+    (photos / "labels.csv").write_text("a/1.png,0\n")
+    with pytest.raises(UserError, match=r"one path per line, and after a tab perhaps a label"):
+        list_training_images(photos / "labels.csv")
 
 
 def test_names_of_classes():

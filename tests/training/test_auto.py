@@ -187,6 +187,12 @@ def test_a_short_run_has_a_fast_teacher_and_a_long_one_the_official():
     assert long["momentum_teacher_end"] == 1.0
 
 
+def test_the_reason_for_the_fastest_teacher_is_not_a_share_above_the_whole_run():
+    tiny = decide(960, 32, epochs=1).reasons["momentum_teacher"]
+    assert tiny == "an average over 25 steps, the fewest that it takes, of 15"
+    assert decide(3200, 32, epochs=50).reasons["momentum_teacher"].endswith("2.0% of 2500")
+
+
 def test_data_like_imagenet_on_a_gpu_get_the_official_networks_and_crops():
     settings = decide(1_281_167, 375, device="cuda")
     official = dict(

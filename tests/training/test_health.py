@@ -16,7 +16,7 @@ import main_dino
 from dino.loss import DINOLoss
 from dino.training import run
 from dino.training.flags import parse_args
-from dino.training.health import Health, Monitor
+from dino.training.health import VERDICTS, Health, Monitor
 
 
 def test_figures_equal_those_computed_from_the_logits():
@@ -252,6 +252,11 @@ def test_a_loss_that_stays_at_ln_k_is_reported_after_the_warm_up():
     flat = [0.991 * 5] * 3
     assert health_after(flat, teacher_entropy=0.957 * 5) == [(1, "nothing learned")]
     assert health_after(flat, teacher_entropy=0.957 * 5, freeze=3) == []
+
+
+def test_the_warning_of_a_loss_at_ln_k_is_true_of_one_that_is_just_below_it():
+    said = VERDICTS["nothing learned"].format(loss=5.525, ln_k=5.545)
+    assert "5.525, is above ln(out_dim) = 5.545 or less than 1 % below it" in said
 
 
 def test_a_resumed_run_repeats_no_verdict_and_one_begun_anew_gives_them_all(

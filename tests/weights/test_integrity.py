@@ -185,6 +185,14 @@ def test_a_pipe_and_a_device_are_called_what_they_are(tmp_path):
             read(path)
 
 
+def test_for_the_folder_of_a_run_the_file_in_it_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"this is a folder\. Give a file in it"):
+        read(tmp_path)
+    write_atomically({"epoch": 1}, tmp_path / "backbone.pth")
+    with pytest.raises(UserError, match=r"this is a folder\. Give .*/backbone\.pth"):
+        read(tmp_path)
+
+
 def test_a_file_without_permission_is_not_called_damaged(tmp_path, monkeypatch):
     """Then the run would go back to an older checkpoint."""
     monkeypatch.chdir(tmp_path)
