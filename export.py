@@ -211,10 +211,10 @@ def compare_transform(name, pretrained, network, written, photographs, expected)
     transform = FORMATS[name].load_transform(written)
     found = network(torch.stack([transform(photograph) for photograph in photographs]))
     each = (found - expected).abs().amax(dim=1)
-    other = int((each > TOLERANCE).sum())
+    same = int((each <= TOLERANCE).sum())
     print0(
-        f"With {name}'s own preprocessing the features of {len(each) - other} of {len(each)}"
-        f" photographs are the same, and all differ by at most {largest(each):.1g}."
+        f"With {name}'s own preprocessing {same} of {len(each)} photographs have the same features;"
+        f" the largest difference is {largest(each):.1g}."
     )
     if pretrained.shrink_images:
         print0(
