@@ -34,7 +34,7 @@ from dino.weights.loading import (
     equal,
     list_names,
     load_exactly,
-    restore_described,
+    restore,
     same_kind,
 )
 from dino.weights.published import PUBLISHED_HEADS, download, published_entry
@@ -326,7 +326,7 @@ def resume_training(path, state, progress, description):
 
 def load_training(checkpoint, source, state, progress, description):
     """Restore what `save_training` wrote. UserError if it is of a run with another description."""
-    restore_described(checkpoint, description, source, **vars(state))
+    restore(checkpoint, source, description=description, **vars(state))
     restore_heads_progress(progress, checkpoint, source, len(state.heads))
 
 

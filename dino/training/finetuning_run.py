@@ -27,7 +27,7 @@ from dino.training.agreement import Agreement
 from dino.training.finetuning import FineTuningState, Regularisation, finetuning_step
 from dino.training.saver import NEWEST, Saver, newest_whole, own_checkpoints
 from dino.weights.files import backbone_payload
-from dino.weights.loading import restore_described
+from dino.weights.loading import restore
 from dino.weights.results import check_has_best, is_beginning
 
 BEST = "best_finetuned.pth"
@@ -80,7 +80,7 @@ class FineTuningRun:
             source, progress = f"--output_dir {path}", self.progress
             optimizer = self.state.optimizer
             decays = [group["weight_decay"] for group in optimizer.param_groups]
-            restore_described(checkpoint, self.description, source, **vars(self.state))
+            restore(checkpoint, source, description=self.description, **vars(self.state))
             restore_finetuning(progress, checkpoint, source, epochs, len(self.loader))
             steps = progress.epoch * len(self.loader) + progress.steps
             check_optimizer(optimizer, decays, steps, self.state.scaler.is_enabled(), source)

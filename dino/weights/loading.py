@@ -26,7 +26,7 @@ EXACT = (torch.float32, torch.float64)  # of a training checkpoint
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What becomes of an image before a backbone sees it, besides its size.
 IMAGES = ("mean", "std", "shrink_images", "white")
-# Of the images of a run on frozen features: files of earlier versions do not state them.
+# What files of earlier versions do not state: which images a run saw, and how.
 STATED_LATER = {"train_set", "val_set", *IMAGES}
 SHOWN = 5  # names of a list that may be long
 
@@ -66,12 +66,14 @@ def unlike(name, value, own):
     return []
 
 
-def restore(checkpoint, source, **objects):
+def restore(checkpoint, source, *, description=None, **objects):
     """Load each object from the entry of its name, in any wrapper.
 
-    Raises UserError for entries that are absent or do not fit.
+    Raises UserError for entries that are absent or do not fit, and before that for a run with
+    another `description`: a flag that differs explains what does not fit.
     """
     check_entries(checkpoint, source, objects)
+    check_described(checkpoint, description or {}, source)
     for name, value in objects.items():
         what, state = f"{source}: {name}", checkpoint[name]
         if not is_named(state):
@@ -96,7 +98,7 @@ def restore_module(module, state, what):
 
 
 def check_entries(checkpoint, source, names):
-    """Raise UserError for a file without an entry of each name, and without progress."""
+    """Raise UserError for a file without an entry of each name, or without `epoch`."""
     entries = checkpoint if isinstance(checkpoint, dict) else {}
     missing = [name for name in [*names, "epoch"] if name not in entries]
     if missing:
@@ -107,19 +109,11 @@ def check_entries(checkpoint, source, names):
         )
 
 
-def restore_described(checkpoint, description, source, **objects):
-    """`restore`, of a run with this `description`: a flag that differs is named before what it
-    makes not fit.
-    """
-    check_entries(checkpoint, source, objects)
-    check_described(checkpoint, description, source)
-    restore(checkpoint, source, **objects)
-
-
 def check_described(checkpoint, description, source):
-    """Raise UserError unless a run's `description`, plain values by name, is what its file says.
+    """Raise UserError unless the file states a run's `description`, plain values by name.
 
-    But for where its pretrained weights are, which may move, and for what is STATED_LATER.
+    The path of the pretrained weights may differ, as files move, and what is STATED_LATER may be
+    absent.
     """
     may_differ = {"pretrained_weights"} | (STATED_LATER - checkpoint.keys())
     for name, value in description.items():
