@@ -68,6 +68,10 @@ class Pretrained:
         return eval_transform(self.image_size, self.mean, self.std, self.shrink_images)
 
 
+# of Pretrained, that a file may state
+FIELDS = tuple(f.name for f in fields(Pretrained) if f.name not in ("backbone", "embed_dim"))
+
+
 def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     """The Pretrained that the flags of `add_weights_arguments` ask for.
 
@@ -77,37 +81,39 @@ def open_backbone(args, image_size=None, published=PUBLISHED_BACKBONES):
     of more than 8 bits as the backbone's training did. UserError unless the backbone takes images
     of that size.
     """
+    described = {"arch": canonical_name(args.arch), "patch_size": args.patch_size}
     if args.pretrained_weights:
         source = f"--pretrained_weights {args.pretrained_weights}"
         checkpoint = read_weights(args.pretrained_weights)
         weights = backbone_weights(checkpoint, args.checkpoint_key, args.pretrained_weights)
-        described = describe_backbone(checkpoint, weights, source)
+        stated = describe_backbone(checkpoint, weights, source)
+        check_given_flags(getattr(args, "given", {}), stated, args.pretrained_weights)
+        described |= stated
     else:
         tell_idle(args, ("checkpoint_key",), "No --pretrained_weights")
-        described = {}
-    given = getattr(args, "given", {})
-    for flag in ("arch", "patch_size"):
-        stated = str(described.get(flag))
-        if flag in given and flag in described and canonical_name(str(given[flag])) != stated:
-            raise UserError(
-                f"--{flag} {given[flag]}: {args.pretrained_weights} holds a backbone with {flag}"
-                f" {described[flag]}. Leave the flag out."
-            )
-    options = {"arch": canonical_name(args.arch), "patch_size": args.patch_size, **described}
-    arch, patch_size = options["arch"], options["patch_size"]
-    stem = options.get("stem", "auto")
-    if not args.pretrained_weights:
-        weights = published_weights(arch, patch_size, published)
-        source = f"the published weights of {arch}"
-    in_chans = len(options.get("mean", IMAGENET_MEAN))
+        source = f"the published weights of {described['arch']}"
+        weights = published_weights(described["arch"], described["patch_size"], published)
+    arch, patch_size = described["arch"], described["patch_size"]
+    stem, in_chans = described.get("stem", "auto"), len(described.get("mean", IMAGENET_MEAN))
     backbone, embed_dim = build_with(weights, arch, patch_size, source, stem, in_chans)
     print_loaded(backbone, arch, source)
-    size = image_size or options.get("image_size") or trained_img_size(weights, arch, patch_size)
-    pretrained = Pretrained(backbone.eval(), embed_dim, **{**options, "image_size": size})
-    stated = "--image_size" if image_size else f"{source}: image_size"
-    check_takes_sizes(backbone, arch, [size], in_chans, f"{stated} {size}: {arch}")
+    size = image_size or described.get("image_size") or trained_img_size(weights, arch, patch_size)
+    pretrained = Pretrained(backbone.eval(), embed_dim, **{**described, "image_size": size})
+    origin = "--image_size" if image_size else f"{source}: image_size"
+    check_takes_sizes(backbone, arch, [size], in_chans, f"{origin} {size}: {arch}")
     set_white(pretrained.white)
     return pretrained
+
+
+def check_given_flags(given, stated, path):
+    """Raise UserError for a flag on the command line that contradicts what the file states."""
+    for flag in ("arch", "patch_size"):
+        wanted = canonical_name(str(given.get(flag)))
+        if flag in given and flag in stated and wanted != str(stated[flag]):
+            raise UserError(
+                f"--{flag} {given[flag]}: {path} holds a backbone with {flag} {stated[flag]}."
+                " Leave the flag out."
+            )
 
 
 def build_with(weights, arch, patch_size, source, stem="auto", in_chans=3):
@@ -128,10 +134,6 @@ def print_loaded(backbone, arch, source):
     print0(printable(f"Loaded {tensors} of {tensors} tensors of {arch} from {source}."))
 
 
-# of Pretrained, that a file may state
-FIELDS = tuple(f.name for f in fields(Pretrained) if f.name not in ("backbone", "embed_dim"))
-
-
 def describe_backbone(checkpoint, weights, source):
     """What the shapes of the backbone's weights and the checkpoint's entries say of it, checked."""
     described = vit_in(weights) | describe(checkpoint)
@@ -145,12 +147,12 @@ def describe(checkpoint):
     `backbone.pth` says it in entries of its own, a training checkpoint, ours or official, in
     `args`.
     """
+    described = {name: checkpoint[name] for name in FIELDS if name in checkpoint}
     args = flags_in(checkpoint)
-    names = {name: name for name in FIELDS}
-    described = {field: checkpoint[name] for field, name in names.items() if name in checkpoint}
-    names |= {"image_size": "global_crop_size"}
-    # in timm's checkpoints flags that were not given are None
-    described |= {field: args[name] for field, name in names.items() if args.get(name) is not None}
+    for name in FIELDS:
+        value = args.get("global_crop_size" if name == "image_size" else name)
+        if value is not None:  # timm's checkpoints have None for a flag that was not given
+            described[name] = value
     if isinstance(described.get("arch"), str):
         described["arch"] = canonical_name(described["arch"])
         if re.fullmatch(r"vit_\w+_patch\d+_\d+", described["arch"]):  # timm's: the shapes say more
