@@ -44,21 +44,23 @@ from dino.evaluation.features import FrozenFeatures
 from dino.evaluation.linear import evaluate_head, evaluate_heads, train_heads_one_epoch
 from dino.evaluation.linear_files import (
     BEST,
-    NEWEST,
-    HeadsProgress,
     LinearClassifier,
-    build_heads,
     check_backbone,
-    check_folder,
     check_head_description,
     describe_head,
     labels_of_head,
     load_head,
     published_head,
+    stated_flags,
+)
+from dino.evaluation.linear_run import (
+    NEWEST,
+    HeadsProgress,
+    build_heads,
+    check_folder,
     resume_training,
     save_best_and_last,
     save_training,
-    stated_flags,
 )
 from dino.precision import choose_amp_dtype
 from dino.printable import printable

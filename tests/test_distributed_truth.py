@@ -18,7 +18,7 @@ from dino.distributed import get_world_size
 from dino.evaluation.features import FrozenFeatures, extract_features
 from dino.evaluation.knn import knn_accuracies
 from dino.evaluation.linear import evaluate_heads, train_heads_one_epoch
-from dino.evaluation.linear_files import build_heads
+from dino.evaluation.linear_run import build_heads
 from dino.networks import unwrap
 from dino.randomness import fix_random_seeds
 from dino.training.flags import parse_args

@@ -15,7 +15,7 @@ import eval_linear as script
 from dino.backbones import build_backbone
 from dino.errors import Diverged, UserError
 from dino.evaluation import linear_files
-from dino.evaluation.linear_files import build_heads
+from dino.evaluation.linear_run import build_heads
 from dino.weights import published as released
 from eval_linear import eval_linear, get_args_parser
 

@@ -10,7 +10,7 @@ from conftest import SMALL_RUN, run_launched, run_processes
 
 from dino.distributed import gather_interleaved, get_rank
 from dino.errors import UserError
-from dino.evaluation.linear_files import resume_training
+from dino.evaluation.linear_run import resume_training
 from dino.same_on_ranks import check_same_flags
 from dino.training.saver import NEWEST, find_checkpoint
 from dino.weights.files import write_atomically

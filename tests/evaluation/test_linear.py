@@ -17,7 +17,7 @@ from dino.data.images import ImageFiles, list_labelled_images, read_image
 from dino.data.loaders import training_loader
 from dino.evaluation.features import FrozenFeatures
 from dino.evaluation.linear import evaluate_heads, step_of_heads
-from dino.evaluation.linear_files import build_heads
+from dino.evaluation.linear_run import build_heads
 from eval_linear import LinearClassifier
 
 CPU = torch.device("cpu")

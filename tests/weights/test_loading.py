@@ -9,11 +9,10 @@ from conftest import SMALL_RUN, run_script
 from helpers import network, training_objects
 
 from dino.errors import UserError
-from dino.evaluation.linear_files import (
+from dino.evaluation.linear_files import check_head_description, load_head
+from dino.evaluation.linear_run import (
     HeadsProgress,
     build_heads,
-    check_head_description,
-    load_head,
     load_training,
     resume_training,
     save_training,
