@@ -164,11 +164,8 @@ def write_features_safetensors(file, features, labels, paths, settings):
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     file.write(struct.pack("<Q", len(encoded)) + encoded)
-    for source, array in ((labels, arrays["labels"]), (features, arrays["features"])):
-        with open(source, "rb") as content:
-            content.seek(array.offset)  # after the header of the .npy file
-            shutil.copyfileobj(content, file, CHUNK)
-    file.write(text)
+    for array in arrays.values():
+        file.write(array)
 
 
 def read_features_safetensors(path):
