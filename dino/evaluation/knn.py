@@ -25,10 +25,10 @@ def knn_classifier(
     Features (n, D) and (m, D), each of length 1; labels (n,) and (m,), from 0 to `num_classes` - 1.
     As in the official function, classes without a vote fill the first five in their order.
     """
-    votes = count_correct(
+    correct = count_correct(
         train_features, train_labels, test_features, test_labels, [k], T, num_classes, voted=False
     )
-    return tuple((100 * votes[0] / len(test_labels)).tolist())
+    return tuple((100 * correct[0] / len(test_labels)).tolist())
 
 
 def knn_accuracies(
@@ -43,20 +43,10 @@ def knn_accuracies(
     clipped.
     """
     share = slice(get_rank(), None, get_world_size())
-    args = (
-        train_features,
-        train_labels,
-        test_features[share],
-        test_labels[share],
-        ks,
-        temperature,
-        num_classes,
-    )
-    correct = all_reduce_sum(count_correct(*args))
-    return {
-        k: tuple(row)
-        for k, row in zip(ks, (100 * correct / len(test_labels)).tolist(), strict=True)
-    }
+    test = test_features[share], test_labels[share]
+    correct = count_correct(train_features, train_labels, *test, ks, temperature, num_classes)
+    accuracies = 100 * all_reduce_sum(correct) / len(test_labels)
+    return {k: tuple(row) for k, row in zip(ks, accuracies.tolist(), strict=True)}
 
 
 @torch.no_grad()
