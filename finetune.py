@@ -296,7 +296,18 @@ def train(args, device, interruption):
     )
 
     # ---- training ----
-    backbone = pretrained.description
+    description = dict(
+        **pretrained.description,
+        **{name: getattr(args, name) for name in RECIPES[args.preset]},
+        from_scratch=args.from_scratch,
+        seed=args.seed,
+        classes=classes,
+        global_batch=global_batch,
+        pretrained_weights=args.pretrained_weights,
+        train_set=describe_set(paths, args.data_path),
+        val_set=describe_set(val_paths, args.data_path),
+        initial_backbone=fingerprint(pretrained.backbone),
+    )
     run = FineTuningRun(
         state,
         average,
@@ -304,25 +315,19 @@ def train(args, device, interruption):
         schedule,
         loader,
         val_loader,
-        len(val_paths),
-        backbone
-        | {name: getattr(args, name) for name in RECIPES[args.preset]}
-        | dict(from_scratch=args.from_scratch, seed=args.seed, classes=classes)
-        | dict(global_batch=global_batch, pretrained_weights=args.pretrained_weights)
-        | dict(train_set=describe_set(paths, args.data_path))
-        | dict(val_set=describe_set(val_paths, args.data_path))
-        | dict(initial_backbone=fingerprint(pretrained.backbone)),
-        backbone,
-        Saver(args.output_dir, minutes=args.saveckp_minutes),
-        interruption,
-        amp_dtype,
-        args.seed,
+        val_images=len(val_paths),
+        description=description,
+        backbone=pretrained.description,
+        saver=Saver(args.output_dir, minutes=args.saveckp_minutes),
+        interruption=interruption,
+        amp_dtype=amp_dtype,
+        seed=args.seed,
     )
     run.resume(args.epochs)
     run.train(args.epochs, args.val_freq)
-    best = run.progress
-    print0(f"Top-1 test accuracy: {best.best_acc:.1f} after epoch {best.best_epoch}, in {BEST}")
-    return best.best_acc
+    top1, epoch = run.progress.best_acc, run.progress.best_epoch
+    print0(f"Top-1 test accuracy: {top1:.1f} after epoch {epoch}, in {BEST}")
+    return top1
 
 
 def layer_decay_for(pretrained, args):
