@@ -143,15 +143,15 @@ def extract_features(args, images=None):
     settings = describe_settings(args, listed, pretrained, amp_dtype, device)
     side = pretrained.image_size
     shape = describe(torch.zeros(1, pretrained.in_chans, side, side)).shape[1:]
-    print0(f"{listed}")
+    print0(listed)
 
     if os.path.exists(args.output):
         check_complete(args.output, settings, (len(listed.paths), *shape))
         print0(f"{args.output} is complete.")
     else:
-        skip_bad = args.on_bad_image == "skip"
-        shown = pretrained.transform, pretrained.image_size
-        dataset = TransformedImages(images, labels, *shown, skip_bad)
+        dataset = TransformedImages(
+            images, labels, pretrained.transform, side, skip_bad=args.on_bad_image == "skip"
+        )
         write(args, settings, listed.paths, dataset, describe, shape, device)
     if args.neighbours and is_main_process():
         draw_pictures(args, images, queries, pretrained, describe)
@@ -275,7 +275,7 @@ def draw_pictures(args, images, queries, pretrained, describe):
         found = nearest_rows(vectors, file.features, k + 1)
         similarities, neighbours = without_self(*found, torch.tensor(rows))
     else:
-        files = ImageFiles(queries.paths, reader(pretrained.in_chans))
+        files = ImageFiles(queries.paths, reader(in_chans))
         names = [class_name(label, queries.classes) for label in queries.labels.tolist()]
         shown = [(files, i, name) for i, name in enumerate(names)]
         vectors = [describe(pretrained.transform(image)[None]).cpu() for image in files]

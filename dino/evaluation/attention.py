@@ -17,10 +17,10 @@ from dino.evaluation.vits import open_vit
 from dino.weights.published import PUBLISHED_BACKBONES
 
 
-def open_for_attention(args, published=PUBLISHED_BACKBONES, **options):
+def open_for_attention(args, published=PUBLISHED_BACKBONES, rgb_only=True):
     """`open_vit`, on --device."""
     device = choose_device(args.device)
-    pretrained = open_vit(args, lacks_class_attention, published, **options)
+    pretrained = open_vit(args, lacks_class_attention, published, rgb_only)
     pretrained.backbone.to(device)
     return pretrained
 

@@ -22,7 +22,7 @@ class TransformedImages(Dataset):
     UnreadableImage, or with `skip_bad` pixels that are nan.
     """
 
-    def __init__(self, images, labels, transform, image_size, skip_bad=False):
+    def __init__(self, images, labels, transform, image_size, *, skip_bad):
         self.images, self.labels, self.transform = images, labels, transform
         self.image_size, self.skip_bad = image_size, skip_bad
 

@@ -86,17 +86,14 @@ def check_head_description(entries, source):
     def is_count(value):
         return type(value) is int and 0 < value <= 2**13
 
-    def is_list_of_names(value):
-        return isinstance(value, list) and all(isinstance(name, str) for name in value)
+    def is_text(value):
+        return isinstance(value, str)
 
     right = {
         **dict.fromkeys(("patch_size", "image_size", "n_last_blocks"), is_count),
-        **dict.fromkeys(
-            ("arch", "checkpoint_key", "backbone", "pretrained_weights"),
-            lambda value: isinstance(value, str),
-        ),
+        **dict.fromkeys(("arch", "checkpoint_key", "backbone", "pretrained_weights"), is_text),
         "avgpool_patchtokens": lambda value: isinstance(value, bool),
-        "classes": is_list_of_names,
+        "classes": lambda value: isinstance(value, list) and all(map(is_text, value)),
     }
     for name in right.keys() & entries.keys():
         if not right[name](entries[name]):

@@ -137,8 +137,8 @@ def real(path):
     return Path(os.path.realpath(path))
 
 
-def hash_file(path, flag="--pretrained_weights"):
-    """What tells the content of a file from any other: SHA-256. UserError unless it is a file."""
-    check_is_file(Path(path), f"{flag} {path}")
+def hash_file(path):
+    """The SHA-256 of the file --pretrained_weights; UserError unless it is a file."""
+    check_is_file(Path(path), f"--pretrained_weights {path}")
     with open(path, "rb") as file:
         return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -97,14 +97,14 @@ def load_frame(path, short_side=SHORT_SIDE, mean=IMAGENET_MEAN, std=FRAME_STD):
     return TF.normalize(pixels / 255, mean, std), image.height, image.width
 
 
-def load_mask(path, patch_size, short_side=SHORT_SIDE):
+def load_mask(path, patch_size):
     """(one-hot labels of the patches (1, C, h, w), labels of the pixels in the file).
 
     The patches are those of `load_frame`; in the official code those of a square mask are
     transposed.
     """
     labels = read_labels(path)
-    height, width = frame_size(*labels.shape, short_side)
+    height, width = frame_size(*labels.shape)
     return one_hot_patches(labels, height // patch_size, width // patch_size), labels
 
 

@@ -160,9 +160,11 @@ def describe_transformers(config, source):
     epsilon = config.get("layer_norm_eps", 1e-12)  # transformers' default; ours adds 1e-6
     if not isinstance(epsilon, float) or not 0 <= epsilon <= 1e-5:
         raise UserError(f"{source}: layer_norm_eps is {brief(epsilon)}; ours is 1e-6.")
-    described = {"arch": arch, "patch_size": config.get("patch_size", 16)}
-    described["image_size"] = config.get("image_size", 224)
-    return described
+    return {
+        "arch": arch,
+        "patch_size": config.get("patch_size", 16),
+        "image_size": config.get("image_size", 224),
+    }
 
 
 def describe_preprocessor(preprocessor, source):

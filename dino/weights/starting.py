@@ -74,13 +74,13 @@ def warn_of_other_images(checkpoint, path, **flags):
         )
 
 
-def describe_weights(checkpoint, path, flag="--init_from"):
-    """What the content of a file of weights says of its backbone: fields of Pretrained, checked.
+def describe_weights(checkpoint, path):
+    """What the content of the file --init_from says of its backbone: fields of Pretrained, checked.
 
-    Without a word on them size and normalisation are the released backbones'.
+    Where it does not state size or normalisation, they are the released backbones'.
     """
-    weights = backbone_weights(checkpoint, "teacher", path, flag)
-    described = describe_backbone(checkpoint, weights, f"{flag} {path}")
+    weights = backbone_weights(checkpoint, "teacher", path, "--init_from")
+    described = describe_backbone(checkpoint, weights, f"--init_from {path}")
     size = trained_img_size(weights, described.get("arch"), described.get("patch_size"))
     return {"image_size": size, "mean": IMAGENET_MEAN, "std": IMAGENET_STD} | described
 
