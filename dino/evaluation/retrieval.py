@@ -70,24 +70,28 @@ def set_features(pretrained, images, imsize, multiscale, *, device, **options):
 def check_sizes(pretrained, images, imsize, smallest_scale):
     """Raise UserError for an image that holds no patch at the smallest scale.
 
-    And for a network, such as many of timm's, that takes images of one size only.
+    And for a network, such as many of timm's, that takes images of one size only: it refuses one of
+    two shapes.
     """
-    patch_size = patch_size_of(pretrained.backbone)
+    patch_size, shapes = patch_size_of(pretrained.backbone), {}
     for path, (width, height) in zip(images.paths, images.sizes, strict=True):
         scale = min(1, imsize / max(width, height))  # to which it is shrunk, not below a pixel
-        shape = [int(max(1, side * scale) * smallest_scale + 1e-6) for side in (height, width)]
+        sides = (max(1, side * scale) for side in (height, width))
+        shape = tuple(int(side * smallest_scale + 1e-6) for side in sides)
         if min(shape) < patch_size:
             raise UserError(
                 f"{printable(path)}: its {width} x {height} pixels do not hold a patch of"
                 f" {patch_size} x {patch_size} at --imsize {imsize} and the scale {smallest_scale}."
                 " Raise --imsize if that makes it larger, or take the image out of the set."
             )
-    try:
-        features(pretrained.backbone, torch.zeros(1, 3, *shape))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{pretrained.arch} does not take images of {shape[0]} x {shape[1]} pixels: {error}"
-        ) from None
+        shapes[shape] = None
+    for shape in list(shapes)[:2]:
+        try:
+            features(pretrained.backbone, torch.zeros(1, 3, *shape))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise UserError(
+                f"{pretrained.arch} does not take images of {shape[0]} x {shape[1]} pixels: {error}"
+            ) from None
 
 
 def features(model, images):

@@ -179,9 +179,10 @@ def test_a_resnet_50_has_2048_features_of_images_of_any_size():
     assert found.std() > 0
 
 
-def test_a_network_of_one_image_size_is_refused():
+@pytest.mark.parametrize("sizes", [[(64, 64), (64, 48)], [(64, 48), (64, 64)]])
+def test_a_network_of_one_image_size_is_refused(sizes):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8))
-    images = RetrievalSet("own", ["a.jpg"], ["b.jpg"], [(64, 64), (64, 48)], [])
+    images = RetrievalSet("own", ["a.jpg"], ["b.jpg"], sizes, [])
     with pytest.raises(UserError, match="linear does not take images of 24 x 32 pixels"):
         check_sizes(Pretrained(network, 8, "linear", 1), images, 64, smallest_scale=0.5)
 
