@@ -33,14 +33,11 @@ def token_features(tokens, pretrained, device, amp_dtype):
     of the patches: (B, D). UserError where the backbone is not our ViT and has no tokens.
     """
     backbone, embed_dim = pretrained.backbone, pretrained.embed_dim
-    options = dict(amp_dtype=amp_dtype)
     if tokens != "cls" and not is_vit(backbone):
         raise UserError(
             f"--tokens {tokens}: {pretrained.arch} is not one of our ViTs. --tokens cls gives its"
             " output."
         )
-    if tokens in ("cls", "last4"):
-        blocks = 4 if tokens == "last4" else 1
-        return FrozenFeatures(backbone, embed_dim, device, n_last_blocks=blocks, **options)
-    kind = PatchFeatures if tokens == "patch" else MeanPatchFeatures
-    return kind(backbone, embed_dim, device, n_last_blocks=1, **options)
+    kind = {"patch": PatchFeatures, "mean": MeanPatchFeatures}.get(tokens, FrozenFeatures)
+    blocks = 4 if tokens == "last4" else 1
+    return kind(backbone, embed_dim, device, n_last_blocks=blocks, amp_dtype=amp_dtype)
