@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dino.backbones import first_of, input_channels, is_vit
+from dino.backbones import first_of, is_vit
 from dino.command_line import (
     Parser,
     add_image_arguments,
@@ -169,13 +169,13 @@ def features(pretrained, pixels):
 def to_pixels(pretrained, photographs, size):
     """Photographs as the network sees them at an image size: (B, C, size, size).
 
-    Where C is not 3 their channels are repeated.
+    Where C is not 3 their channels are repeated, normalised as ImageNet's.
     """
-    channels = input_channels(pretrained.backbone)
-    colors = (pretrained.mean, pretrained.std) if channels == RGB else (IMAGENET_MEAN, IMAGENET_STD)
+    rgb = pretrained.in_chans == RGB
+    colors = (pretrained.mean, pretrained.std) if rgb else (IMAGENET_MEAN, IMAGENET_STD)
     transform = eval_transform(size, *colors, pretrained.shrink_images)
     pixels = torch.stack([transform(photograph) for photograph in photographs])
-    return pixels[:, torch.arange(channels) % 3]
+    return pixels[:, torch.arange(pretrained.in_chans) % RGB]
 
 
 def largest(values):
@@ -206,7 +206,7 @@ def compare_other_shape(name, pretrained, network, pixels):
 
 def compare_transform(name, pretrained, network, written, photographs, expected):
     """Print what the library's own preprocessing changes."""
-    if input_channels(pretrained.backbone) != 3:
+    if pretrained.in_chans != RGB:
         return
     transform = FORMATS[name].load_transform(written)
     found = network(torch.stack([transform(photograph) for photograph in photographs]))

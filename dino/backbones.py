@@ -237,11 +237,6 @@ def first_of(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-def input_channels(backbone):
-    """The channels of the images that `backbone` takes: those of its first convolution."""
-    return next(m for m in backbone.modules() if isinstance(m, nn.Conv2d)).in_channels
-
-
 def has_batchnorms(model):
     """True if there is a batch norm, synchronised or not, anywhere in `model`."""
     batchnorms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

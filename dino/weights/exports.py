@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dino.backbones import build_backbone, input_channels, is_timm, is_vit, timm_name
+from dino.backbones import build_backbone, is_timm, is_vit, timm_name
 from dino.data.augmentations import resized_side
+from dino.data.channels import RGB
 from dino.errors import UserError
 from dino.weights import graphs
 from dino.weights.layouts import CONFIG, DESCRIPTION, SAFETENSORS, to_transformers
@@ -62,7 +63,7 @@ def at_image_size(pretrained):
     side = size // pretrained.patch_size
     if not is_vit(backbone) or backbone.patch_embed.grid_size == (side, side):
         return pretrained
-    options = dict(img_size=size, in_chans=input_channels(backbone))
+    options = dict(img_size=size, in_chans=pretrained.in_chans)
     resized, _ = build_backbone(pretrained.arch, pretrained.patch_size, **options)
     with torch.no_grad():
         positions = backbone.interpolate_pos_encoding(torch.zeros(1, 1 + side**2, 1), size, size)
@@ -109,7 +110,7 @@ def write_timm(pretrained, folder):
         "model_args": {"num_classes": 0, **options},
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [input_channels(pretrained.backbone), size, size],
+            "input_size": [pretrained.in_chans, size, size],
             "fixed_input_size": is_vit(pretrained.backbone),
             "interpolation": "bicubic",
             "crop_pct": crop_pct,
@@ -132,7 +133,7 @@ def timm_arguments(pretrained):
     import timm
 
     arch, backbone = pretrained.arch, pretrained.backbone
-    options = {"in_chans": input_channels(backbone)} if input_channels(backbone) != 3 else {}
+    options = {"in_chans": pretrained.in_chans} if pretrained.in_chans != RGB else {}
     if is_vit(backbone):
         name = f"{arch}_patch{pretrained.patch_size}_224"
         if not timm.is_model(name):  # any of timm's ViTs will do, with these sizes
@@ -212,7 +213,7 @@ def write_transformers(pretrained, folder):
         intermediate_size=4 * sizes["embed_dim"],
         image_size=size,
         patch_size=pretrained.patch_size,
-        num_channels=input_channels(pretrained.backbone),
+        num_channels=pretrained.in_chans,
         layer_norm_eps=pretrained.backbone.norm.eps,
     )
     # Unlike ViTImageProcessor this one resizes the short side, and crops. With backend="pil" it

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
-from dino.backbones import first_of, input_channels, is_vit
+from dino.backbones import first_of, is_vit
 from dino.errors import UserError
 from dino.printable import printable
 
@@ -47,7 +47,7 @@ def trace(pretrained):
         backbone.interpolate_pos_encoding = functools.partial(interpolate_positions, backbone)
     size = pretrained.image_size
     # Two images, since a dimension of 1 in the example would be taken for a constant.
-    example = torch.zeros(2, input_channels(backbone), size, size)
+    example = torch.zeros(2, pretrained.in_chans, size, size)
     free = {0: Dim("batch"), 2: Dim.AUTO, 3: Dim.AUTO}
     with torch.no_grad(), explain_failure(pretrained.arch):
         return torch.export.export(Features(backbone), (example,), dynamic_shapes=(free,))
