@@ -332,7 +332,7 @@ def train(args, device, interruption):
 
 def layer_decay_for(pretrained, args):
     """--layer_decay, or 1 for a network whose layers are not known; UserError if it was given."""
-    if is_vit(pretrained.backbone):  # which alone says what layer a parameter is of
+    if is_vit(pretrained.backbone):  # the only network whose layers are known
         return args.layer_decay
     if args.given.get("layer_decay", 1) != 1:
         raise UserError(

@@ -136,7 +136,10 @@ class KnnProbe:
         return [self.vote(parts, number) for number in range(len(backbones))]
 
     def vote(self, parts, number):
-        """Top-1 of the features `number`; `parts`: this rank's share of train and val, totals."""
+        """Top-1 of the backbone `number`; `parts`: ([features of each, labels], total) of two sets.
+
+        The rows of a set are those of this rank's share.
+        """
         gathered = [
             gather_interleaved(None if rows is None else rows.to(self.device), total)
             for (*features, labels), total in parts

@@ -48,7 +48,7 @@ def evaluate_heads(features, heads, loader, total):
     """{"loss", "acc1", "acc5"} of each head on `total` images, of which each rank has a share.
 
     Means over images, the accuracies in percent; no "acc5" where there are fewer than 5 classes.
-    An output that is not finite is never right: the first of equal ones would be.
+    An image with an output that is not finite counts as wrong: of only nan topk takes class 0.
     """
     sums = torch.zeros(len(heads), 3, dtype=torch.float64, device=features.device)
     for images, labels in progress_bar(loader, "validation"):

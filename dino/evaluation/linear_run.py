@@ -126,7 +126,7 @@ def load_training(checkpoint, source, state, progress, description):
 def check_schedule(state, epoch, source):
     """Raise UserError unless optimizer and scheduler are those of the end of `epoch` epochs."""
     groups, scheduler = state.optimizer.param_groups, state.scheduler
-    due = scheduler._get_closed_form_lr()  # of which the steps' own differs by rounding
+    due = scheduler._get_closed_form_lr()  # a run's own, step by step, differ by rounding
     right = (
         scheduler.last_epoch == epoch
         and all(group["weight_decay"] == 0 for group in groups)

@@ -210,8 +210,8 @@ def backbone_payload(
 ):
     """The content of `backbone.pth`: clean keys, and how to build and feed the backbone of `model`.
 
-    The keys are under `teacher`, where scripts look for them, also where `network`, the one that
-    measured better, is the student.
+    The weights are under `teacher`, where scripts look for them, even if they are the student's:
+    `network` says whose they are.
     """
     return {
         "teacher": unwrap(model).backbone.state_dict(),

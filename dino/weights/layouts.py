@@ -35,7 +35,7 @@ TIMM_ARGUMENTS = {
 }
 POOLS = ("", "token", "avg", "map")  # timm's defaults: neither do others show in the weights
 
-# Ours: transformers', in files. Of the last one in a block each of the three is a third.
+# {our name: transformers' names in its files}, of parts that our weight has one after the other.
 OUTSIDE_BLOCKS = {
     "cls_token": ["embeddings.cls_token"],
     "pos_embed": ["embeddings.position_embeddings"],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was read from a file, into live objects: exactly, or a UserError that names what differs."""
+"""Load what a file holds into live objects: exactly, or a UserError names what differs."""
 
 import torch
 
@@ -87,7 +87,7 @@ def restore(checkpoint, source, *, description=None, **objects):
 
 
 def restore_module(module, state, what):
-    """Load weights, which must be of the run itself: rounded ones would end elsewhere."""
+    """Load weights in full precision; a run that resumed from rounded ones would end elsewhere."""
     weights = without_prefix(state, "module.")
     if len(weights) < len(state):
         raise UserError(f"{what}: some of its names differ by 'module.' alone.")

@@ -15,7 +15,8 @@ from dino.meters import progress_bar
 from dino.weights.files import DamagedFile, read
 
 PUBLISHED_URL = "https://dl.fbaipublicfiles.com/dino/"
-# (arch, patch size, or None where it is in the name or means nothing): x, the file is x/x.pth.
+# {(arch, patch size): name} of files name/name.pth. The patch size is None where the arch names it
+# or has none.
 PUBLISHED_BACKBONES = {
     ("vit_small", 16): "dino_deitsmall16_pretrain",
     ("vit_small", 8): "dino_deitsmall8_pretrain",

@@ -140,9 +140,9 @@ def is_position_grid(positions):
 def fit_channels(backbone, weights, what):
     """`weights` with a first layer for as many channels as `backbone` takes.
 
-    Every channel gets the mean over the channels that there were, times their number over the new
-    one: an image whose channels are all equal gives what it gave before. What is not numbers of
-    such a layer is left for load_exactly to refuse.
+    Every new channel gets the mean of the old ones' weights times old / new number of channels, so
+    that an image whose channels are all equal gives what it gave before. Weights that are not of a
+    convolution are left for load_exactly to refuse.
     """
     name = first_convolution(backbone)
     own, first = backbone.state_dict().get(name), weights.get(name)
