@@ -101,7 +101,7 @@ def eval_copy_detection(args):
         device=device,
         batch_size=args.batch_size_per_gpu,
         num_workers=loader_workers(args.num_workers),
-        amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
+        amp_dtype=choose_amp_dtype(args.amp_dtype, device),
     )
     scores = score_blocks(copydays, distractors, whitening_set, describe)
     print_scores(scores)

@@ -130,7 +130,7 @@ def eval_image_retrieval(args):
         device=device,
         batch_size=args.batch_size_per_gpu,
         num_workers=loader_workers(args.num_workers),
-        amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
+        amp_dtype=choose_amp_dtype(args.amp_dtype, device),
     )
     ranks = rank(database, queries)
     scores = score(ranks, images.ground_truth, KS)

@@ -153,7 +153,7 @@ def compute_features(args, device):
         device=device,
         batch_size=args.batch_size_per_gpu,
         num_workers=loader_workers(args.num_workers),
-        amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
+        amp_dtype=choose_amp_dtype(args.amp_dtype, device),
         keep_on_device=args.use_cuda,
     )
     train = image_features(pretrained, train_paths, train_labels, **options)

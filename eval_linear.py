@@ -223,7 +223,7 @@ def build_features(args, pretrained, device):
         device,
         n_last_blocks=args.n_last_blocks,
         avgpool_patchtokens=args.avgpool_patchtokens,
-        amp_dtype=choose_amp_dtype(True, args.amp_dtype, device),
+        amp_dtype=choose_amp_dtype(args.amp_dtype, device),
     )
 
 

@@ -138,7 +138,7 @@ def extract_features(args, images=None):
     labels = None  # those of the images given
     if images is None:
         labels, images = listed.labels, ImageFiles(listed.paths, reader(pretrained.in_chans))
-    amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
+    amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     describe = token_features(args.tokens, pretrained, device, amp_dtype)
     settings = describe_settings(args, listed, pretrained, amp_dtype, device)
     side = pretrained.image_size

@@ -215,7 +215,7 @@ def evaluate(args, device):
     check_head_description(entries, source)
     labels = labels_of_head(labels, names, entries.get("classes"), head.num_labels, source)
     pretrained = open_backbone(args, args.image_size)
-    amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
+    amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     features = FrozenFeatures(
         pretrained.backbone, pretrained.embed_dim, device, n_last_blocks=1, amp_dtype=amp_dtype
     )
@@ -275,7 +275,7 @@ def train(args, device, interruption):
 
     # ---- network ----
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same weights
-    amp_dtype = choose_amp_dtype(True, args.amp_dtype, device)
+    amp_dtype = choose_amp_dtype(args.amp_dtype, device)
     check_gradients(pretrained.backbone, [pretrained.image_size], in_chans, device, amp_dtype)
     state, average = build_finetuning(
         build_model(pretrained, len(classes), args.drop_path_rate, args.from_scratch),

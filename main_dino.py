@@ -99,7 +99,7 @@ def train_dino(args, images=None, augmentation=None):
         check_same_images("--knn_data_path", args.knn_set)
 
     # ---- student, teacher, loss, optimizer, schedules ----
-    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    amp_dtype = choose_amp_dtype(args.amp_dtype, device, args.use_fp16)
     state = build_state(args, augmentation.views, device, amp_dtype)
     global_batch = args.batch_size_per_gpu * get_world_size()
     scaled_lr = args.lr * global_batch / 256  # linear scaling rule (Goyal et al. 2017)
@@ -266,7 +266,7 @@ def no_sync(student, enabled):
 def build_trial(args, images, augmentation, device):
     """(loader, state, amp_dtype) of a throw-away run with these flags, on which to measure."""
     augmentation = augmentation or build_augmentation(args)
-    amp_dtype = choose_amp_dtype(args.use_fp16, args.amp_dtype, device)
+    amp_dtype = choose_amp_dtype(args.amp_dtype, device, args.use_fp16)
     fix_random_seeds(args.seed)
     state = build_state(args, augmentation.views, device, amp_dtype)
     fix_random_seeds(args.seed)  # building drew random numbers

@@ -135,7 +135,7 @@ def video_generation(args):
     fps = args.fps
     if source.is_file():
         own_fps = frames_per_second(source)  # or say at once that it is not a video
-        fps = getattr(args, "given", {}).get("fps", own_fps)
+        fps = args.given.get("fps", own_fps)
     else:
         frames = list_pictures(source, FRAMES)
     pretrained = open_for_attention(args, PUBLISHED_FOR_PICTURES)
@@ -161,7 +161,7 @@ def check_flags(args, source, video):
             " alone."
         )
     for flag in ("threshold", "resize", "color_scale", "side_by_side"):
-        if args.video_only and flag in getattr(args, "given", {}):
+        if args.video_only and flag in args.given:
             raise UserError(
                 f"--{flag} has no effect with --video_only, which films maps as they are. Leave one"
                 " of them out."

@@ -54,7 +54,7 @@ def benchmark(args, training):
     """What the JSON line says."""
     check_training_flags(training)
     device = choose_device(training.device)
-    amp_dtype = choose_amp_dtype(training.use_fp16, training.amp_dtype, device)
+    amp_dtype = choose_amp_dtype(training.amp_dtype, device, training.use_fp16)
     training.compile = choose_compile(training.compile, device)  # what auto means here
     steps = args.steps or (30 if device.type == "cuda" else 5)
     result = {

@@ -6,7 +6,7 @@ import torch
 AMP_DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-def choose_amp_dtype(use_fp16, amp_dtype, device):
+def choose_amp_dtype(amp_dtype, device, use_fp16=True):
     """torch dtype of autocast on `device`; float32 means none.
 
     `auto`: bfloat16 where the GPU computes in it, else float16, which needs a GradScaler; float32

@@ -144,4 +144,4 @@ def test_bool_flag_refuses_other_words_by_name():
     ],
 )
 def test_mixed_precision_is_what_the_device_has(use_fp16, amp_dtype, device, expected):
-    assert choose_amp_dtype(use_fp16, amp_dtype, torch.device(device)) is expected
+    assert choose_amp_dtype(amp_dtype, torch.device(device), use_fp16) is expected

@@ -47,7 +47,7 @@ def lost_ranks_explained():
 def explain_divergence(error, args):
     """The error, with what is saved and what to try."""
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
-    precision = PRECISION_TO_TRY[choose_amp_dtype(args.use_fp16, args.amp_dtype, device)]
+    precision = PRECISION_TO_TRY[choose_amp_dtype(args.amp_dtype, device, args.use_fp16)]
     saved = Path(args.output_dir) / NEWEST
     kept = f"{saved} is from before that" if saved.exists() else "nothing is saved yet"
     return Diverged(

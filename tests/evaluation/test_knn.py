@@ -259,7 +259,7 @@ def test_numbers_to_compare_with_others_are_computed_in_float32_as_theirs(script
     """On a GPU, bfloat16 moves k-NN accuracies by 0.1 to 0.3 points."""
     required = ["--output", "features.npz"] if script == "extract_features" else []
     args = importlib.import_module(script).get_args_parser().parse_args(required)
-    assert choose_amp_dtype(True, args.amp_dtype, torch.device("cuda")) == torch.float32
+    assert choose_amp_dtype(args.amp_dtype, torch.device("cuda")) == torch.float32
 
 
 def test_a_run_measures_in_float32_whatever_it_trains_in(class_folders, tmp_path):
