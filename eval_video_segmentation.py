@@ -34,7 +34,7 @@ from dino.data.images import limit_pixels
 from dino.distributed import choose_device, print0
 from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.video_pictures import draw_video
-from dino.evaluation.video_results import Results, check_apart, hash_file
+from dino.evaluation.video_results import Results, check_apart, hash_files
 from dino.evaluation.video_scores import summarise, table, table_files, write_tables
 from dino.evaluation.video_segmentation import (
     LONG_SIDE_STEP,
@@ -154,7 +154,7 @@ def open_videos(args):
 def describe_protocol(args):
     """What the masks depend on besides the videos: {name: value}, for JSON."""
     if args.pretrained_weights:
-        weights = f"{hash_file(args.pretrained_weights)}, {args.checkpoint_key}"
+        weights = f"{hash_files(args.pretrained_weights)}, {args.checkpoint_key}"
     else:
         weights = f"published, {canonical_name(args.arch)}, patches of {args.patch_size}"
     flags = ("n_last_frames", "size_mask_neighborhood", "topk", "image_size")

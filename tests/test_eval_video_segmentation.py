@@ -17,6 +17,8 @@ from dino.data import demo_videos
 from dino.data.davis import find_videos, palette, read_labels, save_mask
 from dino.errors import UserError
 from dino.evaluation.video_results import Results
+from dino.weights.exports import FORMATS
+from dino.weights.pretrained import open_backbone
 
 SCRIPT = "eval_video_segmentation.py"
 
@@ -141,6 +143,18 @@ def test_masks_of_another_network_protocol_or_program_are_not_taken_for_ones_own
     with pytest.raises(UserError, match=r"dog has masks, but no segmentation\.json"):
         segment(davis, other, output, "--resume", "never")
     assert read_labels(output / "dog" / "00003.png").shape == (64, 128)
+
+
+def test_a_folder_of_timm_is_segmented_with_and_told_from_another(davis, weights, tmp_path, capsys):
+    folder, output = tmp_path / "timm", tmp_path / "results"
+    pretrained = open_backbone(parse(eval_video_segmentation, "--pretrained_weights", weights))
+    FORMATS["timm"].write(pretrained, folder)
+    segment(davis, folder, output)
+    segment(davis, folder, output)
+    assert "2 videos, of which 2 were finished before" in capsys.readouterr().out
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"made with weights sha256"):
+        segment(davis, folder, output)
 
 
 def test_tables_of_another_program_are_not_replaced(davis, weights, tmp_path):

@@ -19,6 +19,7 @@ from dino.json_files import read_object, write_json
 from dino.meters import progress_bar
 from dino.printable import printable
 from dino.weights.files import check_is_file
+from dino.weights.layouts import CONFIG
 
 PROTOCOL = "segmentation.json"
 
@@ -137,8 +138,16 @@ def real(path):
     return Path(os.path.realpath(path))
 
 
-def hash_file(path):
-    """The SHA-256 of the file --pretrained_weights; UserError unless it is a file."""
-    check_is_file(Path(path), f"--pretrained_weights {path}")
-    with open(path, "rb") as file:
-        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+def hash_files(path):
+    """The SHA-256 of the file --pretrained_weights, or of all files in such a folder.
+
+    UserError unless it is one of these.
+    """
+    files, digest = [Path(path)], hashlib.sha256()
+    if (Path(path) / CONFIG).is_file():
+        files = sorted(filter(Path.is_file, Path(path).iterdir()))
+    for file in files:
+        check_is_file(file, f"--pretrained_weights {path}")
+        with open(file, "rb") as opened:
+            hashlib.file_digest(opened, lambda: digest)
+    return f"sha256 {digest.hexdigest()}"
