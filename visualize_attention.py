@@ -147,7 +147,7 @@ def list_photographs(image_path, output_dir):
     """(path, folder of its pictures) of the image, or of each image of the folder, at any depth.
 
     The folders of pictures are called as the images, without suffixes unless two images would then
-    share one, or one would be `..`. Without an `image_path`, the path is None.
+    share one. Without an `image_path`, the path is None.
     """
     output_dir = Path(output_dir)
     if image_path is None or Path(image_path).is_file():

@@ -139,7 +139,7 @@ def real(path):
 
 
 def hash_files(path):
-    """The SHA-256 of the file --pretrained_weights, or of all files in such a folder.
+    """The SHA-256 of --pretrained_weights: a file, or all files of a folder with a config.json.
 
     UserError unless it is one of these.
     """

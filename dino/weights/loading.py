@@ -40,23 +40,20 @@ def load_exactly(module, state_dict, what):
 def check_fits(module, state_dict, what):
     """Raise the UserError of load_exactly; `module` may be without numbers, on the device meta."""
     own = module.state_dict()
-    problems = [
-        f"{name} is a {type(value).__name__}, not a tensor"
-        for name, value in state_dict.items()
-        if not isinstance(value, torch.Tensor)
-    ]
-    state_dict = {name: v for name, v in state_dict.items() if isinstance(v, torch.Tensor)}
-    problems += [f"{name} is missing" for name in own if name not in state_dict]
+    problems = [f"{name} is missing" for name in own if name not in state_dict]
     problems += [f"{name} is not expected" for name in state_dict if name not in own]
-    for name in own.keys() & state_dict.keys():
-        problems += unlike(name, state_dict[name], own[name])
+    for name, value in own.items():
+        if name in state_dict:
+            problems += unlike(name, state_dict[name], value)
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{what} does not fit this network: {'; '.join(problems[:3])}{more}.")
 
 
 def unlike(name, value, own):
-    """[why a tensor cannot take the place of `own`], or []."""
+    """[why `value` cannot take the place of the tensor `own`], or []."""
+    if not isinstance(value, torch.Tensor):
+        return [f"{name} is a {type(value).__name__}, not a tensor"]
     if value.is_complex() or (value.dtype in FLOATS) != own.is_floating_point():
         return [f"{name} holds {value.dtype}, expected {own.dtype}"]
     if value.shape != own.shape:
