@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -171,10 +172,6 @@ def load_timm(pretrained, folder, **options):
     return model.eval()
 
 
-def load_timm_at_any_size(pretrained, folder):
-    return load_timm(pretrained, folder, dynamic_img_size=True)
-
-
 def load_timm_transform(folder):
     import timm
 
@@ -245,10 +242,6 @@ def load_transformers(_, folder, **options):
     return lambda images: model.eval()(images, **options).last_hidden_state[:, 0]
 
 
-def load_transformers_at_any_size(pretrained, folder):
-    return load_transformers(pretrained, folder, interpolate_pos_encoding=True)
-
-
 def load_transformers_transform(folder):
     from transformers import AutoImageProcessor
 
@@ -308,7 +301,7 @@ FORMATS = {
         load_timm,
         timm_usage,
         libraries=("timm", "safetensors"),
-        load_at_any_size=load_timm_at_any_size,
+        load_at_any_size=partial(load_timm, dynamic_img_size=True),
         load_transform=load_timm_transform,
     ),
     "transformers": Format(
@@ -316,7 +309,7 @@ FORMATS = {
         load_transformers,
         transformers_usage,
         libraries=("transformers", "safetensors"),
-        load_at_any_size=load_transformers_at_any_size,
+        load_at_any_size=partial(load_transformers, interpolate_pos_encoding=True),
         load_transform=load_transformers_transform,
     ),
     "safetensors": Format(

@@ -36,24 +36,14 @@ PUBLISHED_FOR_PICTURES = {
 # Trained on Google Landmarks v2, for retrieval (Table 3).
 PUBLISHED_ON_LANDMARKS = {("vit_small", 16): "dino_vitsmall16_googlelandmark_pretrain"}
 # Linear heads on PUBLISHED_BACKBONES: file, and the flags of eval_linear.py with which they were
-# trained.
+# trained, those of ViT-S and of ViT-B.
+SMALL = dict(n_last_blocks=4, avgpool_patchtokens=False)
+BASE = dict(n_last_blocks=1, avgpool_patchtokens=True)
 PUBLISHED_HEADS = {
-    ("vit_small", 16): (
-        "dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth",
-        dict(n_last_blocks=4, avgpool_patchtokens=False),
-    ),
-    ("vit_small", 8): (
-        "dino_deitsmall8_pretrain/dino_deitsmall8_linearweights.pth",
-        dict(n_last_blocks=4, avgpool_patchtokens=False),
-    ),
-    ("vit_base", 16): (
-        "dino_vitbase16_pretrain/dino_vitbase16_linearweights.pth",
-        dict(n_last_blocks=1, avgpool_patchtokens=True),
-    ),
-    ("vit_base", 8): (
-        "dino_vitbase8_pretrain/dino_vitbase8_linearweights.pth",
-        dict(n_last_blocks=1, avgpool_patchtokens=True),
-    ),
+    ("vit_small", 16): ("dino_deitsmall16_pretrain/dino_deitsmall16_linearweights.pth", SMALL),
+    ("vit_small", 8): ("dino_deitsmall8_pretrain/dino_deitsmall8_linearweights.pth", SMALL),
+    ("vit_base", 16): ("dino_vitbase16_pretrain/dino_vitbase16_linearweights.pth", BASE),
+    ("vit_base", 8): ("dino_vitbase8_pretrain/dino_vitbase8_linearweights.pth", BASE),
     ("resnet50", None): ("dino_resnet50_pretrain/dino_resnet50_linearweights.pth", {}),
 }
 # The authors publish no hashes. This one, of the only file for which several others do (343242485
