@@ -95,8 +95,8 @@ def check_head_description(entries, source):
         "avgpool_patchtokens": lambda value: isinstance(value, bool),
         "classes": lambda value: isinstance(value, list) and all(map(is_text, value)),
     }
-    for name in right.keys() & entries.keys():
-        if not right[name](entries[name]):
+    for name, is_right in right.items():
+        if name in entries and not is_right(entries[name]):
             raise UserError(f"{source} has an invalid {name}: {brief(entries[name])}.")
 
 

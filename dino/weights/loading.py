@@ -183,13 +183,12 @@ def check_moments(optimizer, what):
 def restore_values(value, state, what):
     """Load an object of plain numbers: a gradient scaler, a learning-rate scheduler."""
     own = value.state_dict()
-    for name in (state.keys() | RUNNING) & own.keys():
-        if not same_kind(state.get(name), own[name]):
-            found = brief(state.get(name))
-            raise UserError(f"{what}: {name} is {found}, not like {brief(own[name])}.")
-        if name not in RUNNING and not equal(state[name], own[name]):
-            found = brief(state[name])
-            raise UserError(f"{what}: {name} is {found}, and {brief(own[name])} in this run.")
+    for name in (name for name in own if name in state or name in RUNNING):
+        found, expected = state.get(name), own[name]
+        if not same_kind(found, expected):
+            raise UserError(f"{what}: {name} is {brief(found)}, not like {brief(expected)}.")
+        if name not in RUNNING and not equal(found, expected):
+            raise UserError(f"{what}: {name} is {brief(found)}, and {brief(expected)} in this run.")
     value.load_state_dict({name: state.get(name, own[name]) for name in own})
 
 
