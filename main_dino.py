@@ -26,7 +26,7 @@ from dino.command_line import loader_workers
 from dino.data.augmentations import DataAugmentationDINO
 from dino.data.images import limit_pixels
 from dino.data.levels import set_white
-from dino.distributed import get_world_size, init_distributed, print0, shut_down
+from dino.distributed import get_world_size, init_distributed, shut_down
 from dino.errors import exit_on_user_error
 from dino.loss import DINOLoss
 from dino.networks import update_teacher
@@ -37,7 +37,6 @@ from dino.optim import (
     set_lr_and_weight_decay,
 )
 from dino.precision import autocast, choose_amp_dtype
-from dino.printable import printable
 from dino.randomness import fix_random_seeds
 from dino.run_lock import owned
 from dino.same_on_ranks import check_same_flags, check_same_images
@@ -49,9 +48,10 @@ from dino.training.checkpoint import Progress
 from dino.training.correlation import view_correlation
 from dino.training.data import build_augmentation, check_batch, describe_images, open_images
 from dino.training.failures import divergence_explained, lost_ranks_explained
-from dino.training.flag_checks import check_iterations, check_training_flags, idle_flags
+from dino.training.flag_checks import check_iterations, check_training_flags
 from dino.training.flags import complete, get_args_parser, parse_args
 from dino.training.html_report import report_run
+from dino.training.idle_flags import tell_idle_flags
 from dino.training.own_views import check_augmentation, check_returned
 from dino.training.presets import DECIDED
 from dino.training.recorder import report_end, report_start
@@ -83,8 +83,7 @@ def train_dino(args, images=None, augmentation=None):
     # ---- processes ----
     launch, device = init_distributed(args.device, args.dist_url)
     check_same_flags(args)
-    for sentence in idle_flags(args):
-        print0(printable(sentence))
+    tell_idle_flags(args)
     fix_random_seeds(args.seed)  # the same on every rank: all start from the same weights
     torch.backends.cudnn.benchmark = True
 

@@ -9,10 +9,8 @@ from dino.data.augmentations import MOST_HUE
 from dino.data.images import PICTURES_OF_A_RUN, SIGN_OF_A_RUN
 from dino.errors import UserError
 from dino.json_files import parse
-from dino.training.flags import get_args_parser
-from dino.training.presets import CONTINUE, DECIDED, PRESETS
+from dino.training.presets import CONTINUE, DECIDED
 from dino.training.saver import NEWEST, own_checkpoints
-from dino.training.view_flags import VIEW_FLAGS
 from dino.wandb_log import require_wandb
 from dino.weights.results import check_no_results
 from vision_transformer import ARCHITECTURES
@@ -156,55 +154,3 @@ def check_step(args):
         raise UserError(
             f"--use_fp16 false and --amp_dtype {args.amp_dtype} exclude each other: leave one out."
         )
-
-
-# What makes flags idle: (a flag, whether its value does so, the idle ones).
-IDLE = (
-    ("augmentation", lambda args: args.augmentation, (*VIEW_FLAGS, "in_chans")),
-    ("dataset", lambda args: ":" in (args.dataset or ""), ("data_path", "download")),
-    ("arch", lambda args: canonical_name(args.arch) not in ARCHITECTURES, ("patch_size",)),
-    ("arch", lambda args: args.arch.startswith("resnet"), ("drop_path_rate",)),
-    ("in_chans", lambda args: args.in_chans == 1, ("grayscale_p",)),
-    (
-        "teacher_update",
-        lambda args: args.teacher_update != "ema",
-        ("momentum_teacher", "momentum_teacher_end"),
-    ),
-    (
-        "warmup_teacher_temp_epochs",
-        lambda args: (
-            not args.warmup_teacher_temp_epochs and args.warmup_teacher_temp != args.teacher_temp
-        ),
-        ("warmup_teacher_temp",),
-    ),
-    ("sinkhorn_iterations", lambda args: args.sinkhorn_iterations, ("center_momentum",)),
-    (
-        "local_crops_number",
-        lambda args: not args.local_crops_number,
-        ("local_crops_scale", "local_crop_size"),
-    ),
-    ("saveckp_freq", lambda args: not args.saveckp_freq, ("keep_checkpoints",)),
-)
-
-
-def idle_flags(args):
-    """Sentences about flags that were changed, and change nothing because of another flag.
-
-    The values of a preset are its defaults.
-    """
-    defaults = vars(get_args_parser().parse_args([]))
-    if args.preset:
-        defaults |= PRESETS[args.preset].flags
-    for cause, makes_idle, names in IDLE:
-        for name in names if makes_idle(args) else ():
-            value = getattr(args, name)
-            if as_text(value) != as_text(defaults[name]):
-                yield (
-                    f"--{name} {as_text(value)} has no effect with --{cause}"
-                    f" {getattr(args, cause)}."
-                )
-
-
-def as_text(value):
-    """A number, or several, as on a command line."""
-    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

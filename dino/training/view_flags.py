@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flags of main_dino.py about what the networks see."""
 
-import argparse
-
 from dino.command_line import number
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, MEANS, STDS
 
@@ -134,13 +132,3 @@ def add_view_arguments(group):
         help="where the colour augmentation runs: cpu is Pillow in the loader's processes; device"
         " does whole batches, for about a fifth of the loader's time; auto is device on a GPU",
     )
-
-
-def view_flags():
-    """Names of the flags that say what the views are."""
-    parser = argparse.ArgumentParser()
-    add_view_arguments(parser)
-    return tuple(name for name in vars(parser.parse_args([])) if not name.startswith("augment"))
-
-
-VIEW_FLAGS = view_flags()
