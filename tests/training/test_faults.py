@@ -26,8 +26,8 @@ from dino.errors import UserError
 from dino.training.saver import NEWEST, PREVIOUS, Saver, find_checkpoint
 from dino.weights.files import read
 
-# Fifteen epochs of six steps, saved at every second one: long enough to be interrupted in.
-LONG_RUN = (*SMALL_RUN, "--epochs", 15, "--saveckp_iters", 2, "--log_freq", 4, "--num_workers", 1)
+# Twelve epochs of six steps, saved at every second one: long enough to be interrupted in.
+LONG_RUN = (*SMALL_RUN, "--epochs", 12, "--saveckp_iters", 2, "--log_freq", 4, "--num_workers", 1)
 
 
 def command_of(data, folder, *flags):
@@ -68,7 +68,7 @@ def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(class_folders, tm
     kills = 0
     while kills < 4:
         process = start(class_folders / "train", tmp_path)
-        target = iterations(tmp_path) + int(rng.integers(5, 20))
+        target = iterations(tmp_path) + int(rng.integers(4, 16))
         while process.poll() is None and iterations(tmp_path) < target:
             time.sleep(0.005)
         if process.poll() is not None:
@@ -87,9 +87,9 @@ def test_a_run_killed_again_and_again_ends_as_the_unbroken_one(class_folders, tm
 def test_a_run_that_saves_every_fourth_epoch_resumes_from_there_when_killed(
     class_folders, tmp_path, unbroken
 ):
-    flags = ("--saveckp_iters", 0, "--saveckp_freq", 0, "--resume_freq", 4, "--knn_freq", 15)
+    flags = ("--saveckp_iters", 0, "--saveckp_freq", 0, "--resume_freq", 4, "--knn_freq", 12)
     process = start(class_folders / "train", tmp_path, *flags)
-    of_epoch = final_state(unbroken)["iteration"] // 15
+    of_epoch = final_state(unbroken)["iteration"] // 12
     wait_for(lambda: iterations(tmp_path) > 6 * of_epoch)
     process.kill()
     process.wait()
@@ -97,11 +97,11 @@ def test_a_run_that_saves_every_fourth_epoch_resumes_from_there_when_killed(
     start(class_folders / "train", tmp_path, *flags).communicate(timeout=300)
     for part in ("student", "teacher", "optimizer"):
         assert_equal_states(final_state(unbroken)[part], final_state(tmp_path)[part])
-    assert len(figures(tmp_path / "log.txt")) == 15
+    assert len(figures(tmp_path / "log.txt")) == 12
 
 
 def test_a_numbered_checkpoint_is_never_newer_than_the_one_to_resume_from(class_folders, tmp_path):
-    flags = ("--saveckp_iters", 0, "--saveckp_freq", 5, "--resume_freq", 4, "--knn_freq", 15)
+    flags = ("--saveckp_iters", 0, "--saveckp_freq", 5, "--resume_freq", 4, "--knn_freq", 12)
     process = start(class_folders / "train", tmp_path, *flags)
     wait_for(lambda: (tmp_path / "checkpoint0005.pth").exists())
     process.kill()
@@ -172,7 +172,7 @@ def test_a_run_whose_images_do_not_come_saves_and_stops_when_asked(tmp_path):
     assert torch.load(tmp_path / NEWEST, weights_only=True)["iteration"] == done
 
 
-def start_on_a_terminal(data, folder, *prefix, epochs=15):
+def start_on_a_terminal(data, folder, *prefix, epochs=12):
     """(process, the other end of its terminal), as after ssh."""
 
     def take_terminal():

@@ -180,6 +180,7 @@ def test_a_sound_run_raises_no_verdict_and_learns(tmp_path):
         *("main_dino.py", "--preset", "demo", "--output_dir", tmp_path, "--epochs", 1),
         *("--warmup_epochs", 0, "--log_freq", 2),
         *("--knn_freq", 100, "--num_workers", 1, "--device", "cpu", "--report", "false"),
+        *("--local_crops_number", 2),
     )
     assert result.returncode == 0, result.stderr
     names, lines = verdicts(tmp_path)
