@@ -264,7 +264,7 @@ def fit_head(settings, survey):
     """Outputs in proportion to the images, and batch norm, without which small runs collapse."""
     outputs = 2 ** round(math.log2(max(1, survey.images / IMAGES_PER_OUTPUT)))
     outputs = min(65536, max(256, outputs))
-    settings.decide("out_dim", outputs, f"one for {IMAGES_PER_OUTPUT} images, but 256 to 65536")
+    settings.decide("out_dim", outputs, f"one for every {IMAGES_PER_OUTPUT} images, 256 to 65536")
     if survey.images < LIKE_IMAGENET:
         settings.decide("use_bn_in_head", True, "keeps runs on small data from collapsing")
     if settings["out_dim"] <= 8192:
