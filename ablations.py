@@ -24,9 +24,10 @@ from pathlib import Path
 import torch.distributed.run
 
 import main_dino
-from dino.command_line import Parser, check_output_file, check_output_folder, number
+from dino.command_line import Parser, number
 from dino.data.demo import write_demo_images
 from dino.errors import Diverged, UserError, exit_on_user_error
+from dino.output_checks import check_output_file, check_output_folder
 from dino.printable import printable
 from dino.run_lock import owned
 from dino.run_log import RunLog

@@ -17,13 +17,14 @@ import statistics
 import sys
 from pathlib import Path
 
-from dino.command_line import Parser, add_image_arguments, check_output_file, count_cores, number
+from dino.command_line import Parser, add_image_arguments, count_cores, number
 from dino.data.channels import MOST_CHANNELS, count_channels, reader
 from dino.data.images import ImageFiles, given_path, limit_pixels, list_training_images
 from dino.data.inspection import Facts, look_at_all
 from dino.data.survey import GREY, dark_images
 from dino.errors import UserError, exit_on_user_error
 from dino.meters import progress_bar
+from dino.output_checks import check_output_file
 from dino.printable import printable
 from dino.training.advice import MOST_FOR_STATS, print_settings_that_fit, print_stats
 

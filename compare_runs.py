@@ -7,8 +7,9 @@
 The report is one file without scripts, which any browser opens offline.
 """
 
-from dino.command_line import Parser, check_output_file
+from dino.command_line import Parser
 from dino.errors import exit_on_user_error
+from dino.output_checks import check_output_file
 from dino.printable import printable
 from dino.training.comparison import COLUMNS, FOLLOWER_COLUMNS, describe_run, follow_knn
 from dino.training.html_report import write_report

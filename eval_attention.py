@@ -22,7 +22,6 @@ from dino.command_line import (
     add_device_argument,
     add_image_arguments,
     add_weights_arguments,
-    check_output_file,
     number,
 )
 from dino.data.images import limit_pixels, read_image
@@ -32,6 +31,7 @@ from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.attention import class_attention, fit_to_patches, keep_mass, open_for_attention
 from dino.json_files import write_json
 from dino.meters import progress_bar
+from dino.output_checks import check_output_file
 
 # Best head, validation images of VOC2012 (Fig. 4 and App. D, which alone has the last value).
 PAPER = {

@@ -21,7 +21,6 @@ from dino.command_line import (
     add_precision_argument,
     add_use_cuda_argument,
     add_weights_arguments,
-    check_output_file,
     device_flag,
     loader_workers,
     number,
@@ -34,6 +33,7 @@ from dino.evaluation.copy_detection import descriptor, score_blocks
 from dino.evaluation.features import describe_images
 from dino.evaluation.vits import check_flag_is_vit, open_vit
 from dino.json_files import write_json
+from dino.output_checks import check_output_file
 from dino.precision import choose_amp_dtype
 from dino.same_on_ranks import check_same_flags
 

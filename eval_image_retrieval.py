@@ -24,8 +24,6 @@ from dino.command_line import (
     add_use_cuda_argument,
     add_weights_arguments,
     bool_flag,
-    check_output_file,
-    check_output_folder,
     device_flag,
     loader_workers,
     number,
@@ -38,6 +36,7 @@ from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.retrieval import rank, score, set_features
 from dino.evaluation.retrieval_pictures import draw_query
 from dino.json_files import write_json
+from dino.output_checks import check_output_file, check_output_folder
 from dino.precision import choose_amp_dtype
 from dino.printable import printable
 from dino.same_on_ranks import check_same_flags

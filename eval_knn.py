@@ -23,7 +23,6 @@ from dino.command_line import (
     add_precision_argument,
     add_weights_arguments,
     bool_flag,
-    check_output_folder,
     loader_workers,
     number,
     tell_idle,
@@ -34,6 +33,7 @@ from dino.errors import UserError, exit_on_user_error
 from dino.evaluation.features import image_features
 from dino.evaluation.knn import knn_accuracies, knn_classifier
 from dino.meters import peak_memory_mb
+from dino.output_checks import check_output_folder
 from dino.precision import choose_amp_dtype
 from dino.printable import printable
 from dino.same_on_ranks import check_same_flags

@@ -28,7 +28,6 @@ from dino.command_line import (
     add_precision_argument,
     add_weights_arguments,
     bool_flag,
-    check_output_folder,
     loader_options,
     number,
     tell_idle,
@@ -62,6 +61,7 @@ from dino.evaluation.linear_run import (
     save_best_and_last,
     save_training,
 )
+from dino.output_checks import check_output_folder
 from dino.precision import choose_amp_dtype
 from dino.printable import printable
 from dino.randomness import fix_random_seeds

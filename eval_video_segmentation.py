@@ -23,8 +23,6 @@ from dino.command_line import (
     add_device_argument,
     add_image_arguments,
     add_weights_arguments,
-    check_output_file,
-    check_output_folder,
     number,
 )
 from dino.data.davis import check_video, find_videos, read_labels
@@ -47,6 +45,7 @@ from dino.evaluation.video_segmentation import (
 from dino.evaluation.vits import open_vit
 from dino.json_files import write_json
 from dino.meters import peak_memory_mb, progress_bar
+from dino.output_checks import check_output_file, check_output_folder
 from dino.printable import printable
 from dino.run_lock import owned
 from dino.training import plots

@@ -16,19 +16,14 @@ from pathlib import Path
 import torch
 
 from dino.backbones import first_of, is_vit
-from dino.command_line import (
-    Parser,
-    add_image_arguments,
-    add_weights_arguments,
-    check_output_file,
-    number,
-)
+from dino.command_line import Parser, add_image_arguments, add_weights_arguments, number
 from dino.data.augmentations import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 from dino.data.channels import RGB
 from dino.data.demo import open_photograph
 from dino.data.images import limit_pixels, list_training_images, read_image
 from dino.distributed import print0
 from dino.errors import UserError, exit_on_user_error
+from dino.output_checks import check_output_file
 from dino.printable import printable
 from dino.weights.exports import FORMATS, check_libraries
 from dino.weights.files import check_name_is_text, sync_folder

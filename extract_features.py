@@ -30,7 +30,6 @@ from dino.command_line import (
     add_launch_arguments,
     add_precision_argument,
     add_weights_arguments,
-    check_output_file,
     loader_workers,
     number,
 )
@@ -53,6 +52,7 @@ from dino.evaluation.neighbour_pictures import (
 from dino.evaluation.tokens import TOKENS, token_features
 from dino.evaluation.unfinished import FEATURES, LABELS, Unfinished, check_settings
 from dino.meters import peak_memory_mb
+from dino.output_checks import check_output_file
 from dino.precision import choose_amp_dtype
 from dino.run_lock import owned
 from dino.same_on_ranks import check_same_flags

@@ -29,7 +29,6 @@ from dino.command_line import (
     add_minutes_argument,
     add_precision_argument,
     add_weights_arguments,
-    check_output_folder,
     loader_options,
     number,
     tell_idle,
@@ -50,6 +49,7 @@ from dino.evaluation.linear_files import (
 )
 from dino.json_files import read_lines
 from dino.optim import cosine_scheduler
+from dino.output_checks import check_output_folder
 from dino.precision import choose_amp_dtype
 from dino.printable import printable
 from dino.randomness import fix_random_seeds

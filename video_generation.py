@@ -31,8 +31,6 @@ from dino.command_line import (
     add_device_argument,
     add_image_arguments,
     add_weights_arguments,
-    check_output_file,
-    check_output_folder,
     number,
     tell_idle,
 )
@@ -59,6 +57,7 @@ from dino.evaluation.attention import (
 )
 from dino.figures import plt
 from dino.meters import progress_bar
+from dino.output_checks import check_output_file, check_output_folder
 from dino.printable import printable
 from dino.weights.published import PUBLISHED_FOR_PICTURES
 

@@ -24,8 +24,6 @@ from dino.command_line import (
     add_device_argument,
     add_image_arguments,
     add_weights_arguments,
-    check_output_file,
-    check_output_folder,
     number,
 )
 from dino.data.channels import RGB, as_picture, read_any, to_levels_tensor
@@ -41,6 +39,7 @@ from dino.evaluation.attention import (
     upsample,
 )
 from dino.figures import plt
+from dino.output_checks import check_output_file, check_output_folder
 from dino.printable import printable
 from dino.training import plots
 from dino.weights.published import PUBLISHED_FOR_PICTURES

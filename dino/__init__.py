@@ -11,7 +11,8 @@ The rooms: `data` (images, views, loaders), `weights` (files, any layout -> back
 What all of them use:
 processes: `launch`, `distributed`, `sync_batchnorm`, `same_on_ranks`, `pulse`, `signals`;
 draws and choices: `randomness`, `spread`;
-the command line: `command_line`, `errors`, `printable`, `own_code`, `official_helpers`;
+the command line: `command_line`, `output_checks`, `errors`, `printable`, `own_code`,
+`official_helpers`;
 files: `atomic`, `run_lock`, `json_files`, `pickle_machine`;
 figures: `meters`, `run_log`, `tensorboard_log`, `wandb_log`, `versions`, `figures`.
 

@@ -10,8 +10,9 @@ from conftest import ROOT, photograph, run_python
 
 import eval_linear
 import main_dino
-from dino.command_line import Parser, check_output_file, tell_idle
+from dino.command_line import Parser, tell_idle
 from dino.errors import UserError
+from dino.output_checks import check_output_file
 from dino.training import plots
 from dino.training.flag_checks import check_training_flags
 from dino.training.flags import parse_args

@@ -4,11 +4,11 @@
 from pathlib import Path
 
 from dino.backbones import canonical_name, check_arch
-from dino.command_line import check_output_folder
 from dino.data.augmentations import MOST_HUE
 from dino.data.images import PICTURES_OF_A_RUN, SIGN_OF_A_RUN
 from dino.errors import UserError
 from dino.json_files import parse
+from dino.output_checks import check_output_folder
 from dino.training.presets import CONTINUE, DECIDED
 from dino.training.saver import NEWEST, own_checkpoints
 from dino.wandb_log import require_wandb
