@@ -159,8 +159,9 @@ def settle(args, images, augmentation, device, weights):
     if augmentation is not None:
         check_augmentation(augmentation, "augmentation")
     if own_views:
+        source = "--augmentation" if args.augmentation else "augmentation"
         augmentation = augmentation or build_augmentation(args)
-        check_returned(augmentation, images, f"--augmentation {args.augmentation or ''}".strip())
+        check_returned(augmentation, images, source)
     if args.preset in DECIDED:
         trial = dict(images=images, augmentation=augmentation, device=device)
         args = decide_settings(

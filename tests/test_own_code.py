@@ -132,7 +132,7 @@ def test_views_that_are_not_as_they_say_are_refused_before_the_run(tmp_path, cha
     own = Returned([VIEW] * 2 + [View(16, (0.2, 0.5))])
     own.change = change
     args = parse_args([*map(str, SMALL_RUN), *preset, "--output_dir", str(tmp_path / "run")])
-    with pytest.raises(UserError, match=rf"^--augmentation: {said}"):
+    with pytest.raises(UserError, match=rf"^augmentation: {said}"):
         train_dino(args, [Image.new("RGB", (32, 32))] * 8, own)
     assert not (tmp_path / "run").exists()
 
