@@ -27,7 +27,7 @@ import main_dino
 from dino.command_line import Parser, number
 from dino.data.demo import write_demo_images
 from dino.errors import Diverged, UserError, exit_on_user_error
-from dino.output_checks import check_output_file, check_output_folder
+from dino.output_checks import check_output_folder
 from dino.printable import printable
 from dino.run_lock import owned
 from dino.run_log import RunLog
@@ -42,7 +42,7 @@ from dino.training.saver import NEWEST
 from dino.training.settings import REASONS
 from dino.training.studies import STUDIES
 from dino.training.study_plots import draw_study
-from dino.training.study_report import measure, summarise, write_tables
+from dino.training.study_report import check_tables, measure, summarise, write_tables
 from dino.weights.files import DamagedFile, read
 
 LAUNCHERS = {
@@ -126,7 +126,7 @@ def ablations(args):
     if len(set(args.seeds)) < len(args.seeds):  # the mean would count a run twice
         raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: give each seed once.")
     study = STUDIES[args.study]
-    check_tables(args, study)
+    check_tables(args.output_dir, args.study, study.title)
     plans = plan_runs(args, study)
     wanted = [plan for plan in plans if not args.runs or plan.name in args.runs]
     if args.demo and not args.report_only:
@@ -142,19 +142,6 @@ def ablations(args):
         with owned(Path(args.output_dir) / args.study):
             run_plans(args, wanted)
     report(args, study, plans)
-
-
-def check_tables(args, study):
-    """Raise UserError for a file in the place of a table or picture that no study wrote."""
-    path = Path(args.output_dir) / args.study
-    for ending in (".png", ".json"):
-        check_output_file(f"{path}{ending}", "--output_dir:", ending)
-    table = path.with_suffix(".md")
-    if table.exists() and not table.read_text(errors="replace").startswith(f"# {study.title}\n"):
-        raise UserError(
-            f"--output_dir: {table} exists and was not written by this study. Give another folder,"
-            " or move the file away."
-        )
 
 
 # ---- plan ----

@@ -145,11 +145,11 @@ def open_mask(path):
             f"{path}: {kind} blurs the edge of a mask. Save masks as PNG, from their source."
         )
     if mask.mode == "P":
-        check_palette(mask, path)
+        check_background(mask, path)
     return mask
 
 
-def check_palette(mask, path):
+def check_background(mask, path):
     """Raise UserError if black is another number than 0, the background, as `quantize` may order
     colours.
     """

@@ -16,11 +16,11 @@ from torch import nn
 from dino.distributed import is_main_process
 from dino.errors import UserError
 from dino.evaluation.linear_files import BEST, LAST, LinearClassifier
-from dino.json_files import is_number, read_lines
+from dino.json_files import read_lines
 from dino.printable import brief
 from dino.same_on_ranks import check_same_checkpoint
 from dino.weights.files import read, with_prefix, write_atomically
-from dino.weights.loading import restore, same_kind
+from dino.weights.loading import restore, restore_numbers, same_kind
 from dino.weights.results import check_has_best, check_no_results, is_beginning
 
 NEWEST = "checkpoint.pth.tar"
@@ -148,12 +148,7 @@ def check_schedule(state, epoch, source):
 def restore_heads_progress(progress, checkpoint, source, heads):
     """Fill `progress` of so many heads from a checkpoint; UserError for invalid values."""
     highest = {"epoch": MOST_EPOCHS, "best_acc": 100, "best_head": heads - 1}
-    for name, most in highest.items():
-        value, lowest = checkpoint.get(name), -1 if name == "best_acc" else 0
-        whole = name == "best_acc" or type(value) is int
-        if not is_number(value) or not whole or not lowest <= value <= most:
-            raise UserError(f"{source}: invalid value {brief(value)} for entry {name!r}.")
-        setattr(progress, name, value)
+    restore_numbers(progress, checkpoint, source, highest)
     bests = checkpoint.get("head_bests")
     if not same_kind(bests, [[0.0, 0]] * heads):
         raise UserError(f"{source}: invalid value {brief(bests)} for entry 'head_bests'.")

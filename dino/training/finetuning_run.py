@@ -17,17 +17,16 @@ from dino.distributed import all_reduce_sum, get_world_size, is_main_process, pr
 from dino.errors import Diverged, UserError
 from dino.evaluation.features import FrozenFeatures
 from dino.evaluation.linear import evaluate_heads
-from dino.json_files import is_number
 from dino.meters import MetricLogger, is_due
 from dino.networks import unwrap
-from dino.printable import brief, printable
+from dino.printable import printable
 from dino.run_log import RunLog
 from dino.signals import Interruption, StopRequested
 from dino.training.agreement import Agreement
 from dino.training.finetuning import FineTuningState, Regularisation, finetuning_step
 from dino.training.saver import NEWEST, Saver, newest_whole, own_checkpoints
 from dino.weights.files import backbone_payload
-from dino.weights.loading import restore
+from dino.weights.loading import restore, restore_numbers
 from dino.weights.results import check_has_best, is_beginning
 
 BEST = "best_finetuned.pth"
@@ -228,10 +227,4 @@ def restore_finetuning(progress, checkpoint, source, epochs, length):
             " --output_dir."
         )
     highest = dict(epoch=epochs, steps=length, loss_sum=math.inf, best_acc=100, best_epoch=epochs)
-    for name, most in highest.items():
-        value, own = checkpoint.get(name), getattr(progress, name)
-        lowest = -1 if name == "best_acc" else 0
-        whole = type(own) is not int or type(value) is int
-        if not is_number(value) or not whole or not lowest <= value <= most:
-            raise UserError(f"{source}: invalid value {brief(value)} for entry {name!r}.")
-        setattr(progress, name, value)
+    restore_numbers(progress, checkpoint, source, highest)

@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 from dino.atomic import replacing
+from dino.errors import UserError
 from dino.json_files import write_json
+from dino.output_checks import check_output_file
 from dino.run_log import before_training, is_figure
 from dino.training.plots import is_first_of_epoch
 
@@ -111,6 +113,19 @@ def mean_and_range(figures, key, digits):
     mean = f"{statistics.fmean(values):.{digits}f}"
     low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def check_tables(folder, study, title):
+    """Raise UserError for a file in the place of a table or picture that no `study` wrote."""
+    path = Path(folder) / study
+    for ending in (".png", ".json"):
+        check_output_file(f"{path}{ending}", "--output_dir:", ending)
+    table = path.with_suffix(".md")
+    if table.exists() and not table.read_text(errors="replace").startswith(f"# {title}\n"):
+        raise UserError(
+            f"--output_dir: {table} exists and was not written by this study. Give another folder,"
+            " or move the file away."
+        )
 
 
 def write_tables(folder, study, summary):

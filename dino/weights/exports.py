@@ -276,11 +276,12 @@ def write_onnx(pretrained, path):
     graphs.to_onnx(graphs.trace(pretrained), path, pretrained.description)
 
 
-def graph_images(pretrained):
-    """What the images of a graph are, in words: a graph has no transform with it."""
+def graph_usage(call, pretrained):
+    """The `call` of a graph, and what its images are, in words: it has no transform with it."""
     size, shorter = pretrained.image_size, pretrained.shrink_images
     shrunk = f"larger ones first shrunk to a shorter side of {shorter}, " if shorter else ""
     return (
+        f"{call}\n"
         f"images: float32, (n, {pretrained.in_chans}, {size}, {size}): {shrunk}the shorter side"
         f" resized to {resized_side(size)} (bicubic), the centre,\n"
         f"values from 0 to 1, minus the mean {tuple(pretrained.mean)}, divided by the std"
@@ -322,18 +323,16 @@ FORMATS = {
     "torch_export": Format(
         write_torch,
         load_torch,
-        lambda pretrained: (
-            f'torch.export.load("PATH").module()(images)\n{graph_images(pretrained)}'
-        ),
+        partial(graph_usage, 'torch.export.load("PATH").module()(images)'),
         suffix=".pt2",
         any_size=True,
     ),
     "onnx": Format(
         write_onnx,
         load_onnx,
-        lambda pretrained: (
-            'onnxruntime.InferenceSession("PATH").run(None, {"images": images.numpy()})\n'
-            + graph_images(pretrained)
+        partial(
+            graph_usage,
+            'onnxruntime.InferenceSession("PATH").run(None, {"images": images.numpy()})',
         ),
         suffix=".onnx",
         any_size=True,

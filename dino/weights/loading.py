@@ -198,6 +198,19 @@ def equal(a, b):
     return type(a) in (int, float, bool, type(None), str) and a == b
 
 
+def restore_numbers(progress, checkpoint, source, highest):
+    """Fill fields of a `progress` that has just begun from a checkpoint, up to {name: `highest`}.
+
+    The lowest value is the present one. UserError for a value outside, or of another kind.
+    """
+    for name, most in highest.items():
+        value, own = checkpoint.get(name), getattr(progress, name)
+        whole = type(own) is not int or type(value) is int
+        if not is_number(value) or not whole or not own <= value <= most:
+            raise UserError(f"{source}: invalid value {brief(value)} for entry {name!r}.")
+        setattr(progress, name, value)
+
+
 def same_kind(a, b):
     """Both numbers, finite; lists of as many numbers; or of the same simple type."""
     if is_number(b):
